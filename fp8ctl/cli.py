@@ -1,0 +1,382 @@
+"""The command line: stubs that name options and hand over to a module.
+
+No logic and no import of anything heavy: `fp8ctl --help` must cost little more
+than `import typer` (tests/test_startup.py). The contract of commands, options
+and exit codes is docs/commands.md, which a test compares with this file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fp8ctl import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp8ctl.render import Reporter
+
+app = typer.Typer(
+    name="fp8ctl",
+    help="Turn on FP8 in vLLM 0.9.1 and SGLang 0.4.8, and prove that it is on.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# typer reads these annotations at run time; so they are imported, not deferred.
+Python = Annotated[
+    Path | None, typer.Option("--python", help="Interpreter of the environment to work on.")
+]
+SitePackages = Annotated[
+    Path | None, typer.Option("--site-packages", help="Its site-packages folder instead.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Backends = Annotated[
+    list[str] | None, typer.Option("--backend", help="vllm or sglang; may be repeated.")
+]
+Backend = Annotated[str, typer.Option("--backend", help="vllm or sglang.")]
+PatchIds = Annotated[list[str] | None, typer.Option("--patch", help="Patch id; may be repeated.")]
+Mode = Annotated[str, typer.Option("--mode", help="block or per-tensor.")]
+LaunchMode = Annotated[str, typer.Option("--mode", help="block, per-tensor or online.")]
+Model = Annotated[str, typer.Option("--model", help="A checkpoint folder or a Hub id.")]
+OptionalModel = Annotated[
+    str | None, typer.Option("--model", help="A checkpoint folder or a Hub id.")
+]
+Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size.")]
+BlockSize = Annotated[
+    str | None, typer.Option("--block-size", help="Block as N,K; chosen to fit if left out.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Exit 8 on a warning.")]
+
+
+def _run(command: str, json_mode: bool, body: Callable[[Reporter], dict[str, object]]) -> None:
+    """Run a command's body and leave with its exit code."""
+    from fp8ctl.errors import AbortedError, Fp8ctlError
+    from fp8ctl.render import Reporter
+
+    report = Reporter(json_mode=json_mode)
+    error: Fp8ctlError
+    try:
+        data = body(report)
+    except Fp8ctlError as e:
+        error = e
+    except KeyboardInterrupt:
+        error = AbortedError("interrupted")
+    except Exception as e:
+        if os.environ.get("FP8CTL_TRACEBACK"):
+            raise
+        error = Fp8ctlError(
+            f"unexpected {type(e).__name__}: {e}",
+            hint="FP8CTL_TRACEBACK=1 fp8ctl " + " ".join(sys.argv[1:]),
+        )
+    else:
+        report.finish(command, data)
+        return
+    report.fail(command, error)
+    raise typer.Exit(error.exit_code)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fp8ctl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def doctor(
+    python: Python = None,
+    site_packages: SitePackages = None,
+    strict: Strict = False,
+    json_: Json = False,
+) -> None:
+    """Say what is here, what is wrong and what to type next."""
+    from fp8ctl import doctor as m
+
+    _run(
+        "doctor",
+        json_,
+        lambda r: m.run(r, python=python, site_packages=site_packages, strict=strict),
+    )
+
+
+@app.command()
+def install(
+    engine: Annotated[str, typer.Argument(help="sglang or vllm.")],
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda.")] = None,
+    dir_: Annotated[Path | None, typer.Option("--dir", help="Folder of the environment.")] = None,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Make a managed environment with the pinned engine."""
+    from fp8ctl import install as m
+
+    _run(
+        "install",
+        json_,
+        lambda r: m.run(r, engine=engine, device=device, folder=dir_, dry_run=dry_run),
+    )
+
+
+@app.command()
+def plan(
+    model: Model,
+    backend: Backend,
+    mode: Mode = "block",
+    tp: Tp = 1,
+    block_size: BlockSize = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
+    json_: Json = False,
+) -> None:
+    """Say which tensors would be quantised, and why; needs no GPU."""
+    from fp8ctl import planning as m
+
+    _run(
+        "plan",
+        json_,
+        lambda r: m.run(
+            r, model=model, backend=backend, mode=mode, tp=tp, block_size=block_size, out=out
+        ),
+    )
+
+
+@app.command()
+def patch(
+    python: Python = None,
+    site_packages: SitePackages = None,
+    backend: Backends = None,
+    patch_: PatchIds = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="List the patches and their state.")
+    ] = False,
+    dry_run: DryRun = False,
+    print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what changes.")] = False,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Patch a file of another build of this version.")
+    ] = False,
+    allow_running: Annotated[
+        bool, typer.Option("--allow-running", help="Go on although a server runs on it.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Apply the known patches to an installed engine."""
+    from fp8ctl.patching import commands as m
+
+    _run(
+        "patch",
+        json_,
+        lambda r: m.patch(
+            r,
+            python=python,
+            site_packages=site_packages,
+            backends=backend,
+            patch_ids=patch_,
+            list_only=list_,
+            dry_run=dry_run,
+            print_diff=print_diff,
+            allow_drift=allow_drift,
+            allow_running=allow_running,
+        ),
+    )
+
+
+@app.command()
+def revert(
+    python: Python = None,
+    site_packages: SitePackages = None,
+    backend: Backends = None,
+    patch_: PatchIds = None,
+    dry_run: DryRun = False,
+    allow_running: Annotated[
+        bool, typer.Option("--allow-running", help="Go on although a server runs on it.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Put every byte of the engine back."""
+    from fp8ctl.patching import commands as m
+
+    _run(
+        "revert",
+        json_,
+        lambda r: m.revert(
+            r,
+            python=python,
+            site_packages=site_packages,
+            backends=backend,
+            patch_ids=patch_,
+            dry_run=dry_run,
+            allow_running=allow_running,
+        ),
+    )
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
+    mode: Mode = "block",
+    block_size: BlockSize = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="Fit it to vllm or sglang only.")
+    ] = None,
+    tp: Tp = 1,
+    python: Python = None,
+    json_: Json = False,
+) -> None:
+    """Convert a 16-bit checkpoint to FP8."""
+    from fp8ctl import quantizing as m
+
+    _run(
+        "quantize",
+        json_,
+        lambda r: m.run(
+            r,
+            model=model,
+            out=out,
+            mode=mode,
+            block_size=block_size,
+            backend=backend,
+            tp=tp,
+            python=python,
+        ),
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def launch(
+    ctx: typer.Context,
+    backend: Backend,
+    python: Python = None,
+    site_packages: SitePackages = None,
+    model: OptionalModel = None,
+    mode: LaunchMode = "block",
+    block_size: BlockSize = None,
+    quantization: Annotated[
+        str | None, typer.Option("--quantization", help="Another method of the engine.")
+    ] = None,
+    torchao_config: Annotated[
+        str | None, typer.Option("--torchao-config", help="A torchao configuration (SGLang).")
+    ] = None,
+    await_push: Annotated[
+        bool, typer.Option("--await-push", help="Answer 503 until FP8 weights were pushed.")
+    ] = False,
+    trace: Annotated[
+        str | None, typer.Option("--trace", help="MODULE:FUNCTION to trace once per worker.")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port.")] = None,
+    tp: Tp = 1,
+    detach: Annotated[bool, typer.Option("--detach", help="Return and leave it running.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="With --detach: wait until it is ready.")
+    ] = True,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until ready.")] = 600,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
+    dry_run: DryRun = False,
+    json_: Json = False,
+) -> None:
+    """Start a server in FP8; engine arguments go behind `--`."""
+    from fp8ctl import launching as m
+
+    _run(
+        "launch",
+        json_,
+        lambda r: m.run(
+            r,
+            backend=backend,
+            python=python,
+            site_packages=site_packages,
+            model=model,
+            mode=mode,
+            block_size=block_size,
+            quantization=quantization,
+            torchao_config=torchao_config,
+            await_push=await_push,
+            trace=trace,
+            host=host,
+            port=port,
+            tp=tp,
+            detach=detach,
+            wait=wait,
+            timeout=timeout,
+            check=check,
+            dry_run=dry_run,
+            extra=list(ctx.args),
+        ),
+    )
+
+
+@app.command()
+def check(
+    url: Annotated[
+        str, typer.Argument(help="Address of a server, such as http://127.0.0.1:30000.")
+    ],
+    model: OptionalModel = None,
+    level: Annotated[str, typer.Option("--level", help="live or weights.")] = "live",
+    json_: Json = False,
+) -> None:
+    """Say what a live server really serves."""
+    from fp8ctl.check import command as m
+
+    _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
+
+
+@app.command()
+def ps(json_: Json = False) -> None:
+    """List the servers that fp8ctl started."""
+    from fp8ctl import server as m
+
+    _run("ps", json_, m.run_ps)
+
+
+@app.command()
+def logs(
+    name: Annotated[str, typer.Argument(help="Name of a server, see `fp8ctl ps`.")],
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="One worker's log.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as it grows.")] = False,
+    json_: Json = False,
+) -> None:
+    """Print the log of a server."""
+    from fp8ctl import server as m
+
+    _run("logs", json_, lambda r: m.run_logs(r, name=name, rank=rank, follow=follow))
+
+
+@app.command()
+def stop(
+    name: Annotated[str | None, typer.Argument(help="Name of a server.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Stop every server of fp8ctl.")] = False,
+    json_: Json = False,
+) -> None:
+    """Stop a server and every process of it."""
+    from fp8ctl import server as m
+
+    _run("stop", json_, lambda r: m.run_stop(r, name=name, everything=all_))
+
+
+@app.command()
+def demo(
+    mode: Mode = "block",
+    json_: Json = False,
+) -> None:
+    """Run the whole path on an embedded model: doctor to revert."""
+    from fp8ctl import demo as m
+
+    _run("demo", json_, lambda r: m.run(r, mode=mode))
