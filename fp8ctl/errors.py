@@ -112,3 +112,28 @@ class AbortedError(Fp8ctlError):
 
     id = "FP8-INTERRUPTED"
     exit_code = 130
+
+
+class DiffError(Fp8ctlError):
+    """A patch file that fp8ctl will not use; nothing was changed."""
+
+    id = "FP8-DIFF"
+    exit_code = 5
+
+
+class HunkError(DriftError):
+    """A hunk whose context is not in the file, or in more places than one."""
+
+    id = "FP8-HUNK"
+
+
+class CatalogError(Fp8ctlError):
+    """A series of patches that does not hold together: fp8ctl itself is damaged."""
+
+    id = "FP8-CATALOG"
+
+
+class CheckpointError(NotFoundError):
+    """A folder does not hold a model that can be read: a part is missing or broken."""
+
+    id = "FP8-CHECKPOINT"

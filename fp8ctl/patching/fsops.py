@@ -1,0 +1,352 @@
+"""The only module that changes files.
+
+Everything goes through folder descriptors opened one component at a time with
+O_NOFOLLOW, so that no link placed between check and use leads elsewhere. Files
+are replaced by rename, never written in place: installers hard-link one file
+into many environments, and a write would reach all of them. Called by `store`
+and `transaction`; `status` only reads through it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fp8ctl.errors import ConflictError, NotPermittedError
+from fp8ctl.patching.diff import MAX_FILE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_PERMISSIONS = 0o7777
+
+
+@dataclass(frozen=True, slots=True)
+class FileData:
+    """A file as it was read: content, permission bits, owner, times in nanoseconds."""
+
+    data: bytes
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    links: int
+
+
+class Syscalls:
+    """The calls that change a file system, one method each.
+
+    Tests put a subclass in its place that fails, or kills the process, at the n-th call.
+    """
+
+    def open(self, name: str, flags: int, mode: int, *, dir_fd: int) -> int:
+        """Create or truncate a file."""
+        return os.open(name, flags, mode, dir_fd=dir_fd)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Write some of `data`, return how many bytes."""
+        return os.write(fd, data)
+
+    def fsync(self, fd: int) -> None:
+        """Flush a file or a folder to the disk."""
+        os.fsync(fd)
+
+    def rename(self, old: str, new: str, *, dir_fd: int) -> None:
+        """Replace `new` by `old`, both in one folder."""
+        os.rename(old, new, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    def unlink(self, name: str, *, dir_fd: int) -> None:
+        """Remove a file."""
+        os.unlink(name, dir_fd=dir_fd)
+
+    def mkdir(self, name: str, mode: int, *, dir_fd: int) -> None:
+        """Make a folder."""
+        os.mkdir(name, mode, dir_fd=dir_fd)
+
+    def rmdir(self, name: str, *, dir_fd: int) -> None:
+        """Remove an empty folder."""
+        os.rmdir(name, dir_fd=dir_fd)
+
+    def attributes(self, fd: int, mode: int, uid: int, gid: int) -> None:
+        """Set permission bits and owner of an open file."""
+        now = os.fstat(fd)
+        if (now.st_uid, now.st_gid) != (uid, gid):
+            os.fchown(fd, uid, gid)
+        os.fchmod(fd, mode)
+
+    def times(self, fd: int, mtime_ns: int) -> None:
+        """Set access and modification time of an open file."""
+        os.utime(fd, ns=(mtime_ns, mtime_ns))
+
+    def truncate(self, fd: int) -> None:
+        """Empty an open file."""
+        os.ftruncate(fd, 0)
+
+
+class Root:
+    """A folder (site-packages) and what may be done below it.
+
+    Paths are relative to it, components separated by `/`; a context manager.
+
+    Attributes:
+        path: the folder, with links resolved once, here.
+    """
+
+    def __init__(self, path: Path, calls: Syscalls | None = None) -> None:
+        self.path = path.resolve()
+        self.calls = calls or Syscalls()
+        with self._named(""):
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Root:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+    # Reading.
+
+    def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> FileData | None:
+        """Return a regular file, None if it or its folder is not there.
+
+        Raises:
+            ConflictError: it is a link, lies behind one, is no regular file or is too large.
+            NotPermittedError: it cannot be read.
+        """
+        try:
+            with self.folder(path) as (fd, name), self._named(path):
+                file = os.open(name, _READ | os.O_NONBLOCK, dir_fd=fd)
+                with open(file, "rb") as stream:
+                    info = os.fstat(file)
+                    if not stat.S_ISREG(info.st_mode):
+                        raise ConflictError(f"{self.path / path} is not a regular file")
+                    if info.st_size > limit:
+                        raise ConflictError(
+                            f"{self.path / path} has {info.st_size} bytes, expected at most {limit}"
+                        )
+                    return FileData(
+                        stream.read(),
+                        info.st_mode & _PERMISSIONS,
+                        info.st_uid,
+                        info.st_gid,
+                        info.st_mtime_ns,
+                        info.st_nlink,
+                    )
+        except FileNotFoundError:
+            return None
+
+    def names(self, path: str) -> tuple[str, ...]:
+        """Return the sorted names in a folder; none if it is not there."""
+        try:
+            with self.folder(path + "/.") as (fd, _), self._named(path):
+                return tuple(sorted(os.listdir(fd)))
+        except FileNotFoundError:
+            return ()
+
+    def has_folder(self, path: str) -> bool:
+        """Tell whether a folder is there."""
+        try:
+            with self.folder(path + "/."):
+                return True
+        except FileNotFoundError:
+            return False
+
+    def writable(self, path: str) -> bool:
+        """Tell whether names in a file's folder may be changed by this process."""
+        try:
+            with self.folder(path) as (fd, _):
+                return os.access(".", os.W_OK | os.X_OK, dir_fd=fd, effective_ids=True)
+        except FileNotFoundError:
+            return "/" in path and self.writable(path.rpartition("/")[0])
+
+    def owner(self, path: str) -> tuple[int, int]:
+        """Return user and group of the folder that a file lies in."""
+        with self.folder(path) as (fd, _):
+            info = os.fstat(fd)
+            return info.st_uid, info.st_gid
+
+    def free_bytes(self) -> int:
+        """Return how many bytes this user may still write here."""
+        info = os.fstatvfs(self._fd)
+        return info.f_bavail * info.f_frsize
+
+    @contextlib.contextmanager
+    def folder(self, path: str) -> Iterator[tuple[int, str]]:
+        """Yield a descriptor of a path's folder, and its last component.
+
+        Walked anew each time: a cached prefix is a check that has gone stale.
+        """
+        *folders, name = path.split("/")
+        fd = os.dup(self._fd)
+        try:
+            for component in folders:
+                try:
+                    deeper = os.open(component, _FOLDER, dir_fd=fd)
+                except OSError as e:
+                    if e.errno in (errno.ELOOP, errno.ENOTDIR):
+                        raise self._link(path) from e
+                    if e.errno == errno.ENOENT:
+                        raise
+                    raise self._refused(path, e) from e
+                os.close(fd)
+                fd = deeper
+            yield fd, name
+        finally:
+            os.close(fd)
+
+    # Writing.
+
+    def stage(
+        self, path: str, data: bytes, *, mode: int, owner: tuple[int, int], mtime_ns: int | None
+    ) -> None:
+        """Write a new file durably; a file of that name that is there already is replaced."""
+        with self.folder(path) as (fd, name), self._named(path):
+            with contextlib.suppress(FileNotFoundError):
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+                self.calls.unlink(name, dir_fd=fd)
+            file = self.calls.open(name, _CREATE, 0o600, dir_fd=fd)
+            try:
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[self.calls.write(file, bytes(rest)) :]
+                self.calls.attributes(file, mode, *owner)
+                if mtime_ns is not None:
+                    self.calls.times(file, mtime_ns)
+                self.calls.fsync(file)
+            finally:
+                os.close(file)
+
+    def rename(self, path: str, new_name: str) -> None:
+        """Give a file a new name in its folder, replacing what has it."""
+        with self.folder(path) as (fd, name), self._named(path):
+            self.calls.rename(name, new_name, dir_fd=fd)
+
+    def unlink(self, path: str) -> bool:
+        """Remove a file; False if it was not there."""
+        try:
+            with self.folder(path) as (fd, name), self._named(path):
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+                self.calls.unlink(name, dir_fd=fd)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def make_folder(self, path: str, mode: int = 0o755) -> bool:
+        """Make a folder; False if it was there."""
+        with self.folder(path) as (fd, name), self._named(path):
+            try:
+                os.stat(name, dir_fd=fd, follow_symlinks=False)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    self.calls.mkdir(name, mode, dir_fd=fd)
+                    return True
+        return False
+
+    def remove_folder(self, path: str) -> None:
+        """Remove a folder if it is there and empty."""
+        with contextlib.suppress(FileNotFoundError):
+            if self.names(path):
+                return
+            with self.folder(path) as (fd, name), self._named(path):
+                try:
+                    self.calls.rmdir(name, dir_fd=fd)
+                except OSError as e:
+                    if e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                        raise
+
+    def sync_folder(self, path: str) -> None:
+        """Make the names in a folder durable."""
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self.folder(path + "/." if path else ".") as (fd, _),
+            self._named(path),
+        ):
+            self.calls.fsync(fd)
+
+    def replace(
+        self, path: str, data: bytes, *, mode: int = 0o644, owner: tuple[int, int] | None = None
+    ) -> None:
+        """Write a file of fp8ctl's own: beside it, durably, then by rename."""
+        folder, _, name = path.rpartition("/")
+        temporary = f"{folder}/.tmp-{name}" if folder else f".tmp-{name}"
+        self.stage(temporary, data, mode=mode, owner=owner or self.owner(temporary), mtime_ns=None)
+        self.rename(temporary, name)
+
+    def drop_bytecode(self, path: str) -> None:
+        """Remove the compiled files of a module, of every tag and optimisation level.
+
+        An unchecked-hash .pyc is never compared with its source, and a timestamp
+        one only in whole seconds (PEP 552): either would hide the new source.
+        """
+        folder, _, name = path.rpartition("/")
+        if not name.endswith(".py"):
+            return
+        cache = f"{folder}/__pycache__" if folder else "__pycache__"
+        stem = name.removesuffix(".py") + "."
+        for entry in self.names(cache):
+            if entry.startswith(stem) and entry.endswith(".pyc") and entry.count(".") <= 3:
+                self.unlink(f"{cache}/{entry}")
+
+    def lock_file(self, path: str) -> int:
+        """Open a lock file, made if it is not there; the caller closes it."""
+        with self.folder(path) as (fd, name), self._named(path):
+            try:
+                return os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            except FileNotFoundError:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                return self.calls.open(name, flags, 0o644, dir_fd=fd)
+
+    def overwrite(self, path: str, fd: int, data: bytes) -> None:
+        """Write a lock file's content: the one file written in place, and never linked."""
+        with self._named(path):
+            self.calls.truncate(fd)
+            self.calls.write(fd, data)
+
+    def same_file(self, path: str, fd: int) -> bool:
+        """Tell whether a name still stands for an open file."""
+        try:
+            with self.folder(path) as (folder, name):
+                a = os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        b = os.fstat(fd)
+        return (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+
+    # Errors.
+
+    @contextlib.contextmanager
+    def _named(self, path: str) -> Iterator[None]:
+        """Turn the errors of the operating system into ours, with the path in them."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError):
+            raise
+        except OSError as e:
+            if e.errno == errno.ELOOP:
+                raise self._link(path) from e
+            raise self._refused(path, e) from e
+
+    def _link(self, path: str) -> ConflictError:
+        return ConflictError(
+            f"{self.path / path} is a symbolic link, or lies behind one, expected a regular file",
+            hint="reinstall the engine with `uv pip install --link-mode copy`, or with pip",
+        )
+
+    def _refused(self, path: str, e: OSError) -> NotPermittedError:
+        free = ""
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                free = f" ({self.free_bytes()} bytes free)"
+        return NotPermittedError(
+            f"{self.path / path if path else self.path}: {e.strerror}{free}",
+            hint="run it as the owner of this environment, or while the image is built",
+            data={"path": str(self.path / path), "errno": e.errno},
+        )

@@ -1,0 +1,316 @@
+"""Run plans so that a kill at any instant leaves all-old or all-new.
+
+    lock -> recover -> (the caller plans) -> compile-check -> free space ->
+    pre-images -> journal -> stage -> re-hash -> commit the journal ->
+    rename each -> flush folders -> drop bytecode -> re-read -> ledger
+
+Before the commit an interrupted command is forgotten; after it, it is
+finished; which one is decided by hashes alone. An error that Python sees
+always ends in all-old. Called by `commands`; changes files through `fsops`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import sys
+import time
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fp8ctl.errors import ConflictError, DriftError, Fp8ctlError, NotPermittedError
+from fp8ctl.patching import store
+from fp8ctl.patching.names import RelPath, Sha256, sha256_or_none, short
+from fp8ctl.patching.store import Journal, JournalOp, Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fp8ctl.patching.fsops import FileData, Root
+    from fp8ctl.patching.plan import FileOp, PatchPlan
+
+# Timestamps in .pyc files have whole seconds (PEP 552): two more are never equal.
+_MTIME_STEP_NS = 2_000_000_000
+_SPARE_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def begin(root: Root) -> Iterator[str | None]:
+    """Take the lock and mend what an earlier command left; yield what was mended, in words.
+
+    Raises:
+        BusyError: another fp8ctl is at work here.
+        DriftError: an unfinished transaction meets a file that it does not know.
+    """
+    with store.locked(root):
+        yield recover(root)
+
+
+def run(root: Root, plans: Sequence[PatchPlan], *, python_version: tuple[int, int]) -> None:
+    """Execute plans, made under the lock that `begin` holds, as one transaction.
+
+    Args:
+        root: site-packages.
+        plans: one per engine.
+        python_version: of the interpreter that will import the files.
+
+    Raises:
+        ConflictError: a result is not valid Python of that version.
+        NotPermittedError: the file system refuses; nothing was changed.
+        DriftError: a file changed since it was read; nothing was changed.
+    """
+    ops = [op for plan in plans for op in plan.ops]
+    for op in ops:
+        check_compiles(op, python_version)
+    check_permitted(root, ops)
+    journal = _journal(root, plans)
+    if not ops:
+        store.write_ledger(root, journal.ledger)
+        return
+    _check_space(root, ops)
+    pre_images: dict[Sha256, bytes] = {}
+    for plan in plans:
+        pre_images.update(plan.pre_images)
+    for op in ops:
+        # The way back of this very transaction, whichever direction it goes.
+        if op.old_sha is not None and op.old_bytes is not None:
+            pre_images[op.old_sha] = op.old_bytes
+    try:
+        store.write_blobs(root, pre_images)
+        store.write_journal(root, journal)
+        _stage(root, journal, ops)
+        store.write_journal(root, replace(journal, committed=True))
+        _finish(root, journal)
+    except BaseException as e:
+        # If going back fails too, the journal stays and the next command decides.
+        with contextlib.suppress(Fp8ctlError, FileNotFoundError):
+            _roll_back(root, journal)
+        if isinstance(e, FileNotFoundError):
+            raise _changed(root, RelPath(str(e.filename or ""))) from e
+        raise
+
+
+def recover(root: Root) -> str | None:
+    """Finish or forget an interrupted transaction; return what was done, None if nothing.
+
+    Raises:
+        DriftError: a file is neither as before nor as after it; nothing is touched.
+    """
+    journal = store.read_journal(root)
+    if journal is None:
+        return None
+    if not journal.committed:
+        _roll_back(root, journal)
+        return "an interrupted command was undone: it had changed no file"
+    present = {op.path: _sha(root, op.path) for op in journal.ops}
+    for op in journal.ops:
+        if present[op.path] not in (op.old, op.new):
+            raise DriftError(
+                f"{root.path / op.path} has sha256 {short(present[op.path])}, the interrupted "
+                f"command knows {short(op.old)} and {short(op.new)}",
+                hint=f"put one of them back, or remove {root.path / journal.path}",
+            )
+    ready = all(
+        present[op.path] == op.new or op.new is None or _sha(root, op.staged_path) == op.new
+        for op in journal.ops
+    )
+    if ready:
+        _finish(root, journal)
+        return "an interrupted command was finished"
+    _roll_back(root, journal)
+    return "an interrupted command was undone"
+
+
+def check_compiles(op: FileOp, python_version: tuple[int, int]) -> None:
+    """Refuse a result that the target's Python cannot compile.
+
+    Done by fp8ctl's own parser held to the target's grammar: no subprocess. A
+    file that is put back is not looked at: it was installed like that.
+
+    Raises:
+        ConflictError: a syntax error, with its line.
+    """
+    if op.new_bytes is None or not op.patches or not op.path.endswith(".py"):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the engines' own escapes are not our business
+            compile(op.new_bytes, op.path, "exec", dont_inherit=True)
+            if python_version < sys.version_info[:2]:
+                ast.parse(op.new_bytes, op.path, feature_version=python_version)
+    except (SyntaxError, ValueError) as e:
+        line = f" line {e.lineno}" if isinstance(e, SyntaxError) else ""
+        version = ".".join(str(v) for v in python_version)
+        raise ConflictError(
+            f"{op.path}{line}: the patched file is not valid Python {version}: {e.args[0]}",
+            hint="run fp8ctl with the engine's own Python version",
+        ) from e
+
+
+def check_permitted(root: Root, ops: Sequence[FileOp]) -> None:
+    """Refuse a folder that this process may not change.
+
+    Raises:
+        NotPermittedError: with the folder's path.
+    """
+    for path in (store.FOLDER, *(op.path for op in ops)):
+        if not root.writable(path):
+            folder = (root.path / path).parent
+            raise NotPermittedError(
+                f"{folder} cannot be written by user {os.geteuid()}",
+                hint="run it as the owner of this environment, or while the image is built",
+                data={"path": str(folder)},
+            )
+
+
+def _check_space(root: Root, ops: Sequence[FileOp]) -> None:
+    total = sum(len(data) for op in ops for data in (op.old_bytes, op.new_bytes) if data)
+    needed, free = 2 * total + _SPARE_BYTES, root.free_bytes()
+    if free < needed:
+        raise NotPermittedError(
+            f"{root.path} has {free} bytes free, expected at least {needed}",
+            hint="free some space and run it again; nothing was changed",
+        )
+
+
+def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
+    tx = f"{time.time_ns():x}-{os.getpid()}"
+    before = store.read_ledger(root)
+    entries = dict(before.entries)
+    made: list[RelPath] = []
+    dropped: set[RelPath] = set()
+    ops: list[JournalOp] = []
+    for plan in plans:
+        entries.pop(plan.backend, None)
+        if plan.ledger is not None:
+            entries[plan.backend] = plan.ledger
+        for op in plan.ops:
+            ops.append(_journal_op(root, op, tx))
+            if op.action == "create":
+                made += [f for f in _folders(op.path) if f not in made and not root.has_folder(f)]
+            elif op.action == "delete":
+                # No wheel holds an empty folder: one that is left empty was made for our file.
+                dropped.update(_folders(op.path)[1:])
+    deepest_first = tuple(sorted(dropped, key=lambda f: (-f.count("/"), f)))
+    return Journal(tx, False, tuple(ops), tuple(made), deepest_first, before, Ledger(entries))
+
+
+def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
+    file = root.read(op.path)
+    if sha256_or_none(file.data if file else None) != op.old_sha:
+        raise _changed(root, op.path)
+    name = op.path.rpartition("/")[2]
+    mode, owner = (file.mode, (file.uid, file.gid)) if file else (op.mode, _owner(root, op.path))
+    return JournalOp(
+        op.path, f".{name}.fp8ctl-{tx}" if op.new_sha else "", op.old_sha, op.new_sha, mode, owner
+    )
+
+
+def _folders(path: RelPath) -> list[RelPath]:
+    """Return the folders that a file lies in, the top one first."""
+    parts = path.split("/")[:-1]
+    return [RelPath("/".join(parts[:i])) for i in range(1, len(parts) + 1)]
+
+
+def _owner(root: Root, path: str) -> tuple[int, int]:
+    """Return the owner of the nearest folder that is there."""
+    try:
+        return root.owner(path)
+    except FileNotFoundError:
+        return _owner(root, path.rpartition("/")[0])
+
+
+def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
+    for folder in journal.made:
+        root.make_folder(folder)
+    for op, entry in zip(ops, journal.ops, strict=True):
+        if op.new_bytes is not None:
+            _write(root, entry, op.new_bytes, root.read(op.path))
+    for parent in _parents(journal.ops, journal.made):
+        root.sync_folder(parent)
+    for entry in journal.ops:
+        # Somebody else may have edited it since it was read.
+        if _sha(root, entry.path) != entry.old:
+            raise _changed(root, entry.path)
+
+
+def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None) -> None:
+    mtime = max(time.time_ns(), old.mtime_ns + _MTIME_STEP_NS if old else 0)
+    root.stage(op.staged_path, data, mode=op.mode, owner=op.owner, mtime_ns=mtime)
+
+
+def _finish(root: Root, journal: Journal) -> None:
+    """Do what a committed journal says; every step may have been done already."""
+    for op in journal.ops:
+        if _sha(root, op.path) == op.new:
+            if op.staged:
+                root.unlink(op.staged_path)
+        elif op.staged:
+            root.rename(op.staged_path, op.path.rpartition("/")[2])
+        else:
+            root.unlink(op.path)
+    _settle(root, journal.ops, journal.dropped)
+    for op in journal.ops:
+        found = _sha(root, op.path)
+        if found != op.new:
+            raise DriftError(
+                f"{root.path / op.path} reads back as {short(found)}, {short(op.new)} was written"
+            )
+    store.write_ledger(root, journal.ledger)
+    store.end_journal(root, journal)
+
+
+def _roll_back(root: Root, journal: Journal) -> None:
+    """Put every file of a journal back as it was before; a file of a third content stays."""
+    for op in journal.ops:
+        if op.staged:
+            root.unlink(op.staged_path)
+    changed = [op for op in journal.ops if _sha(root, op.path) == op.new]
+    for op in changed:
+        if op.old is None:
+            root.unlink(op.path)
+            continue
+        data = store.read_blob(root, op.old)
+        if data is None:
+            raise DriftError(
+                f"{root.path / op.path}: its content {short(op.old)} is not in the store",
+                hint="reinstall the engine",
+            )
+        for folder in _folders(op.path):
+            root.make_folder(folder)  # gone with the last file in it
+        way_back = replace(op, staged=op.staged or f".{op.path.rpartition('/')[2]}.fp8ctl-back")
+        _write(root, way_back, data, root.read(op.path))
+        root.rename(way_back.staged_path, op.path.rpartition("/")[2])
+    _settle(root, changed, journal.made[::-1])
+    if store.read_ledger(root) != journal.before:
+        store.write_ledger(root, journal.before)
+    store.end_journal(root, journal)
+
+
+def _settle(root: Root, ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> None:
+    """Make the renames durable, drop stale bytecode and the folders that are no longer needed."""
+    for op in ops:
+        root.drop_bytecode(op.path)
+    for folder in folders:
+        root.remove_folder(f"{folder}/__pycache__")
+        root.remove_folder(folder)
+    for parent in _parents(ops, folders):
+        root.sync_folder(parent)
+
+
+def _parents(ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> list[str]:
+    return sorted({path.rpartition("/")[0] for path in (*(op.path for op in ops), *folders)})
+
+
+def _sha(root: Root, path: str) -> Sha256 | None:
+    file = root.read(path)
+    return sha256_or_none(file.data if file else None)
+
+
+def _changed(root: Root, path: RelPath) -> DriftError:
+    return DriftError(
+        f"{root.path / path} was changed by somebody else just now; nothing was changed by fp8ctl",
+        hint="run the same command again",
+    )

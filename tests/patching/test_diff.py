@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8ctl.errors import DiffError, HunkError
+from fp8ctl.patching import diff
+from fp8ctl.patching.names import RelPath
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+P = RelPath("pkg/a.py")
+OLD = b"".join(b"line %d\n" % i for i in range(20))
+NEW = OLD.replace(b"line 9\n", b"line nine\n")
+GOOD = diff.render(P, OLD, NEW)
+
+# Every kind of end and every line that looks like part of a diff.
+LINE = st.sampled_from(
+    [
+        b"", b"x", b"y", b"same", b"same", b"\r", b"a\rb", b"\x0c", b"\x0b", b"\xe2\x80\xa8",
+        b"\xff\x80", b"-- a/x", b"++ b/x", b"@@ -1 +1 @@", b"diff --git a/x b/x",
+        b"\\ No newline at end of file", b" lead", b"\tb", b"-", b"+",
+    ]
+)  # fmt: skip
+CONTENT = st.builds(
+    lambda lines, end: b"\n".join(lines) + (b"\n" if end and lines else b""),
+    st.lists(LINE, max_size=14),
+    st.booleans(),
+)
+
+
+def one(data: bytes) -> diff.FileDiff:
+    (file,) = diff.parse(data)
+    return file
+
+
+class TestLaws:
+    @given(CONTENT, CONTENT)
+    @settings(max_examples=150, deadline=None)
+    def test_apply_gives_the_new_bytes_and_reverse_the_old_ones(
+        self, old: bytes, new: bytes
+    ) -> None:
+        if old == new:
+            return
+        change = one(diff.render(P, old, new))
+        assert diff.apply(change, old) == diff.Applied(new, (0,) * len(change.hunks))
+        assert diff.apply(diff.reverse(change), new).data == old
+        assert diff.reverse(diff.reverse(change)) == change
+
+    @given(CONTENT)
+    @settings(max_examples=40, deadline=None)
+    def test_a_created_file_is_made_and_its_reverse_removes_it(self, new: bytes) -> None:
+        change = one(diff.render(P, None, new, mode=0o755))
+        assert (change.kind, change.mode) == ("create", 0o755)
+        assert diff.apply(change, None).data == new
+        assert diff.apply(diff.reverse(change), new).data is None
+
+    @given(CONTENT, CONTENT, CONTENT)
+    @settings(max_examples=100, deadline=None)
+    def test_a_search_never_gives_other_bytes_than_the_exact_place(
+        self, old: bytes, new: bytes, base: bytes
+    ) -> None:
+        if old == new:
+            return
+        change = one(diff.render(P, old, new))
+        for content in (old, base):
+            try:
+                found = diff.apply(change, content, search=True)
+            except HunkError:
+                continue
+            if not any(found.offsets):
+                assert found == diff.apply(change, content)
+
+    @given(st.data())
+    @settings(max_examples=150, deadline=None)
+    def test_a_mutated_diff_is_refused_or_changes_only_what_it_says(
+        self, data: st.DataObject
+    ) -> None:
+        text = bytearray(GOOD)
+        for _ in range(data.draw(st.integers(1, 3))):
+            at = data.draw(st.integers(0, len(text) - 1))
+            size = data.draw(st.sampled_from([0, 1, 1, 20]))
+            text[at : at + size] = data.draw(st.binary(max_size=2))
+        try:
+            for file in diff.parse(bytes(text)):
+                result = diff.apply(file, None if file.kind == "create" else OLD)
+                assert diff.apply(diff.reverse(file), result.data).data in (OLD, None)
+        except (DiffError, HunkError):
+            pass
+
+
+class TestAgainstGit:
+    @pytest.mark.parametrize("old_end", [b"", b"\n"])
+    @pytest.mark.parametrize("new_end", [b"", b"\n"])
+    @pytest.mark.parametrize("eol", [b"\n", b"\r\n"])
+    def test_what_git_writes_is_read_and_what_is_rendered_git_applies(
+        self, tmp_path: Path, old_end: bytes, new_end: bytes, eol: bytes
+    ) -> None:
+        old = eol.join(b"l%d" % i for i in range(9)) + old_end
+        new = old.replace(b"l4", b"L4").removesuffix(old_end) + new_end
+        file = tmp_path / P
+        file.parent.mkdir()
+        _git(tmp_path, "init", "-q")
+        file.write_bytes(old)
+        _git(tmp_path, "add", "-f", P)
+        file.write_bytes(new)
+        by_git = _git(tmp_path, "-c", "core.autocrlf=false", "diff", "--no-color", "--", P)
+        assert diff.apply(one(by_git), old).data == new
+        file.write_bytes(old)
+        _git(tmp_path, "apply", "-", stdin=diff.render(P, old, new))
+        assert file.read_bytes() == new
+
+    def test_blob_ids_are_those_of_git(self, tmp_path: Path) -> None:
+        _git(tmp_path, "init", "-q")
+        assert (
+            diff.git_blob(OLD)
+            == _git(tmp_path, "hash-object", "--stdin", stdin=OLD).decode().strip()
+        )
+
+
+def _git(folder: Path, *args: str, stdin: bytes = b"") -> bytes:
+    done = subprocess.run(
+        ["git", *args],
+        cwd=folder,
+        input=stdin,
+        capture_output=True,
+        check=True,
+        env={"PATH": "/usr/bin:/bin", "GIT_CONFIG_NOSYSTEM": "1", "HOME": str(folder)},
+    )
+    return done.stdout
+
+
+def replaced(old: bytes, new: bytes) -> bytes:
+    assert old in GOOD
+    return GOOD.replace(old, new)
+
+
+_HEAD = b"diff --git a/pkg/a.py b/pkg/a.py\n"
+_INDEX = GOOD.split(b"\n")[1] + b"\n"
+
+REFUSED = {
+    "empty": b"",
+    "garbage": b"hello\n",
+    "not a git diff": GOOD.removeprefix(_HEAD + _INDEX),
+    "mail header": b"From: me\n\n" + GOOD,
+    "mail signature": GOOD + b"-- \n2.39.5\n",
+    "trailing blank line": GOOD + b"\n",
+    "cut off": GOOD[:-1],
+    "one line short": GOOD[: GOOD.rindex(b" line 12")],
+    "lines beyond the count": GOOD + b"+extra\n",
+    "count too large": replaced(b"-7,7", b"-7,8"),
+    "line numbers that disagree": replaced(b"+7,7", b"+8,7"),
+    "zero-padded count": replaced(b"-7,7", b"-07,7"),
+    "absolute path": GOOD.replace(b"pkg/a.py", b"/etc/x"),
+    "path with ..": GOOD.replace(b"pkg/a.py", b"../x.py"),
+    "path with NUL": GOOD.replace(b"pkg/a.py", b"p\0g/a.py"),
+    "path with backslash": GOOD.replace(b"pkg/a.py", b"pkg\\a.py"),
+    "empty path": GOOD.replace(b"a/pkg/a.py", b"a/").replace(b"b/pkg/a.py", b"b/"),
+    "quoted path": GOOD.replace(b"a/pkg/a.py", b'"a/pkg/a.py"').replace(
+        b"b/pkg/a.py", b'"b/pkg/a.py"'
+    ),
+    "other prefix": GOOD.replace(b"a/pkg", b"w/pkg"),
+    "two names": replaced(b"+++ b/pkg/a.py", b"+++ b/pkg/b.py"),
+    "two names in the header": replaced(b" b/pkg/a.py\nindex", b" b/pkg/b.py\nindex"),
+    "rename": _HEAD + b"similarity index 90%\nrename from pkg/a.py\nrename to pkg/b.py\n",
+    "copy": _HEAD + b"copy from pkg/a.py\ncopy to pkg/b.py\n",
+    "mode change": _HEAD + b"old mode 100644\nnew mode 100755\n",
+    "symlink": _HEAD
+    + b"new file mode 120000\nindex 0000000..1de5659\n--- /dev/null\n+++ b/pkg/a.py\n"
+    + b"@@ -0,0 +1,1 @@\n+target\n\\ No newline at end of file\n",
+    "symlink by its index line": replaced(b" 100644\n", b" 120000\n"),
+    "submodule": replaced(b" 100644\n", b" 160000\n"),
+    "setuid": _HEAD + b"new file mode 104755\nindex 0000000..e69de29\n",
+    "binary": _HEAD
+    + b"index 1234567..1234568 100644\nBinary files a/pkg/a.py and b/pkg/a.py differ\n",
+    "git binary patch": _HEAD
+    + b"index 1234567..1234568\nGIT binary patch\nliteral 1\nIcmZQz00IC2\n",
+    "header only": _HEAD + _INDEX,
+    "same file twice": GOOD + GOOD,
+    "creation of an existing file": replaced(b"--- a/pkg/a.py", b"--- /dev/null"),
+    "created with old lines": GOOD.replace(_INDEX, b"new file mode 100644\n" + _INDEX).replace(
+        b"--- a/pkg/a.py", b"--- /dev/null"
+    ),
+    "no context": _HEAD + b"--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -9,1 +9,1 @@\n-line 8\n+x\n",
+    "no change": _HEAD + b"--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1,1 +1,1 @@\n line 0\n",
+    "marker first": _HEAD
+    + b"--- a/pkg/a.py\n+++ b/pkg/a.py\n@@ -1,1 +1,1 @@\n\\ No newline at end of file\n-a\n+b\n",
+    "marker in the middle": GOOD.replace(b" line 8\n", b" line 8\n\\ No newline at end of file\n"),
+    "ed script": b"1d\nw\n",
+    "context diff": b"*** a/x\n--- b/x\n***************\n*** 1 ****\n! a\n--- 1 ----\n! b\n",
+    "lone CR in the header": replaced(b"--- a/pkg/a.py\n", b"--- a/pkg/a.py\r\n"),
+}  # fmt: skip
+
+
+class TestHostileInput:
+    def test_the_diff_that_the_others_are_made_of_is_accepted(self) -> None:
+        assert diff.apply(one(GOOD), OLD).data == NEW
+
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_is_refused(self, name: str) -> None:
+        with pytest.raises(DiffError):
+            diff.parse(REFUSED[name])
+
+    def test_hunks_out_of_order_are_refused(self) -> None:
+        both = diff.render(P, OLD, OLD.replace(b"e 2\n", b"e two\n").replace(b"e 17", b"e x"))
+        head, first, second = both.partition(b"@@ -1,6")[0], *both.split(b"@@ -")[1:]
+        assert len(one(both).hunks) == 2
+        with pytest.raises(DiffError, match="order"):
+            diff.parse(head + b"@@ -" + second + b"@@ -" + first)
+
+    def test_overlapping_hunks_are_refused(self) -> None:
+        hunk = GOOD[GOOD.index(b"@@") :]
+        with pytest.raises(DiffError, match="overlaps"):
+            diff.parse(GOOD + hunk)
+
+    def test_too_much_is_refused(self) -> None:
+        big = diff.render(P, OLD, NEW + b"#" * diff.MAX_DIFF_BYTES + b"\n")
+        with pytest.raises(DiffError, match="bytes"):
+            diff.parse(big)
+        assert diff.parse(big, max_bytes=2 * len(big))
+        with pytest.raises(HunkError, match="bytes"):
+            diff.apply(one(GOOD), OLD + b"#" * diff.MAX_FILE_BYTES)
+
+
+class TestPlace:
+    def test_shifted_lines_are_refused_unless_a_search_was_asked_for(self) -> None:
+        shifted = b"# one\n# two\n" + OLD
+        with pytest.raises(HunkError, match="line 7 is 'line 4"):
+            diff.apply(one(GOOD), shifted)
+        assert diff.apply(one(GOOD), shifted, search=True) == diff.Applied(
+            b"# one\n# two\n" + NEW, (2,)
+        )
+
+    def test_context_that_occurs_twice_is_refused_even_at_its_stated_place(self) -> None:
+        with pytest.raises(HunkError, match="2 times, at lines 7, 27"):
+            diff.apply(one(GOOD), OLD + OLD, search=True)
+
+    @pytest.mark.parametrize("content", [b"", OLD.replace(b"line 8\n", b"line 8 \n")])
+    def test_no_fuzz_is_allowed(self, content: bytes) -> None:
+        for search in (False, True):
+            with pytest.raises(HunkError):
+                diff.apply(one(GOOD), content, search=search)
+
+    def test_hunks_found_in_another_order_are_refused(self) -> None:
+        a = b"".join(b"a%d\n" % i for i in range(9))
+        b = b"".join(b"b%d\n" % i for i in range(9))
+        new = (a + b).replace(b"a4", b"A4").replace(b"b4", b"B4")
+        change = one(diff.render(P, a + b, new))
+        assert diff.apply(change, b"#\n" + a + b, search=True).offsets == (1, 1)
+        with pytest.raises(HunkError, match="before the end"):
+            diff.apply(change, b + a, search=True)
+
+    def test_a_hunk_without_trailing_context_stands_at_the_end_only(self) -> None:
+        change = one(diff.render(P, OLD, OLD + b"more\n"))
+        assert diff.apply(change, b"#\n" + OLD, search=True).data == b"#\n" + OLD + b"more\n"
+        with pytest.raises(HunkError):
+            diff.apply(change, OLD + b"other\n", search=True)
+
+    def test_line_ends_count(self) -> None:
+        with pytest.raises(HunkError):
+            diff.apply(one(GOOD), OLD.replace(b"\n", b"\r\n"))
+
+    def test_a_file_that_is_there_is_not_created_and_one_that_is_not_is_not_modified(self) -> None:
+        with pytest.raises(HunkError, match="is there already"):
+            diff.apply(one(diff.render(P, None, b"x\n")), b"x\n")
+        with pytest.raises(HunkError, match="is not there"):
+            diff.apply(one(GOOD), None)
+
+    def test_a_file_that_has_grown_is_not_deleted(self) -> None:
+        change = diff.reverse(one(diff.render(P, None, b"x\n")))
+        with pytest.raises(HunkError):
+            diff.apply(change, b"x\ny\n")
+        empty = diff.reverse(one(diff.render(P, None, b"")))
+        with pytest.raises(HunkError, match="longer"):
+            diff.apply(empty, b"x\n")

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fp8ctl.errors import ConflictError, DriftError, NotFoundError
+from fp8ctl.patching.names import RelPath, sha256_of
+
+A = RelPath("sglang/srt/a.py")
+B = RelPath("sglang/srt/b.py")
+C = RelPath("sglang/c.py")
+NEW = RelPath("sglang/added/d.py")
+
+
+class TestState:
+    """One file's state follows from its hash, and from what fp8ctl wrote down."""
+
+    def test_untouched_is_pristine(self, lab: Any) -> None:
+        status = lab.status()
+        assert status.state == "pristine"
+        assert not status.applied
+        assert {f.matches_record for f in status.files} == {True, None}
+
+    def test_patched_is_applied_and_hashes_name_what_holds_a_patch(self, lab: Any) -> None:
+        lab.patch("third")
+        status = lab.status()
+        assert (status.state, status.applied) == ("applied", {"third"})
+        assert set(status.hashes) == {C, NEW}
+
+    def test_patched_is_applied_also_when_the_store_is_lost(self, lab: Any) -> None:
+        lab.patch("first", "second")
+        shutil.rmtree(lab.site / ".fp8ctl")
+        assert lab.status().applied == {"first", "second"}
+
+    def test_half_a_patch_is_partial(self, lab: Any) -> None:
+        before = lab.read(B)
+        lab.patch("second")
+        shutil.rmtree(lab.site / ".fp8ctl")
+        (lab.site / B).write_bytes(before)
+        status = lab.status()
+        assert (status.file(A).state, status.state) == ("partial", "partial")
+        assert (status.applied, status.present) == (frozenset(), {"second"})
+
+    def test_an_edit_on_top_is_drift(self, lab: Any) -> None:
+        lab.patch("first")
+        (lab.site / A).write_bytes(lab.read(A) + b"# mine\n")
+        assert lab.status().file(A).state == "drifted"
+
+    def test_a_reinstalled_file_is_superseded(self, lab: Any) -> None:
+        before = lab.read(A)
+        lab.patch("first")
+        (lab.site / A).write_bytes(before)
+        assert lab.status().file(A).state == "superseded"
+
+    def test_a_removed_file_is_missing(self, lab: Any) -> None:
+        (lab.site / A).unlink()
+        assert lab.status().file(A).state == "missing"
+
+    def test_files_after_an_upgrade_are_superseded(self, lab: Any) -> None:
+        lab.patch("first")
+        (lab.site / "sglang-0.4.8.dist-info").rename(lab.site / "sglang-0.4.9.dist-info")
+        (lab.site / A).write_bytes(b"# a newer release\n")
+        assert lab.status().file(A).state == "superseded"
+
+
+class TestChoice:
+    def test_defaults_are_taken_where_they_fit_the_host(self, lab: Any) -> None:
+        assert lab.plan_patch().after == ("first", "second", "third", "fourth")
+        assert "gpu-only" in lab.plan_patch(device="cuda").after
+        reasons = {c.id: c.reason for c in lab.plan_patch().choices}
+        assert reasons["gpu-only"] == "for cuda, and this host has no GPU"
+        assert reasons["rival"].startswith("not a default")
+
+    def test_requirements_are_pulled_in_and_said(self, lab: Any) -> None:
+        plan = lab.plan_patch("fourth")
+        assert plan.after == ("first", "fourth")
+        assert {c.id: c.reason for c in plan.choices}["first"] == "required by fourth"
+
+    def test_conflicts_are_refused(self, lab: Any) -> None:
+        lab.plan_patch("rival")
+        with pytest.raises(ConflictError, match="second and rival"):
+            lab.plan_patch("second", "rival")
+        lab.patch("second")
+        with pytest.raises(ConflictError, match="second and rival"):
+            lab.plan_patch("rival")
+
+    def test_an_unknown_patch_is_refused(self, lab: Any) -> None:
+        for plan in (lab.plan_patch, lab.plan_revert):
+            with pytest.raises(NotFoundError):
+                plan("nope")
+
+    def test_what_another_patch_requires_is_not_taken_back_alone(self, lab: Any) -> None:
+        lab.patch("fourth")
+        with pytest.raises(ConflictError, match="fourth is applied and requires first") as e:
+            lab.plan_revert("first")
+        assert e.value.hint == "fp8ctl revert --backend sglang --patch fourth --patch first"
+        assert lab.plan_revert("first", "fourth").after == ()
+
+    def test_a_plan_changes_nothing(self, lab: Any) -> None:
+        before = lab.tree()
+        assert lab.plan_patch().ops
+        assert lab.tree() == before
+
+
+class TestImages:
+    """Files are rebuilt from pristine: the order of commands does not matter."""
+
+    @pytest.mark.parametrize("order", list(itertools.permutations(["first", "second", "third"])))
+    def test_any_order_gives_the_same_bytes(self, lab: Any, order: tuple[str, ...]) -> None:
+        pristine = lab.tree()
+        for patch_id in order:
+            lab.patch(patch_id)
+        for path, table in lab.series.images.items():
+            want = table[lab.series.touching(path) & set(order)]
+            assert sha256_of(lab.read(path)) == want
+        for patch_id in order:
+            lab.revert(patch_id)
+        assert lab.tree() == pristine
+
+    @settings(
+        max_examples=12,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+    @given(data=st.data())
+    def test_any_walk_over_permitted_sets_leaves_the_table_s_bytes(
+        self, lab: Any, data: st.DataObject
+    ) -> None:
+        lab.revert()
+        pristine = lab.tree()
+        for _ in range(4):
+            wanted = data.draw(st.sampled_from(list(lab.series.permitted())))
+            present = lab.status().applied
+            if present - wanted:
+                lab.revert(*(present - wanted))
+            if wanted:
+                lab.patch(*wanted)
+            assert lab.status().applied == wanted
+            for path, table in lab.series.images.items():
+                file = lab.site / path
+                found = sha256_of(file.read_bytes()) if file.exists() else None
+                assert found == table[lab.series.touching(path) & wanted]
+        lab.revert()
+        assert lab.tree() == pristine
+
+    def test_an_offset_that_an_earlier_patch_makes_is_no_drift(self, lab: Any) -> None:
+        plan = lab.plan_patch("first", "second")
+        (op,) = (o for o in plan.ops if o.path == A)
+        assert op.offsets == (("second", (2,)),)
+        assert plan.drifted == ()
+
+    def test_the_second_time_there_is_nothing_to_do(self, lab: Any) -> None:
+        assert lab.plan_revert().empty
+        lab.patch()
+        assert lab.plan_patch().empty
+        assert lab.plan_patch("first").empty
+        assert not lab.plan_revert().empty
+
+    def test_a_half_applied_patch_is_completed(self, lab: Any) -> None:
+        before = lab.read(B)
+        lab.patch("second")
+        (lab.site / B).write_bytes(before)
+        assert [o.path for o in lab.plan_patch("first").ops] == [A, B]
+        lab.patch("first")
+        assert lab.status().applied == {"first", "second"}
+
+
+class TestLostStore:
+    def test_revert_takes_the_patches_off_by_their_diffs(self, lab: Any) -> None:
+        pristine = lab.tree()
+        lab.patch()
+        shutil.rmtree(lab.site / ".fp8ctl")
+        lab.revert()
+        assert lab.tree() == pristine
+
+    def test_a_further_patch_is_built_from_what_was_before(self, lab: Any) -> None:
+        pristine = lab.tree()
+        lab.patch("second")
+        shutil.rmtree(lab.site / ".fp8ctl")
+        lab.patch("first")
+        assert lab.status().applied == {"first", "second"}
+        lab.revert()
+        assert lab.tree() == pristine
+
+    def test_a_lost_pre_image_alone_is_survived(self, lab: Any) -> None:
+        pristine = lab.tree()
+        lab.patch()
+        shutil.rmtree(lab.site / ".fp8ctl" / "blobs")
+        lab.revert()
+        assert lab.tree() == pristine
+
+
+class TestNewerText:
+    def test_a_changed_patch_replaces_the_old_text_from_the_stored_pre_image(
+        self, lab: Any
+    ) -> None:
+        pristine = lab.tree()
+        lab.patch("first")
+        old_text = lab.read(A)
+        change = lab.series.patch("first")
+        newer = lab.series
+        hunk = change.files[0].hunks[0]
+        after = tuple(b"newer = 1\n" if b"first = " in x else x for x in hunk.after)
+        file = dataclasses.replace(change.files[0], hunks=(dataclasses.replace(hunk, after=after),))
+        patch = dataclasses.replace(change, files=(file,), diff_sha256=sha256_of(b"newer"))
+        newer = dataclasses.replace(newer, patches=(patch,))
+        base = pristine[A][0]
+        image = sha256_of(newer.build(A, base, ["first"]).data or b"")
+        pre = newer.pristine[A]
+        lab.series = dataclasses.replace(
+            newer,
+            pristine={A: pre},
+            images={A: {frozenset(): pre, frozenset({"first"}): image}},
+        )
+        assert lab.status().applied == {"first"}
+        lab.patch("first")
+        assert lab.read(A) == old_text.replace(b"first = True\n", b"newer = 1\n")
+        lab.revert()
+        assert lab.tree() == pristine
+
+
+class TestDrift:
+    """An unknown file is patched only when asked and where it fits once; and exactly undone."""
+
+    def drift(self, lab: Any) -> bytes:
+        other: bytes = b"# another build\n" + lab.read(A)
+        (lab.site / A).write_bytes(other)
+        return other
+
+    def test_is_refused_naming_file_hashes_and_the_way_out(self, lab: Any) -> None:
+        other = self.drift(lab)
+        before = lab.tree()
+        with pytest.raises(DriftError, match="edited after it was installed") as e:
+            lab.patch("first", target=" --python P")
+        assert A in e.value.message
+        assert sha256_of(other)[:12] in e.value.message
+        assert (lab.series.pristine[A] or "")[:12] in e.value.message
+        assert e.value.hint == "fp8ctl patch --backend sglang --python P --allow-drift"
+        assert lab.tree() == before
+
+    def test_says_when_the_file_is_as_installed(self, lab: Any) -> None:
+        import base64
+        import hashlib
+
+        other = self.drift(lab)
+        record = lab.site / "sglang-0.4.8.dist-info" / "RECORD"
+        digest = base64.urlsafe_b64encode(hashlib.sha256(other).digest()).decode().rstrip("=")
+        lines = [
+            f"{A},sha256={digest},{len(other)}" if line.startswith(A) else line
+            for line in record.read_text().splitlines()
+        ]
+        record.write_text("\n".join(lines) + "\n")
+        with pytest.raises(DriftError, match="another build"):
+            lab.patch("first")
+
+    def test_is_patched_at_an_offset_when_allowed_and_put_back_exactly(self, lab: Any) -> None:
+        other = self.drift(lab)
+        before = lab.tree()
+        plan = lab.patch("first", allow_drift=True)
+        assert plan.drifted == (A,)
+        assert plan.ops[0].offsets == (("first", (1,)),)
+        assert b"first = True" in lab.read(A)
+        assert lab.status().applied == {"first"}
+        assert lab.plan_patch("first").empty
+        lab.patch("second")
+        assert b"second = True" in lab.read(A)
+        lab.revert("first")
+        assert lab.read(A).startswith(b"# another build\n")
+        assert b"first" not in lab.read(A)
+        lab.revert()
+        assert lab.read(A) == other
+        assert lab.tree() == before
+
+    def test_is_refused_where_the_context_is_not_unique(self, lab: Any) -> None:
+        (lab.site / A).write_bytes(lab.read(A) * 2)
+        with pytest.raises(DriftError, match=r"does not fit.*2 times"):
+            lab.patch("first", allow_drift=True)
+
+    def test_in_a_file_that_no_asked_patch_touches_is_of_no_matter(self, lab: Any) -> None:
+        self.drift(lab)
+        assert [o.path for o in lab.plan_patch("third").ops] == [NEW, C]
+
+    def test_a_file_in_the_way_of_a_new_one_is_never_overwritten(self, lab: Any) -> None:
+        (lab.site / NEW).parent.mkdir()
+        (lab.site / NEW).write_bytes(b"somebody else's\n")
+        for allow in (False, True):
+            with pytest.raises(DriftError, match="in the way"):
+                lab.patch("third", allow_drift=allow)
+        assert lab.read(NEW) == b"somebody else's\n"
+
+    def test_a_missing_file_is_refused(self, lab: Any) -> None:
+        (lab.site / A).unlink()
+        with pytest.raises(DriftError, match="is not there") as e:
+            lab.patch("first", allow_drift=True)
+        assert e.value.hint == "pip install --force-reinstall --no-deps sglang==0.4.8"
+
+
+class TestRevertIsNoVandal:
+    def test_an_edit_on_top_is_not_lost(self, lab: Any) -> None:
+        lab.patch("first", "third")
+        edited = lab.read(A) + b"# mine\n"
+        (lab.site / A).write_bytes(edited)
+        before = lab.tree()
+        with pytest.raises(DriftError, match="edited since"):
+            lab.revert()
+        assert lab.tree() == before
+        lab.revert("third")
+        assert lab.read(A) == edited
+        assert not (lab.site / NEW).exists()
+
+    def test_a_reinstalled_file_is_forgotten_only(self, lab: Any) -> None:
+        pristine = lab.tree()
+        lab.patch("first")
+        (lab.site / A).write_bytes(pristine[A][0])
+        plan = lab.revert()
+        assert plan.ops == ()
+        assert "reinstalled" in plan.notes[0]
+        assert lab.tree() == pristine
+
+    def test_an_upgraded_engine_is_left_alone_and_what_fp8ctl_made_goes(self, lab: Any) -> None:
+        lab.patch("first", "third")
+        (lab.site / "sglang-0.4.8.dist-info").rename(lab.site / "sglang-0.4.9.dist-info")
+        for path in (A, C):
+            (lab.site / path).write_bytes(b"# a newer release\n")
+        lab.revert()
+        assert lab.read(A) == lab.read(C) == b"# a newer release\n"
+        assert not (lab.site / NEW).exists()
+        assert not (lab.site / ".fp8ctl").exists()
+
+    def test_a_file_that_is_gone_is_forgotten(self, lab: Any) -> None:
+        lab.patch("third")
+        (lab.site / NEW).unlink()
+        assert "removed" in lab.revert().notes[0]
+        assert not (lab.site / ".fp8ctl").exists()
