@@ -1,0 +1,443 @@
+"""`fp8ctl install`: a managed environment with the pinned engine.
+
+The environment is a virtual environment of the interpreter that runs fp8ctl,
+filled from a lock file (`fp8ctl/locks/`): an unconstrained resolver today takes
+packages newer than these engines were made for. pip and uv are started with the
+user's environment, so that their index settings hold.
+
+A virtual environment cannot be moved, so it is built in place: its folder is
+marked as unfinished first and as finished last. An unfinished one is removed
+and made again; a finished one with the same lock is used as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8ctl import environment, hardware
+from fp8ctl.environment import LABELS, MARKER, SUPPORTED, BackendName
+from fp8ctl.errors import (
+    BusyError,
+    ConflictError,
+    EngineFailedError,
+    NotFoundError,
+    NotPermittedError,
+    UnsupportedError,
+    UsageError,
+)
+from fp8ctl.packager import UV_SETTINGS, run_command, run_pip
+from fp8ctl.render import human_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fp8ctl.render import JsonObject, Reporter
+
+DEVICES = ("cpu", "cuda")
+# The versions that every pin of every lock has a wheel for.
+PYTHONS = ((3, 11), (3, 12))
+
+_STARTED = ".fp8ctl-unfinished"
+CONSTRAINTS = "constraints.txt"
+_LOCKS = Path(__file__).parent / "locks"
+# Settings that would send packages somewhere else than into the new environment.
+_MISLEADING = ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PYTHONHOME", "PYTHONPATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock file: exact versions, with the size of each download.
+
+    Attributes:
+        pins: requirement (`torch==2.13.0`) to bytes, as measured; in the file's order.
+        installed: bytes on disk afterwards, None where not measured.
+        sha256: of the pins, the identity of an environment made from them; another
+            comment in the file makes nothing anew.
+    """
+
+    path: Path
+    pins: dict[str, int]
+    installed: int | None
+    sha256: str
+
+    @property
+    def download(self) -> int:
+        """Bytes to download in all, about."""
+        return sum(self.pins.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an installation will do.
+
+    Attributes:
+        commands: argument lists, run in this order.
+        constraints: lines of the file that the placeholder `CONSTRAINTS` in a
+            command stands for.
+    """
+
+    backend: BackendName
+    device: str
+    folder: Path
+    lock: Lock
+    tool: str
+    commands: tuple[tuple[str, ...], ...]
+    constraints: tuple[str, ...]
+
+    @property
+    def python(self) -> Path:
+        """The interpreter of the environment."""
+        return self.folder / "bin" / "python"
+
+
+def read_lock(backend: BackendName, device: str) -> Lock:
+    """Return the lock of an engine on a device.
+
+    Raises:
+        UnsupportedError: the engine has no release for the device.
+    """
+    if (backend, device) == ("vllm", "cpu"):
+        raise UnsupportedError(
+            f"vLLM {SUPPORTED['vllm']} cannot be installed for the CPU: "
+            "its released wheel is a CUDA build",
+            hint="fp8ctl install sglang --device cpu",
+        )
+    path = _LOCKS / f"{backend}-{SUPPORTED[backend]}-{device}.txt"
+    text = path.read_text(encoding="utf-8")
+    pins = {}
+    for line in text.splitlines():
+        match = re.fullmatch(r"(\S+==\S+)\s+# ([\d.]+) MB", line)
+        if match:
+            pins[match.group(1)] = round(float(match.group(2)) * 1e6)
+    disk = re.search(r"^# installed: about ([\d.]+) GB", text, re.M)
+    return Lock(
+        path,
+        pins,
+        round(float(disk.group(1)) * 1e9) if disk else None,
+        hashlib.sha256("\n".join(pins).encode()).hexdigest(),
+    )
+
+
+def make_plan(backend: BackendName, device: str | None, folder: Path | None) -> Plan:
+    """Return what installing would do; reads only.
+
+    Args:
+        device: `cpu` or `cuda`; None: `cuda` where a GPU is seen.
+        folder: of the environment; None: the managed one.
+
+    Raises:
+        UsageError: no such device.
+        UnsupportedError: no release of the engine for it, or not for this Python.
+    """
+    if device is None:
+        device = "cuda" if hardware.detect().gpus else "cpu"
+    if device not in DEVICES:
+        raise UsageError(
+            f"unknown device {device!r}, expected {' or '.join(DEVICES)}",
+            hint=f"fp8ctl install {backend} --device cpu",
+        )
+    lock = read_lock(backend, device)
+    if sys.version_info[:2] not in PYTHONS:
+        known = " or ".join(f"{a}.{b}" for a, b in PYTHONS)
+        raise UnsupportedError(
+            f"{LABELS[backend]} {SUPPORTED[backend]} is installed with Python {known}; "
+            f"fp8ctl runs on {sys.version_info[0]}.{sys.version_info[1]}",
+            hint="python3.11 -m pip install fp8ctl, and install again from there",
+        )
+    target = folder.expanduser().absolute() if folder else environment.managed_dir(backend, device)
+    tool, uv = _tool()
+    python = str(target / "bin" / "python")
+    if uv:
+        make: tuple[str, ...] = (sys.executable, "-m", "venv", "--without-pip", str(target))
+        add: tuple[str, ...] = (uv, "pip", "install", "--python", python)
+    else:
+        make = (sys.executable, "-m", "venv", str(target))
+        add = (python, "-m", "pip", "install", "--no-input", "--disable-pip-version-check")
+        add += ("--progress-bar", "off")
+    torch = next(pin for pin in lock.pins if pin.startswith("torch=="))
+    everything = (*add, "--no-deps", "-r", str(lock.path))
+    if device == "cpu":
+        # An index's own torch 2.13.0 may be a CUDA build: it cannot be imported
+        # without its CUDA packages, which the lock cannot know. It asks for its own
+        # triton as well, which the second command replaces.
+        commands: tuple[tuple[str, ...], ...] = (
+            make,
+            (*add, "-c", CONSTRAINTS, torch),
+            everything,
+        )
+        constraints = tuple(pin for pin in lock.pins if not pin.startswith("triton=="))
+    else:
+        commands, constraints = (make, everything), ()
+    return Plan(backend, device, target, lock, tool, commands, constraints)
+
+
+def _tool() -> tuple[str, str | None]:
+    """Choose pip, or uv where the user has set uv up or asked for it."""
+    wanted = os.environ.get("FP8CTL_INSTALLER")
+    if wanted not in (None, "", "pip", "uv"):
+        raise UsageError(
+            f"FP8CTL_INSTALLER is {wanted!r}, expected pip or uv",
+            hint="export FP8CTL_INSTALLER=pip",
+        )
+    uv = shutil.which("uv")
+    if wanted == "uv" and not uv:
+        raise NotFoundError(
+            "FP8CTL_INSTALLER is uv, but there is no uv on PATH",
+            hint="export FP8CTL_INSTALLER=pip",
+        )
+    if uv and (wanted == "uv" or (not wanted and any(os.environ.get(v) for v in UV_SETTINGS))):
+        return "uv", uv
+    return "pip", None
+
+
+def install(
+    report: Reporter, backend: BackendName, device: str | None = None, folder: Path | None = None
+) -> Path:
+    """Make or reuse the environment of an engine, and return its interpreter.
+
+    Raises:
+        Fp8ctlError: see `execute` and `make_plan`.
+    """
+    plan = make_plan(backend, device, folder)
+    if not is_finished(plan):
+        execute(report, plan)
+    return plan.python
+
+
+def run(
+    report: Reporter, *, engine: str, device: str | None, folder: Path | None, dry_run: bool
+) -> JsonObject:
+    """Run `fp8ctl install`."""
+    plan = make_plan(environment.parse_backend(engine), device, folder)
+    data: JsonObject = {
+        "engine": plan.backend,
+        "version": SUPPORTED[plan.backend],
+        "device": plan.device,
+        "folder": str(plan.folder),
+        "python": str(plan.python),
+        "installer": plan.tool,
+        "download_bytes": plan.lock.download,
+        "commands": [_shown(plan, c) for c in plan.commands],
+    }
+    if is_finished(plan):
+        report.data(f"already installed: {plan.python}")
+        return data | {"changed": False}
+    if dry_run:
+        _announce(report, plan)
+        for command in plan.commands:
+            report.data(_shown(plan, command))
+        return data | {"changed": False}
+    seconds = execute(report, plan)
+    report.data(f"{LABELS[plan.backend]} {SUPPORTED[plan.backend]}: {plan.python}")
+    target = "" if folder is None else f" --python {plan.python}"
+    following = f"fp8ctl doctor{target}"
+    report.say(f"next: {following}")
+    return data | {"changed": True, "seconds": round(seconds, 1), "next": following}
+
+
+def _shown(plan: Plan, command: tuple[str, ...]) -> str:
+    """Return a command as bash takes it; the constraints come from the lock."""
+    lock = shlex.quote(str(plan.lock.path))
+    return shlex.join(command).replace(f"-c {CONSTRAINTS}", f"-c <(grep -v '^triton==' {lock})")
+
+
+def is_finished(plan: Plan) -> bool:
+    """Say whether the folder holds a finished environment made from the same lock."""
+    try:
+        marker = json.loads((plan.folder / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(marker, dict) and marker.get("lock") == plan.lock.sha256 and plan.python.exists()
+    )
+
+
+def execute(report: Reporter, plan: Plan) -> float:
+    """Build the environment, and return the seconds it took.
+
+    Raises:
+        BusyError: another installation works on the folder, or a process runs from it.
+        ConflictError: the folder holds something that fp8ctl did not make.
+        NotFoundError: the index does not have a package, or cannot be reached.
+        NotPermittedError: the folder cannot be written, or the disk is full.
+        EngineFailedError: pip or uv failed in another way.
+    """
+    started = time.monotonic()
+    with _locked(plan.folder):
+        if is_finished(plan):  # by whoever held the lock before
+            return time.monotonic() - started
+        _clear(plan.folder)
+        _require_space(plan)
+        _announce(report, plan)
+        try:
+            plan.folder.mkdir(parents=True)
+            (plan.folder / _STARTED).write_text("made by fp8ctl install\n", encoding="utf-8")
+        except OSError as e:
+            raise _not_permitted(plan.folder, e) from e
+        try:
+            _fill(report, plan)
+        except BaseException:
+            _remove(plan.folder)
+            raise
+        marker = {
+            "engine": plan.backend,
+            "version": SUPPORTED[plan.backend],
+            "device": plan.device,
+            "lock": plan.lock.sha256,
+        }
+        # One rename turns unfinished into finished.
+        mark = plan.folder / _STARTED
+        mark.write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
+        mark.rename(plan.folder / MARKER)
+    return time.monotonic() - started
+
+
+def _announce(report: Reporter, plan: Plan) -> None:
+    size = human_bytes(plan.lock.download)
+    report.say(
+        f"{LABELS[plan.backend]} {SUPPORTED[plan.backend]} for {plan.device}: "
+        f"{len(plan.lock.pins)} packages, about {size} to download with {plan.tool} "
+        f"(less what its cache holds), into {plan.folder}"
+    )
+    if plan.device == "cpu":
+        report.say(
+            "An index without a CPU build of torch adds about 2.5 GB of CUDA packages: "
+            "PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL can name a place that has one"
+        )
+
+
+def _fill(report: Reporter, plan: Plan) -> None:
+    env = {k: v for k, v in os.environ.items() if k not in _MISLEADING}
+    env["VIRTUAL_ENV"] = str(plan.folder)
+    with tempfile.TemporaryDirectory(prefix="fp8ctl-install-") as scratch:
+        constraints = Path(scratch) / CONSTRAINTS
+        constraints.write_text("\n".join(plan.constraints) + "\n", encoding="utf-8")
+        make, *adds = [
+            [str(constraints) if a == CONSTRAINTS else a for a in c] for c in plan.commands
+        ]
+        with report.step("Make the virtual environment"):
+            run_command(make, env)
+        for number, command in enumerate(adds, 1):
+            what = "torch" if number < len(adds) else "packages"
+            if plan.tool == "uv":
+                with report.step(f"Install {what} with uv"):
+                    run_command(command, env)
+            else:
+                # Of two commands the first brings torch, and the second all else.
+                pins = {
+                    pin: size
+                    for pin, size in plan.lock.pins.items()
+                    if len(adds) == 1 or pin.startswith("torch==") == (what == "torch")
+                }
+                run_pip(report, command, env, what, pins)
+    with report.step("Look at what was installed"):
+        found = environment.find(plan.python, None).engines
+        if not any(e.backend == plan.backend and e.supported for e in found):
+            raise EngineFailedError(
+                f"{plan.tool} ended well, but {plan.folder} holds no "
+                f"{LABELS[plan.backend]} {SUPPORTED[plan.backend]}",
+                hint=shlex.join(adds[-1]),
+            )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder; beside it, since the folder itself comes and goes."""
+    path = folder.with_name(folder.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as e:
+        raise _not_permitted(path.parent, e) from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise BusyError(
+                f"another installation works on {folder}",
+                hint="wait for it, or name another folder with --dir",
+            ) from e
+        yield
+        # The file stays: unlinking it would let two holders lock two inodes.
+    finally:
+        os.close(handle)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier installation left; nothing that fp8ctl did not make."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ConflictError(
+            f"{folder} is there and is not a folder", hint="name another one with --dir"
+        )
+    if not folder.exists():
+        return
+    entries = set(os.listdir(folder))
+    if entries and not entries & {_STARTED, MARKER}:
+        raise ConflictError(
+            f"{folder} is not empty and was not made by fp8ctl install",
+            hint="name a new or empty folder with --dir",
+        )
+    users = _processes(folder)
+    if users:
+        raise BusyError(
+            f"{folder} is to be made anew, but processes run from it: {', '.join(users)}",
+            hint="fp8ctl stop --all",
+        )
+    _remove(folder)
+    if folder.exists():
+        raise NotPermittedError(f"cannot remove {folder}", hint=f"rm -r {shlex.quote(str(folder))}")
+
+
+def _processes(folder: Path) -> list[str]:
+    import psutil
+
+    prefix = str(folder) + os.sep
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        argv = process.info["cmdline"] or [""]
+        if argv[0].startswith(prefix) and process.pid != os.getpid():
+            found.append(str(process.pid))
+    return found
+
+
+def _remove(folder: Path) -> None:
+    # A removal that is cut short must leave a folder that is ours and unfinished:
+    # so it is marked so first, and the mark goes last.
+    with contextlib.suppress(OSError):
+        (folder / MARKER).rename(folder / _STARTED)
+    with contextlib.suppress(OSError):
+        for entry in sorted(folder.iterdir(), key=lambda p: p.name == _STARTED):
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        folder.rmdir()
+
+
+def _require_space(plan: Plan) -> None:
+    if plan.lock.installed is None:
+        return
+    free = shutil.disk_usage(plan.folder.parent).free
+    if free < plan.lock.installed:
+        raise NotPermittedError(
+            f"{plan.folder.parent} has {human_bytes(free)} free; "
+            f"the environment takes about {human_bytes(plan.lock.installed)}",
+            hint="--dir FOLDER on another disk",
+        )
+
+
+def _not_permitted(path: Path, e: OSError) -> NotPermittedError:
+    return NotPermittedError(f"cannot write {path}: {e.strerror}", hint="--dir FOLDER that you own")

@@ -1,0 +1,212 @@
+"""What doctor knows: one function per subject, each from facts to findings.
+
+Here those about the interpreter and the engines; `host_rules` has the rest. A rule speaks of the
+two supported engine versions only, costs nothing, and says what to type.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8ctl import host_rules
+from fp8ctl.environment import LABELS, SUPPORTED
+from fp8ctl.findings import Facts, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fp8ctl.environment import Engine
+
+
+def examine(facts: Facts) -> tuple[Finding, ...]:
+    """Return the findings of every rule, in the order to be read."""
+    found: list[Finding] = [*_python(facts)]
+    if not facts.environment.engines:
+        found.append(
+            Finding(
+                "engine",
+                "engine",
+                "fail",
+                f"no vLLM and no SGLang in {facts.environment.site_packages}",
+                "fp8ctl install sglang",
+            )
+        )
+    for engine in facts.environment.engines:
+        found += _engine(engine)
+        if engine.supported and engine.kind != "editable":
+            found += _files(facts, engine)
+            found += _patches(facts, engine)
+    found += _neighbours(facts)
+    found += host_rules.packages(facts)
+    found += host_rules.gpus(facts)
+    found += host_rules.variables(facts)
+    return tuple(found)
+
+
+def _python(facts: Facts) -> Iterator[Finding]:
+    version = facts.environment.python_version
+    text = f"Python {version[0]}.{version[1]}"
+    # Hooks and kernels run inside the engine (3.10); vLLM 0.9.1 says <3.13.
+    if (3, 10) <= version < (3, 13):
+        yield Finding("python", "Python", "ok", text)
+    else:
+        yield Finding(
+            "python",
+            "Python",
+            "fail",
+            f"{text}; the engines with fp8ctl's hooks need 3.10 to 3.12",
+            "python3.12 -m venv NEW, and install the engine there",
+        )
+
+
+def _engine(engine: Engine) -> Iterator[Finding]:
+    name, wanted = LABELS[engine.backend], SUPPORTED[engine.backend]
+    check = name
+    facts: dict[str, object] = {"backend": engine.backend, "version": engine.version}
+    if not engine.supported:
+        yield Finding(
+            "engine-version",
+            check,
+            "fail",
+            f"{engine.label} is not supported; fp8ctl knows {name} {wanted}",
+            f"fp8ctl install {engine.backend}",
+            facts | {"expected": wanted},
+        )
+    else:
+        by = f", installed by {engine.installer}" if engine.installer else ""
+        yield Finding(
+            "engine-version", check, "ok", f"{engine.label} ({engine.kind}{by})", None, facts
+        )
+    if engine.kind == "editable":
+        yield Finding(
+            "engine-editable",
+            check,
+            "fail",
+            f"editable install of {engine.package_dir}: fp8ctl does not patch a work tree",
+            f"fp8ctl install {engine.backend}, or `git apply` in {engine.package_dir.parent}",
+            {"package_dir": str(engine.package_dir)},
+        )
+    if engine.shadowed_by:
+        yield Finding(
+            "engine-shadowed",
+            check,
+            "warn",
+            f"`import {engine.backend}` takes {engine.shadowed_by}, not {engine.package_dir}",
+            f"take {engine.shadowed_by.parent} out of PYTHONPATH",
+            {"imported": str(engine.shadowed_by)},
+        )
+
+
+def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
+    record = engine.record
+    check = f"{LABELS[engine.backend]} files"
+    pin = f"{engine.backend}=={SUPPORTED[engine.backend]}"
+    again = f"{facts.pip} --force-reinstall --no-deps {pin}"
+    if not record.present:
+        yield Finding("engine-files", check, "warn", "no RECORD to verify the files against", again)
+        return
+    status = facts.patches.get(engine.backend)
+    ours = (
+        set()
+        if status is None or isinstance(status, str)
+        else {str(f.path) for f in status.files if f.patches}
+    )
+    strange = [f for f in record.modified if f not in ours]
+    if record.missing:
+        yield Finding(
+            "engine-files",
+            check,
+            "fail",
+            f"{_count(record.missing, 'file')} of RECORD missing: {_some(record.missing)}",
+            again,
+            {"missing": list(record.missing)},
+        )
+    if strange:
+        yield Finding(
+            "engine-files",
+            check,
+            "warn",
+            f"{_count(strange, 'file')} changed since the release, not by fp8ctl: {_some(strange)}",
+            again,
+            {"modified": strange},
+        )
+    if not record.missing and not strange:
+        changed = len(record.modified)
+        but = f", but {changed} that fp8ctl patched" if changed else ""
+        yield Finding("engine-files", check, "ok", f"{record.checked} files as released{but}")
+    if record.read_only_dirs or not facts.environment.writable:
+        yield Finding(
+            "engine-writable",
+            check,
+            "warn",
+            f"{facts.environment.site_packages} is not writable for you: it cannot be patched",
+            f"fp8ctl install {engine.backend}",
+            {"folders": list(record.read_only_dirs)},
+        )
+    if record.linked:
+        yield Finding(
+            "engine-links",
+            check,
+            "info",
+            f"{record.linked} files share their inode with an installer's cache; fp8ctl replaces "
+            "files and never writes into them, an editor may do otherwise",
+        )
+
+
+def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
+    status = facts.patches.get(engine.backend)
+    check = f"{LABELS[engine.backend]} patches"
+    command = f"fp8ctl patch --backend {engine.backend}{facts.target}"
+    if status is None or isinstance(status, str):
+        yield Finding("patches", check, "warn", f"cannot be told: {status or 'not asked'}")
+        return
+    applied = [p.id for p in status.patches if p.state == "applied"]
+    data: dict[str, object] = {
+        "state": status.state,
+        "applied": applied,
+        "files": {str(f.path): f.state for f in status.files},
+    }
+    torn = [p.id for p in status.patches if p.state == "partial"]
+    if status.interrupted or torn:
+        what = "an earlier command was cut short" if status.interrupted else ", ".join(torn)
+        yield Finding("patches", check, "fail", f"applied in part: {what}", command, data)
+    elif status.state in ("drifted", "missing"):
+        bad = [str(f.path) for f in status.files if f.state == status.state]
+        yield Finding(
+            "patches", check, "warn", f"{status.state}: {_some(bad)}", f"{command} --dry-run", data
+        )
+    elif applied:
+        yield Finding("patches", check, "ok", f"applied: {', '.join(applied)}", None, data)
+    else:
+        count = len(status.patches)
+        yield Finding("patches", check, "info", f"pristine, {count} patches known", command, data)
+
+
+def _neighbours(facts: Facts) -> Iterator[Finding]:
+    environment = facts.environment
+    if len(environment.engines) > 1:
+        yield Finding(
+            "both-engines",
+            "engines",
+            "warn",
+            "vLLM and SGLang share one environment; vLLM 0.9.1 pins torch 2.7.0, SGLang 0.4.8 "
+            f"pins 2.7.1: torch is {environment.packages.get('torch', 'missing')}",
+            "fp8ctl install sglang, and keep them apart",
+        )
+    for name, versions in (environment.duplicates or {}).items():
+        yield Finding(
+            "duplicate-metadata",
+            name,
+            "warn",
+            f"{name} has {len(versions)} metadata folders: {', '.join(versions)}",
+            f"{facts.pip} --force-reinstall --no-deps {name}",
+            {"versions": list(versions)},
+        )
+
+
+def _count(items: tuple[str, ...] | list[str], noun: str) -> str:
+    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+
+
+def _some(items: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
