@@ -18,7 +18,14 @@ def _base(variable: str, fallback: str, kind: str) -> Path:
     if home:
         return Path(home).expanduser().absolute() / kind
     root = os.environ.get(variable)
-    return (Path(root) if root else Path.home() / fallback) / "fp8ctl"
+    if root and os.path.isabs(root):  # the specification has relative ones ignored
+        return Path(root) / "fp8ctl"
+    try:
+        return Path.home() / fallback / "fp8ctl"
+    except RuntimeError as e:
+        raise NotPermittedError(
+            f"user {os.getuid()} has no home folder", hint="export FP8CTL_HOME=/a/folder/you/own"
+        ) from e
 
 
 def cache_dir() -> Path:

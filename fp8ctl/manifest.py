@@ -1,0 +1,248 @@
+"""The plan of a model as data: what planning makes and quantize, launch and check follow.
+
+Made purely from config.json and headers, printed, written as JSON, read back
+unchanged. The digest covers everything but where the model lies, so the same
+plan for a copied folder is the same plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl import formats, models, policy
+from fp8ctl.errors import UsageError
+from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.policy import Backend, Decision, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+SCHEMA = 1
+RECORD = "fp8ctl.json"  # in a checkpoint that fp8ctl wrote: its plan and recipe
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """One tensor of the source checkpoint and what becomes of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    quantize: bool
+    reason: Reason
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes in the source."""
+        return _count(self.shape) * models.DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A rule of the engine that the plan breaks.
+
+    Attributes:
+        rule: short identifier: `merged-n`, `column-n`, `row-k`, `group-k`, `expert-n`, `tp`.
+        tensor: the first tensor that breaks it.
+        count: how many do, in the same way.
+        message: one sentence with the value found and the value expected.
+    """
+
+    rule: str
+    tensor: str
+    count: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is quantised, in which format, for which engine, and whether that fits.
+
+    Attributes:
+        model: folder of the source.
+        family: architecture, or "unknown".
+        backend: the engine whose rules were applied; None for both.
+        block: in block mode.
+        rejected: blocks that were tried first, each with its problems.
+        notes: what a user should know and no rule forbids.
+    """
+
+    model: Path
+    model_type: str
+    family: str
+    backend: Backend | None
+    mode: Mode
+    tp: int
+    block: BlockSize | None
+    tensors: tuple[PlannedTensor, ...]
+    problems: tuple[Problem, ...] = ()
+    rejected: tuple[tuple[BlockSize, tuple[Problem, ...]], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.problems
+
+    @property
+    def quantized(self) -> Iterator[PlannedTensor]:
+        """The tensors that become FP8."""
+        return (tensor for tensor in self.tensors if tensor.quantize)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan without the place of the model, in hexadecimal."""
+        return _digest(self._body())
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all tensors of the source."""
+        return sum(tensor.bytes_before for tensor in self.tensors)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors of the result, scales included."""
+        return sum(self.bytes_of(tensor) for tensor in self.tensors)
+
+    def bytes_of(self, tensor: PlannedTensor) -> int:
+        """Return the bytes that `tensor` takes in the result, with its scales."""
+        if not tensor.quantize:
+            return tensor.bytes_before
+        return _count(tensor.shape) + 4 * _count(self.scale_shape(tensor))
+
+    def scale_shape(self, tensor: PlannedTensor) -> tuple[int, ...]:
+        """Return the shape of the scales of a quantised tensor."""
+        return formats.scale_shape(tensor.shape, self.mode, self.block)
+
+    def quantization_config(self, backend: Backend | None = None) -> dict[str, object]:
+        """Return the `quantization_config` for config.json or an engine's override.
+
+        Args:
+            backend: the engine that will read it; None takes the plan's own, and
+                where that is None too, both spellings of ignored layers are given.
+        """
+        kept = policy.kept_modules((t.name, Decision(t.quantize, t.reason)) for t in self.tensors)
+        return formats.quantization_config(
+            self.mode,
+            self.block,
+            ignored_layers=policy.ignored_layers(kept, backend or self.backend),
+            not_converted=kept,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        """Return the manifest: JSON types only."""
+        body = self._body()
+        return {
+            "schema": SCHEMA,
+            "digest": _digest(body),
+            "model": str(self.model),
+            "fits": self.fits,
+            **body,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Plan:
+        """Read a manifest back.
+
+        Raises:
+            UsageError: another schema, a field missing or of the wrong kind, or
+                a digest that the content does not have.
+        """
+        if document.get("schema") != SCHEMA:
+            raise UsageError(
+                f"a plan of schema {document.get('schema')!r}; expected {SCHEMA}",
+                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+            )
+        try:
+            block = document["block_size"]
+            plan = cls(
+                model=Path(document["model"]),
+                model_type=str(document["model_type"]),
+                family=str(document["family"]),
+                backend=document["backend"],
+                mode=Mode(document["mode"]),
+                tp=int(document["tp"]),
+                block=None if block is None else BlockSize(int(block[0]), int(block[1])),
+                tensors=tuple(
+                    PlannedTensor(
+                        t["name"], t["dtype"], tuple(t["shape"]), t["quantize"], Reason(t["reason"])
+                    )
+                    for t in document["tensors"]
+                ),
+                problems=_problems(document["problems"]),
+                rejected=tuple(
+                    (BlockSize(*entry["block_size"]), _problems(entry["problems"]))
+                    for entry in document["rejected"]
+                ),
+                notes=tuple(document["notes"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as e:
+            raise UsageError(
+                f"not a plan: {type(e).__name__} {e}",
+                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+            ) from e
+        if plan.digest != document.get("digest"):
+            raise UsageError(
+                f"the plan was edited: its digest is {plan.digest[:16]},"
+                f" it says {str(document.get('digest'))[:16]}",
+                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+            )
+        return plan
+
+    def _body(self) -> dict[str, object]:
+        return {
+            "model_type": self.model_type,
+            "family": self.family,
+            "backend": self.backend,
+            "mode": self.mode.value,
+            "tp": self.tp,
+            "block_size": None if self.block is None else [self.block.n, self.block.k],
+            "recipe": formats.RECIPE,
+            "problems": [_problem(p) for p in self.problems],
+            "rejected": [
+                {"block_size": [b.n, b.k], "problems": [_problem(p) for p in problems]}
+                for b, problems in self.rejected
+            ],
+            "notes": list(self.notes),
+            "tensors": [
+                {
+                    "name": t.name,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "quantize": t.quantize,
+                    "reason": t.reason.value,
+                    "bytes_before": t.bytes_before,
+                    "bytes_after": self.bytes_of(t),
+                }
+                for t in self.tensors
+            ],
+        }
+
+
+def _problem(problem: Problem) -> dict[str, object]:
+    return {
+        "rule": problem.rule,
+        "tensor": problem.tensor,
+        "count": problem.count,
+        "message": problem.message,
+    }
+
+
+def _problems(entries: list[dict[str, Any]]) -> tuple[Problem, ...]:
+    return tuple(Problem(e["rule"], e["tensor"], int(e["count"]), e["message"]) for e in entries)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _digest(body: dict[str, object]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

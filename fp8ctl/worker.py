@@ -1,0 +1,142 @@
+"""The part of fp8ctl that imports torch, in a process and an interpreter of its own.
+
+    python -m fp8ctl.worker TASK
+
+Arguments come as one JSON object on stdin. Each line on stdout is one JSON
+object: {"progress": [done, total]}, then {"result": {...}} or
+{"error": {"id", "message", "hint", "data"}}. Whatever a library prints goes to
+stderr. `TASKS` is the registry: a task takes its arguments and a progress
+function and returns a JSON object. Python 3.10, standard library and torch;
+`interpreter.run_worker` is the other end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from fp8ctl.errors import Fp8ctlError, NotFoundError, UsageError
+
+Progress = Callable[[int, int], None]
+Task = Callable[[dict[str, Any], Progress], dict[str, Any]]
+
+
+def quantize(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Write the checkpoint of `plan` (a manifest) to `out`; `extra` goes into fp8ctl.json."""
+    from fp8ctl import checkpoint
+    from fp8ctl.manifest import Plan
+
+    return checkpoint.convert(
+        Plan.from_json(arguments["plan"]),
+        Path(arguments["out"]),
+        progress,
+        arguments.get("extra"),
+    )
+
+
+def expect(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return `digests`: name to 16 hexadecimal digits, of the FP8 form of `plan`'s model."""
+    from fp8ctl import checkpoint
+    from fp8ctl.kernels.digest import to_text
+    from fp8ctl.manifest import Plan
+
+    plan = Plan.from_json(arguments["plan"])
+    found = checkpoint.expected_digests(plan.model, plan, progress)
+    return {"digests": {name: to_text(value) for name, value in found.items()}}
+
+
+def fetch(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Fetch the Hub model `repository` at `revision`; return its `path`."""
+    repository, revision = arguments["repository"], arguments.get("revision")
+    try:
+        snapshot_download = importlib.import_module("huggingface_hub").snapshot_download
+    except ImportError as e:
+        raise NotFoundError(
+            f"model {repository} is not in the local cache, and {sys.executable} has no"
+            " huggingface_hub to fetch it with",
+            hint="pip install huggingface_hub",
+        ) from e
+    try:
+        path = snapshot_download(
+            repository,
+            revision=revision,
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"],
+        )
+    except (OSError, ValueError) as e:
+        # huggingface_hub's errors, offline included, derive from one of the two.
+        raise NotFoundError(
+            f"cannot fetch model {repository}: {str(e).strip().splitlines()[0]}",
+            hint="give the folder of a checkpoint, or fetch the model where there is a network",
+        ) from e
+    return {"path": path}
+
+
+def demo_model(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Write the GGUF file `gguf` as a BF16 checkpoint to the folder `out`."""
+    from fp8ctl import gguf
+
+    return gguf.convert(Path(arguments["gguf"]), Path(arguments["out"]), progress)
+
+
+TASKS: dict[str, Task] = {
+    "quantize": quantize,
+    "expect": expect,
+    "fetch": fetch,
+    "demo-model": demo_model,
+}
+
+
+def run(task: str, arguments: dict[str, Any], out: TextIO) -> int:
+    """Run one task and write its lines to `out`; return the exit code."""
+
+    def send(document: dict[str, Any]) -> None:
+        out.write(json.dumps(document) + "\n")
+        out.flush()
+
+    last = 0.0
+
+    def progress(done: int, total: int) -> None:
+        # Ten lines a second are plenty for a bar.
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 0.1 or done >= total:
+            last = now
+            send({"progress": [done, total]})
+
+    error: Fp8ctlError
+    try:
+        if task not in TASKS:
+            raise UsageError(f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}")
+        result = TASKS[task](arguments, progress)
+    except Fp8ctlError as e:
+        error = e
+    except Exception as e:  # noqa: BLE001 - the other end must hear of anything
+        traceback.print_exc()
+        error = Fp8ctlError(f"worker task {task}: unexpected {type(e).__name__}: {e}")
+    else:
+        send({"result": result})
+        return 0
+    body = {"id": error.id, "message": error.message, "hint": error.hint, "data": error.data}
+    send({"error": body})
+    return error.exit_code
+
+
+def main() -> int:
+    """Serve one task; stdout is kept for the protocol alone."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        if len(sys.argv) != 2:
+            sys.stderr.write("usage: python -m fp8ctl.worker TASK < arguments.json\n")
+            return UsageError.exit_code
+        return run(sys.argv[1], json.load(sys.stdin), out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

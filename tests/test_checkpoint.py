@@ -1,0 +1,251 @@
+"""Converted checkpoints hold exactly what the kernel makes of the source, or do not exist."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fp8ctl import checkpoint, models
+from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
+from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.kernels import reference
+from fp8ctl.kernels.digest import digest
+from fp8ctl.manifest import Plan
+from fp8ctl.planning import make_plan
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYER = "model.layers.0"
+BLOCK = BlockSize(32, 16)
+
+
+def weights(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * 0.02).bfloat16()
+
+    return {
+        "model.embed_tokens.weight": normal(50, 64),
+        f"{LAYER}.self_attn.q_proj.weight": normal(64, 64),
+        f"{LAYER}.self_attn.q_proj.bias": normal(64),
+        f"{LAYER}.self_attn.k_proj.weight": normal(32, 64),
+        f"{LAYER}.self_attn.v_proj.weight": normal(32, 64),
+        f"{LAYER}.self_attn.o_proj.weight": normal(64, 64),
+        f"{LAYER}.mlp.gate_proj.weight": normal(96, 64).half(),
+        f"{LAYER}.mlp.up_proj.weight": normal(96, 64).float(),
+        # 51 rows: an odd number of code bytes, behind which nothing may be misaligned.
+        f"{LAYER}.mlp.down_proj.weight": normal(51, 96),
+        f"{LAYER}.input_layernorm.weight": normal(64).float(),
+        "model.steps": torch.tensor(7),
+        "model.empty": torch.zeros(0, 3),
+    }
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    folder.mkdir()
+    config = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 16, "rope": [1]}))
+    (folder / "tokenizer.json").write_text('{"a": "ü"}')
+    (folder / "chat_template.jinja").write_text("{{ x }}")
+    (folder / "pytorch_model.bin").write_bytes(b"left behind")
+    (folder / ".hidden").write_text("left behind")
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = sorted(tensors)
+    mapping: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i::shards]}
+        save_file(part, folder / file)
+        mapping |= dict.fromkeys(part, file)
+    (folder / models.INDEX).write_text(json.dumps({"weight_map": mapping}))
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save(tmp_path / "source", weights())
+
+
+def planned(model: Path, mode: Mode = Mode.BLOCK) -> Plan:
+    return make_plan(model, None, mode, 1, BLOCK if mode is Mode.BLOCK else None)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def wanted(tensors: dict[str, torch.Tensor], mode: Mode) -> dict[str, torch.Tensor]:
+    result = {}
+    for name, tensor in tensors.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = tensor
+        elif mode is Mode.BLOCK:
+            block = (BLOCK.n, BLOCK.k)
+            result[name], result[name + "_scale_inv"] = reference.quantize_block(tensor, block)
+        else:
+            result[name], result[name + "_scale"] = reference.quantize_per_tensor(tensor)
+    return result
+
+
+@pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_every_tensor_is_the_kernel_s_or_the_source_s_own(
+    tmp_path: Path, mode: Mode, shards: int
+) -> None:
+    source = save(tmp_path / "sharded", weights(), shards)
+    plan = planned(source, mode)
+    seen = []
+    checkpoint.convert(plan, tmp_path / "out", lambda done, total: seen.append((done, total)))
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == sorted(path.name for path in source.glob("*.safetensors"))
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        found |= load_file(tmp_path / "out" / file)
+        with safe_open(tmp_path / "out" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    expected = wanted(weights(), mode)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert same(found[name], tensor), name
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == plan.bytes_before
+
+
+def test_the_index_places_scales_beside_weights_and_counts_bytes(tmp_path: Path) -> None:
+    plan = planned(save(tmp_path / "sharded", weights(), 3))
+    checkpoint.convert(plan, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / models.INDEX).read_text())
+    found = models.read_checkpoint(tmp_path / "out")
+    assert index["weight_map"] == {name: info.file for name, info in found.tensors.items()}
+    assert index["metadata"]["total_size"] == found.nbytes == plan.bytes_after
+    for tensor in plan.quantized:
+        assert index["weight_map"][tensor.name] == index["weight_map"][f"{tensor.name}_scale_inv"]
+
+
+def test_tensors_are_aligned_to_their_elements(source: Path, tmp_path: Path) -> None:
+    checkpoint.convert(planned(source), tmp_path / "out")
+    for info in models.read_checkpoint(tmp_path / "out").tensors.values():
+        assert info.start % models.DTYPE_BYTES[info.dtype] == 0, info.name
+
+
+def test_everything_but_weights_is_carried_over(source: Path, tmp_path: Path) -> None:
+    plan = planned(source)
+    result = checkpoint.convert(plan, tmp_path / "out", extra={"cache_key": "k"})
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "chat_template.jinja",
+        "config.json",
+        "fp8ctl.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert config.pop("quantization_config") == plan.quantization_config()
+    assert config == json.loads((source / "config.json").read_text())
+    record = json.loads((out / "fp8ctl.json").read_text())
+    assert record["files"] == result["files"]
+    assert record["cache_key"] == "k"
+    assert Plan.from_json(record["plan"]) == plan
+
+
+def test_expected_digests_are_those_of_the_written_tensors(source: Path, tmp_path: Path) -> None:
+    for mode in (Mode.BLOCK, Mode.PER_TENSOR):
+        plan = planned(source, mode)
+        out = tmp_path / mode.value
+        checkpoint.convert(plan, out)
+        written = load_file(out / "model.safetensors")
+        expected = checkpoint.expected_digests(source, plan)
+        assert expected == {name: digest(tensor) for name, tensor in written.items()}
+
+
+def test_a_nan_names_its_tensor_and_place_and_leaves_nothing(tmp_path: Path) -> None:
+    tensors = weights()
+    tensors[f"{LAYER}.mlp.up_proj.weight"][40, 5] = float("nan")
+    source = save(tmp_path / "bad", tensors)
+    with pytest.raises(PlanDoesNotFitError, match=r"mlp.up_proj.weight: .*nan at index \[40, 5\]"):
+        checkpoint.convert(planned(source), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def test_a_target_that_holds_something_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("mine")
+    with pytest.raises(ConflictError, match="not empty"):
+        checkpoint.convert(planned(source), out)
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    (out / "mine").unlink()
+    checkpoint.convert(planned(source), out)
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_target_that_appears_meanwhile_is_left_alone(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def intrude(done: int, total: int) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine").write_text("mine")
+
+    with pytest.raises(ConflictError, match="cannot put the checkpoint"):
+        checkpoint.convert(planned(source), out, intrude)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_told_before_writing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(NotPermittedError, match="10 bytes free"):
+        checkpoint.convert(planned(source), tmp_path / "deep" / "out")
+    assert not (tmp_path / "deep").exists()
+
+
+def test_a_source_that_is_not_the_planned_one_is_refused(source: Path, tmp_path: Path) -> None:
+    plan = planned(source)
+    tensors = weights()
+    tensors[f"{LAYER}.mlp.down_proj.weight"] = torch.zeros(52, 96).bfloat16()
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(ConflictError, match=r"down_proj.weight is .*\(52, 96\)"):
+        checkpoint.convert(plan, tmp_path / "out")
+    with pytest.raises(ConflictError):
+        checkpoint.expected_digests(source, plan)
+
+
+_BLOCKED = """
+import sys
+for name in ("typer", "rich", "unidiff", "httpx", "packaging", "psutil", "safetensors", "click"):
+    sys.modules[name] = None
+import fp8ctl.worker, fp8ctl.checkpoint, fp8ctl.manifest
+import fp8ctl.kernels.reference, fp8ctl.kernels.digest, fp8ctl.kernels.quantize
+try:
+    import triton
+except ImportError:
+    pass
+else:
+    import fp8ctl.kernels.block
+assert "fp8ctl.render" not in sys.modules and "fp8ctl.cli" not in sys.modules
+"""
+
+
+def test_the_worker_needs_none_of_the_command_line_s_packages() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _BLOCKED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
