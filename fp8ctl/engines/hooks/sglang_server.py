@@ -1,0 +1,299 @@
+"""SGLang 0.4.8's server with a gate in front: `python -m fp8ctl.engines.hooks.sglang_server`.
+
+Takes the arguments of `sglang.launch_server` and starts that server, with
+
+- the gate of `gate.py` around every route that generates,
+- `GET /fp8ctl/state` and `POST /fp8ctl/report`, behind the API key if there is one,
+- the API key from `FP8CTL_API_KEY`, which must not stand in argv,
+- what `sglang_worker` installs in the scheduler processes.
+
+The module's top level runs again in every spawned child, as `__mp_main__`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import sys
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl.engines.hooks import manifest, ranklog, sglang_worker
+from fp8ctl.engines.hooks.gate import (
+    App,
+    Gate,
+    GateMiddleware,
+    Outcome,
+    Receive,
+    Scope,
+    Send,
+    answer_json,
+)
+from fp8ctl.engines.hooks.secret import Secret
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+sglang_worker.install()
+
+FROM_DISK = "/update_weights_from_disk"
+RELEASING = "/release_memory_occupation"
+#: Routes that write weights; the gate is closed until their outcome is known.
+UPDATING = frozenset(
+    {
+        FROM_DISK,
+        "/update_weights_from_distributed",
+        "/update_weights_from_tensor",
+    }
+)
+#: Seconds for every rank to answer a question: digests of a large model take a while.
+ANSWER_WITHIN = 600.0
+
+
+class Workers:
+    """Asks the scheduler processes, through SGLang's own route for custom loaders."""
+
+    def __init__(self, http_server: Any, server_args: Any) -> None:
+        self._http_server = http_server
+        self.ranks: int = server_args.tp_size
+        #: Without the memory saver, releasing gives nothing up.
+        self.can_release = bool(server_args.enable_memory_saver)
+
+    def listen(self) -> None:
+        """Have the tokenizer manager read the schedulers' answers; needs the event loop.
+
+        SGLang starts that with the first request that generates, and a server that
+        awaits its weights gets none: routes such as /get_server_info would hang.
+        """
+        self._http_server._global_state.tokenizer_manager.auto_create_handle_loop()
+
+    async def ask(self, what: str, **details: object) -> list[dict[str, Any]]:
+        """Return one answer per rank, in the order of ranks.
+
+        Raises:
+            RuntimeError: the engine refused, a rank failed or did not answer in time.
+        """
+        import torch
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        folder = ranklog.run_dir()
+        if folder is None:
+            raise RuntimeError(f"{ranklog.RUN_DIR} is not set: there is no place for answers")
+        number = uuid.uuid4().hex
+        question = {"id": number, "what": what, **details}
+        bits = torch.tensor(list(json.dumps(question).encode()), dtype=torch.uint8)
+        # One payload a rank: what torch hands over by file descriptor can be read once.
+        payloads = [
+            MultiprocessingSerializer.serialize([(sglang_worker.QUESTION, bits)])
+            for _ in range(self.ranks)
+        ]
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=payloads,
+            load_format=sglang_worker.LOADER,
+            flush_cache=False,
+        )
+        manager = self._http_server._global_state.tokenizer_manager
+        ok, message = await manager.update_weights_from_tensor(request, None)
+        if not ok:
+            raise RuntimeError(message)
+        try:
+            answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]
+        finally:
+            for rank in range(self.ranks):
+                _answer(folder, number, rank).unlink(missing_ok=True)
+        failed = [f"rank {a['rank']}: {a['error']}" for a in answers if "error" in a]
+        if failed:
+            raise RuntimeError("; ".join(failed))
+        return answers
+
+
+def _answer(folder: Path, question: str, rank: int) -> Path:
+    return folder / "reports" / f"{question}.{rank}.json"
+
+
+async def _read(path: Path) -> dict[str, Any]:
+    """Return an answer when it is there: rank 0 answers the request, others may be later."""
+    for _ in range(int(ANSWER_WITHIN / 0.05)):
+        if path.exists():
+            answer: dict[str, Any] = json.loads(path.read_text())
+            return answer
+        await asyncio.sleep(0.05)
+    raise RuntimeError(f"no {path.name} within {ANSWER_WITHIN:.0f} s")
+
+
+class UpdateWatch:
+    """ASGI middleware: tells the gate what becomes of the weights.
+
+    Holds the answer of an update back until its outcome is known: a client that has
+    its answer may generate at once. One update at a time.
+    """
+
+    def __init__(self, app: App, gate: Gate, workers: Workers, expected: list[str]) -> None:
+        self._app = app
+        self._gate = gate
+        self._workers = workers
+        self._expected = expected
+        self._one_at_a_time = asyncio.Lock()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass everything on; watch the routes that write weights or give them up."""
+        if scope["type"] == "http":
+            self._workers.listen()
+            if scope["path"] in UPDATING:
+                async with self._one_at_a_time:
+                    await self._update(scope, receive, send)
+                return
+            if scope["path"] == RELEASING:
+                await self._release(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    async def _update(self, scope: Scope, receive: Receive, send: Send) -> None:
+        held: list[Any] = []
+
+        async def hold(message: Any) -> None:
+            held.append(message)
+
+        self._gate.begin_update()
+        outcome = Outcome("failed", message="the update broke off")
+        try:
+            await self._app(scope, receive, hold)
+            taken = bool(held) and held[0].get("status") == 200
+            body = b"".join(m.get("body", b"") for m in held[1:])
+            outcome = await self._outcome(scope["path"], taken, body)
+        finally:
+            self._gate.end_update(outcome)
+        if outcome.kind == "failed" and taken:
+            # Rank 0 alone answers SGLang's request, and another rank failed.
+            await answer_json(send, 500, {"success": False, "message": outcome.message})
+            return
+        for m in held:
+            await send(m)
+
+    async def _outcome(self, path: str, taken: bool, body: bytes) -> Outcome:
+        # Whoever has all weights in place may send one tensor; the rest is there.
+        expected = self._expected if self._gate.settled != "ready" else []
+        answers = await self._workers.ask("progress", expected=expected)
+        said = body.decode(errors="replace")[:500]
+        if any(a["broken"] for a in answers):
+            # Every rank counts from nothing: only a whole set makes the weights whole again.
+            await self._workers.ask("forget")
+            return Outcome("failed", message=said)
+        if not taken:
+            return Outcome("rejected", message=said)
+        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
+        missing = int(worst["missing_count"]) + len(worst["unfilled"])
+        if missing:
+            first = [*worst["missing"], *worst["unfilled"]][0]
+            told = f"{missing} tensors have not arrived, such as {first}"
+            return Outcome("applied", missing=missing, message=told)
+        if not self._expected and self._gate.settled != "ready" and path != FROM_DISK:
+            # Without a plan nobody knows what a whole set is, but a checkpoint is one.
+            told = f"without a plan only {FROM_DISK} makes the weights whole again"
+            return Outcome("applied", missing=1, message=told)
+        return Outcome("applied")
+
+    async def _release(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Close the gate when the memory of the weights is given up: resuming brings none back."""
+        body = b""
+        status = 0
+
+        async def listen() -> Any:
+            nonlocal body
+            message = await receive()
+            body += message.get("body", b"")
+            return message
+
+        async def look(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if message["type"] == "http.response.start" and status == 200 and releases(body):
+                await self._workers.ask("forget")
+                self._gate.lose("the memory of the weights was released: push them again")
+            await send(message)
+
+        if self._workers.can_release:
+            await self._app(scope, listen, look)
+        else:
+            await self._app(scope, receive, send)
+
+
+def releases(body: bytes) -> bool:
+    """Say whether a body of /release_memory_occupation means the weights; no body means all."""
+    try:
+        tags = json.loads(body or b"{}").get("tags")
+    except (ValueError, AttributeError):
+        return False
+    return tags is None or "weights" in tags
+
+
+def main(argv: list[str]) -> None:
+    """Start the server; returns when it has ended."""
+    from sglang.srt.entrypoints import http_server
+    from sglang.srt.server_args import prepare_server_args
+    from sglang.srt.utils import kill_process_tree
+    from sglang.version import __version__
+
+    server_args = prepare_server_args(argv)
+    key = server_args.api_key or os.environ.get("FP8CTL_API_KEY")
+    server_args.api_key = Secret(key) if key else None
+    if sglang_worker.LOADER not in server_args.custom_weight_loader:
+        server_args.custom_weight_loader.append(sglang_worker.LOADER)
+
+    await_push = os.environ.get("FP8CTL_AWAIT_PUSH") == "1"
+    gate = Gate(engine="sglang", engine_version=__version__, await_push=await_push)
+    gate.ranks = server_args.tp_size
+    workers = Workers(http_server, server_args)
+    plan = manifest.read()
+    app = http_server.app
+
+    @app.get("/fp8ctl/state")  # type: ignore[untyped-decorator]
+    async def state() -> Any:
+        status, body = gate.answer()
+        return http_server.ORJSONResponse(body, status_code=status)
+
+    @app.post("/fp8ctl/report")  # type: ignore[untyped-decorator]
+    async def report() -> Any:
+        try:
+            ranks = await workers.ask("digests")
+        except RuntimeError as e:
+            return http_server.ORJSONResponse({"error": str(e)}, status_code=500)
+        return {"state": gate.describe(), "manifest": plan, "ranks": ranks}
+
+    # The last one added is the outermost: the gate first, then the watch.
+    app.add_middleware(
+        UpdateWatch, gate=gate, workers=workers, expected=manifest.expected_names(plan)
+    )
+    app.add_middleware(GateMiddleware, gate=gate)
+    gate.started = False
+    http_server._wait_and_warmup = _then_start(
+        gate, _no_warmup if await_push else http_server._wait_and_warmup
+    )
+    try:
+        http_server.launch_server(server_args)
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _then_start(gate: Gate, warm_up: Callable[..., None]) -> Callable[..., None]:
+    """Return `warm_up`, after which the gate has a state to tell."""
+
+    @functools.wraps(warm_up)
+    def run(*args: Any, **kwargs: Any) -> None:
+        warm_up(*args, **kwargs)  # ends the process where it fails
+        gate.started = True
+
+    return run
+
+
+def _no_warmup(*_args: object, **_kwargs: object) -> None:
+    """Stand in for SGLang's warm-up, which generates and ends a server that answers 503."""
+    sys.stderr.write("fp8ctl: the server is up and waits for its weights\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
