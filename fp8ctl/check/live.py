@@ -1,0 +1,325 @@
+"""The first level: does the server answer, as what, and with sense?
+
+Looks from outside, through routes that both engines have; works on any SGLang
+or vLLM server and says what it could not see. It never proves FP8: a server in
+front of garbage answers 200 too. Called by `command`, `launching` and `demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlsplit
+
+from fp8ctl import gate
+from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
+from fp8ctl.engines.base import is_loopback
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import httpx
+
+    from fp8ctl.gate import Answer
+
+QUESTION: Final = "What is the capital of France?"
+PROMPT: Final = "The capital of France is"
+TOKENS: Final = 16
+REPEAT_TOKENS: Final = 4
+"""Three answers of this length: a CPU may give one token a second."""
+TIMEOUT: Final = 180.0
+"""Seconds for one answer: a first request may compile kernels, a CPU is slow."""
+
+
+STATE_TIMEOUT: Final = 10.0
+_GET_TIMEOUT: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An HTTP answer: status, JSON body (None where it is none), seconds it took."""
+
+    status: int
+    body: Any
+    text: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Look:
+    """What has been seen so far."""
+
+    evidence: list[Evidence] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    def ok(self, check: str, found: str, expected: str = "") -> None:
+        self.evidence.append(Evidence(check, "ok", found, expected))
+
+    def failed(self, check: str, found: str, expected: str = "") -> None:
+        self.evidence.append(Evidence(check, "failed", found, expected))
+
+    def not_visible(self, check: str, why: str) -> None:
+        self.evidence.append(Evidence(check, "not visible", why))
+
+    def report(self) -> LevelReport:
+        bad = self.verdict is not None or any(one.result == "failed" for one in self.evidence)
+        return LevelReport(
+            "live", "failed" if bad else "ok", self.verdict, tuple(self.evidence), self.facts
+        )
+
+
+def check(
+    url: str,
+    expect: str | None = None,
+    *,
+    api_key: str | None = None,
+    timeout: float = TIMEOUT,
+) -> LevelReport:
+    """Look at a server from outside.
+
+    Args:
+        url: its address.
+        expect: text that the answer to the capital of France must contain.
+        api_key: sent as a Bearer token; None takes FP8CTL_API_KEY.
+        timeout: seconds for one answer.
+    """
+    import httpx
+
+    key = api_key or gate.api_key()
+    look = _Look()
+    answer = gate.ask(url, key, STATE_TIMEOUT)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    # A proxy from the environment has no business between this machine and itself.
+    trust = not is_loopback(urlsplit(url).hostname or "")
+    with httpx.Client(headers=headers, timeout=timeout, trust_env=trust) as client:
+        try:
+            _see_state(look, client, url, answer)
+            model = _see_model(look, client, url)
+            _see_quantisation(look, client, url)
+            if model is not None:
+                _see_answers(look, client, url, model, expect, answer)
+        except httpx.TransportError as e:
+            look.failed("connection", f"{type(e).__name__}: {e}", "an answer")
+            look.verdict = "unreachable"
+    return look.report()
+
+
+def _see_state(look: _Look, client: httpx.Client, url: str, answer: Answer) -> None:
+    health = _get(client, url, "/health")
+    (look.ok if health.status == 200 else look.failed)("health", f"HTTP {health.status}", "200")
+    if not answer.gated:
+        look.not_visible("state", "not started with fp8ctl's entry module: no /fp8ctl/state")
+        return
+    look.facts["server"] = dict(answer.data)
+    found = f"{answer.state}: {answer.message}" if answer.message else answer.state
+    if answer.state == "ready":
+        look.ok("state", found)
+        return
+    look.failed("state", found, "ready")
+    if answer.state == "unpushed":
+        look.verdict = "unpushed"
+    elif answer.state == "failed":
+        # An update broke off: what is in memory is neither the old model nor the new one.
+        look.verdict = "wrong-weights"
+
+
+def _see_model(look: _Look, client: httpx.Client, url: str) -> str | None:
+    reply = _get(client, url, "/v1/models")
+    if reply.status in {401, 403}:
+        look.failed("model", f"HTTP {reply.status}: it wants a key", "FP8CTL_API_KEY set to it")
+        return None
+    try:
+        model = str(reply.body["data"][0]["id"])
+    except (TypeError, KeyError, IndexError):
+        look.failed("model", f"HTTP {reply.status}: {_short(reply.text)}", "a model name")
+        return None
+    look.ok("model", model)
+    look.facts["model"] = model
+    return model
+
+
+def _see_quantisation(look: _Look, client: httpx.Client, url: str) -> None:
+    """Find the engine's own word for its quantisation, as it was asked for, not as it is."""
+    import httpx
+
+    try:
+        info = _get(client, url, "/get_server_info")
+    except httpx.ReadTimeout:
+        # SGLang 0.4.8 answers this one only after a first generation or update.
+        look.not_visible("quantisation", "/get_server_info does not answer")
+        return
+    if info.status == 200 and isinstance(info.body, dict) and "quantization" in info.body:
+        look.facts["engine"] = f"sglang {info.body.get('version', '?')}"
+        word, is_16_bit = sglang_word(info.body, _local_config(url, info.body))
+    else:
+        version = _get(client, url, "/version")
+        if version.status == 200 and isinstance(version.body, dict):
+            look.facts["engine"] = f"vllm {version.body.get('version', '?')}"
+        word, is_16_bit = _vllm_word(_get(client, url, "/server_info")), False
+    look.facts["quantization"] = word
+    if word is None:
+        look.not_visible("quantisation", "the server does not tell how it was started")
+    elif is_16_bit:
+        look.failed("quantisation", word, "FP8")
+        look.verdict = look.verdict or "bf16-fallback"
+    else:
+        look.ok("quantisation", word)
+
+
+def sglang_word(
+    info: Mapping[str, Any], config: Mapping[str, Any] | None
+) -> tuple[str | None, bool]:
+    """Return what SGLang says of its quantisation, and whether it serves 16 bits.
+
+    Args:
+        info: its /get_server_info.
+        config: config.json of the folder it serves, None where it cannot be read from here.
+    """
+    asked = info.get("quantization")
+    try:
+        override = json.loads(info.get("json_model_override_args") or "{}")
+    except ValueError:
+        override = {}
+    own = override.get("quantization_config") if isinstance(override, dict) else None
+    if info.get("torchao_config"):
+        return f"torchao {info['torchao_config']}", False
+    if own:
+        return f"{_describe(own)}, put over the checkpoint's config", False
+    if config is None:
+        # The folder decides where the command line says nothing, and it is not to be seen.
+        return (f"{asked}, by argument", False) if asked else (None, False)
+    own = config.get("quantization_config")
+    if own:
+        return f"{_describe(own)}, from the checkpoint", False
+    if asked:
+        return f"{asked}, quantised at load", False
+    return "none: a 16-bit checkpoint, and no quantisation was asked for", True
+
+
+def _vllm_word(reply: Reply) -> str | None:
+    """Return what vLLM's /server_info says (with VLLM_SERVER_DEV_MODE=1 only)."""
+    if reply.status != 200:
+        return None
+    found = re.search(r"\bquantization=([\w-]+)", reply.text)
+    return None if found is None or found[1] == "None" else f"{found[1]}, by the engine's config"
+
+
+def _describe(config: Any) -> str:
+    if not isinstance(config, dict):
+        return "?"
+    method = str(config.get("quant_method", "?"))
+    block = config.get("weight_block_size")
+    return f"{method} in blocks of {'x'.join(map(str, block))}" if block else method
+
+
+def _local_config(url: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not is_loopback(urlsplit(url).hostname or ""):
+        return None
+    try:
+        data = json.loads((Path(str(info.get("model_path"))) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _see_answers(
+    look: _Look, client: httpx.Client, url: str, model: str, expect: str | None, answer: Answer
+) -> None:
+    if answer.state in {"unpushed", "updating", "failed"}:
+        for name in ("chat", "log-probabilities", "repeat"):
+            look.not_visible(name, f"generation is closed while the server is {answer.state}")
+        return
+    chat = _post(
+        client,
+        url,
+        "/v1/chat/completions",
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": QUESTION}],
+            "temperature": 0,
+            "max_tokens": TOKENS,
+            "logprobs": True,
+        },
+    )
+    if chat.status == 400 and "template" in chat.text.lower():
+        look.not_visible("chat", "the model has no chat template")
+    else:
+        _judge_chat(look, chat, expect)
+    _judge_repeat(look, client, url, model)
+
+
+def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> None:
+    try:
+        choice = chat.body["choices"][0]
+        text = str(choice["message"]["content"])
+    except (TypeError, KeyError, IndexError):
+        look.failed("chat", f"HTTP {chat.status}: {_short(chat.text)}", "an answer")
+        return
+    look.facts |= {"answer": text, "latency_s": round(chat.seconds, 3)}
+    found = f"{_short(text)!r} in {chat.seconds:.2f} s"
+    if expect is not None and expect not in text:
+        look.failed("chat", found, f"an answer with {expect!r}")
+    elif not text.strip():
+        look.failed("chat", found, "some text")
+    else:
+        look.ok("chat", found, f"an answer with {expect!r}" if expect is not None else "")
+    content = (choice.get("logprobs") or {}).get("content")
+    if not content:
+        look.not_visible("log-probabilities", "the answer carries none")
+        return
+    # NaN travels as null, since JSON has no NaN.
+    values = [token.get("logprob") for token in content]
+    bad = sum(not isinstance(v, (int, float)) or not math.isfinite(v) for v in values)
+    if bad:
+        look.failed("log-probabilities", f"{bad} of {len(values)} are not finite", "finite")
+    else:
+        look.ok("log-probabilities", f"{len(values)}, from {min(values):.2f} to {max(values):.2f}")
+
+
+def _judge_repeat(look: _Look, client: httpx.Client, url: str, model: str) -> None:
+    """Ask the same twice; after a first time, so that both find the prompt in the cache."""
+    request = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": REPEAT_TOKENS}
+    texts: list[str] = []
+    for _ in range(3):
+        reply = _post(client, url, "/v1/completions", request)
+        try:
+            texts.append(str(reply.body["choices"][0]["text"]))
+        except (TypeError, KeyError, IndexError):
+            look.failed("repeat", f"HTTP {reply.status}: {_short(reply.text)}", "an answer")
+            return
+    look.facts["completion"] = texts[-1]
+    if texts[1] == texts[2]:
+        look.ok("repeat", "two greedy requests, one answer")
+    else:
+        look.failed("repeat", f"{_short(texts[1])!r}, then {_short(texts[2])!r}", "one answer")
+
+
+def _get(client: httpx.Client, url: str, path: str) -> Reply:
+    return _reply(client, "GET", url, path, None)
+
+
+def _post(client: httpx.Client, url: str, path: str, body: object) -> Reply:
+    return _reply(client, "POST", url, path, body)
+
+
+def _reply(client: httpx.Client, method: str, url: str, path: str, body: object) -> Reply:
+    started = time.monotonic()
+    # Only generation may take long.
+    wait = _GET_TIMEOUT if method == "GET" else client.timeout
+    response = client.request(method, url.rstrip("/") + path, json=body, timeout=wait)
+    try:
+        data = response.json()
+    except ValueError:
+        data = None
+    return Reply(response.status_code, data, response.text, time.monotonic() - started)
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 80 else flat[:79] + "…"

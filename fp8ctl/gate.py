@@ -1,0 +1,108 @@
+"""What a server says of itself: one state, read over HTTP.
+
+`/fp8ctl/state` where the server was started with fp8ctl's entry module, else
+`/health`. Standard library only, so that `ps` stays quick; called by `server`,
+`launching` and `check`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
+from urllib.parse import urlsplit
+
+from fp8ctl.engines.base import API_KEY_VARIABLE, HEALTH_PATH, STATE_PATH
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+State = Literal["ready", "unpushed", "updating", "failed", "starting", "locked"]
+"""The gate's four states; starting: it does not answer, or not yet in order; locked: it
+tells its state only to who has its API key."""
+
+_GATE: Final = get_args(State)[:4]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server answered.
+
+    Attributes:
+        state: its state.
+        gated: whether it has fp8ctl's state route; False: a stock server.
+        message: the server's own words, or why there was no answer.
+        data: the whole answer of the state route.
+        foreign: another process answered than the one that was asked for, which does not.
+    """
+
+    state: State
+    gated: bool = False
+    message: str = ""
+    data: Mapping[str, object] = field(default_factory=dict)
+    foreign: bool = False
+
+
+def api_key() -> str | None:
+    """Return the user's API key, None where there is none."""
+    return os.environ.get(API_KEY_VARIABLE) or None
+
+
+def ask(
+    url: str, key: str | None = None, timeout: float = 2.0, *, pid: int | None = None
+) -> Answer:
+    """Return the state of a server; never raises for a server's fault.
+
+    Args:
+        url: its address.
+        key: sent as a Bearer token.
+        timeout: seconds for each of at most two requests.
+        pid: process of the one server that is meant, which has fp8ctl's state route;
+            whoever else answers there is `foreign`.
+    """
+    try:
+        status, body = _get(url, STATE_PATH, key, timeout)
+        data = _object(body)
+        teller = None if data is None else data.get("pid")
+        if pid is not None and teller != pid and (status == 200 or teller is not None):
+            who = "another process" if teller is None else f"process {teller}"
+            return Answer("starting", message=f"{who} answers at {url}", foreign=True)
+        if status == 200 and data is not None and data.get("state") in _GATE:
+            message = str(data.get("message") or "")
+            return Answer(data["state"], gated=True, message=message, data=data)
+        if status == 503:  # the engine still warms itself up
+            return Answer("starting", gated=True, message=body.decode(errors="replace")[:200])
+        if status in {401, 403}:
+            return Answer("locked", message=f"{STATE_PATH} answers {status}: it wants a key")
+        if pid is not None:
+            return Answer("starting", message=f"{STATE_PATH} answers {status}", foreign=True)
+        status, _ = _get(url, HEALTH_PATH, key, timeout)
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        return Answer("starting", message=f"{type(e).__name__}: {e}")
+    if status == 200:
+        return Answer("ready")
+    return Answer("starting", message=f"{HEALTH_PATH} answers {status}")
+
+
+def _object(body: bytes) -> dict[str, Any] | None:
+    try:
+        data = json.loads(body)
+    except ValueError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _get(url: str, path: str, key: str | None, timeout: float) -> tuple[int, bytes]:
+    """Fetch one path; no proxy, since a server that fp8ctl starts is its neighbour."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout)
+    try:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read(1 << 20)
+    finally:
+        connection.close()
