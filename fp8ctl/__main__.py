@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-
-def main() -> None:
-    """Run fp8ctl; the console script and `python -m fp8ctl` both come here."""
-    from fp8ctl.cli import app
-
-    app()
-
+from fp8ctl.cli import main
 
 if __name__ == "__main__":
     main()

@@ -8,9 +8,10 @@ and exit codes is docs/commands.md, which a test compares with this file.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,15 +22,75 @@ if TYPE_CHECKING:
 
     from fp8ctl.render import Reporter
 
-app = typer.Typer(
-    name="fp8ctl",
-    help="Turn on FP8 in vLLM 0.9.1 and SGLang 0.4.8, and prove that it is on.",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# UsageError, root of what the parser raises: Typer publishes its subclasses only.
+_PARSER_ERROR: Any = typer.BadParameter.__base__
+
+_commands: list[tuple[Callable[..., None], dict[str, Any]]] = []
+
+
+def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: make a function a command of fp8ctl, named after it."""
+
+    def register(body: Callable[..., None]) -> Callable[..., None]:
+        _commands.append((body, settings))
+        return body
+
+    return register
+
+
+def build(only: str | None = None) -> typer.Typer:
+    """Return the program.
+
+    Args:
+        only: the one command that will run; the others get a name and a first line
+            and no options. Reading the options of all commands is a fifth of the
+            time that `fp8ctl --help` takes, and of no use to it.
+    """
+    app = typer.Typer(
+        name="fp8ctl",
+        help="Turn on FP8 in vLLM 0.9.1 and SGLang 0.4.8, and prove that it is on.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        no_args_is_help=True,
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for body, settings in _commands:
+        if only is None or body.__name__ == only:
+            app.command(**settings)(body)
+        else:
+            app.command(name=body.__name__, help=body.__doc__)(_without_options)
+    return app
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    # What is not an option is the command: fp8ctl itself has no option with a value.
+    name = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    try:
+        sys.exit(build(name)(standalone_mode=False))
+    except _PARSER_ERROR as e:
+        if name:
+            sys.exit(_refuse(name, e.format_message()))
+        if "--json" in sys.argv:
+            sys.exit(_refuse("", "a command is missing"))
+        e.show()  # no command at all: the help
+        sys.exit(e.exit_code)
+
+
+def _refuse(name: str, message: str) -> int:
+    """Tell what the command line lacks or has too much of, in the form of any other error."""
+    from fp8ctl.errors import UsageError
+    from fp8ctl.render import Reporter
+
+    words = sys.argv[1:]
+    options = words[: words.index("--")] if "--" in words else words
+    hint = f"fp8ctl {name} --help" if any(b.__name__ == name for b, _ in _commands) else "fp8ctl -h"
+    error = UsageError(message.rstrip("."), hint=hint)
+    Reporter(json_mode="--json" in options).fail(name, error)
+    return error.exit_code
+
 
 # typer reads these annotations at run time; so they are imported, not deferred.
 Python = Annotated[
@@ -60,29 +121,45 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit 8 on a warning.")]
 
 def _run(command: str, json_mode: bool, body: Callable[[Reporter], dict[str, object]]) -> None:
     """Run a command's body and leave with its exit code."""
-    from fp8ctl.errors import AbortedError, Fp8ctlError
-    from fp8ctl.render import Reporter
+    from fp8ctl.errors import AbortedError, Fp8ctlError, NotPermittedError
+    from fp8ctl.render import Reporter, StdoutError
 
     report = Reporter(json_mode=json_mode)
     error: Fp8ctlError
     try:
-        data = body(report)
+        report.finish(command, body(report))
     except Fp8ctlError as e:
         error = e
     except KeyboardInterrupt:
         error = AbortedError("interrupted")
+    except StdoutError as e:
+        error = NotPermittedError(
+            str(e.strerror),
+            hint="df -h, or send the output to a file on another disk",
+        )
     except Exception as e:
         if os.environ.get("FP8CTL_TRACEBACK"):
             raise
         error = Fp8ctlError(
             f"unexpected {type(e).__name__}: {e}",
-            hint="FP8CTL_TRACEBACK=1 fp8ctl " + " ".join(sys.argv[1:]),
+            hint="FP8CTL_TRACEBACK=1 " + shlex.join(["fp8ctl", *sys.argv[1:]]),
         )
     else:
-        report.finish(command, data)
         return
     report.fail(command, error)
     raise typer.Exit(error.exit_code)
+
+
+def _behind_dashes(words: list[str]) -> list[str]:
+    """Return the engine's arguments; a word in front of `--` is none of them."""
+    from fp8ctl.errors import UsageError
+
+    if words and sys.argv[-len(words) - 1 :] != ["--", *words]:
+        raise UsageError(
+            f"unexpected argument {words[0]!r}: the engine's arguments go behind --",
+            hint="fp8ctl launch --backend sglang -- --max-running-requests 8",
+        )
+    return words
 
 
 def _version(value: bool) -> None:
@@ -91,8 +168,11 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def _main(
+def _without_options() -> None:
+    raise AssertionError("built without this command")
+
+
+def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
@@ -100,7 +180,7 @@ def _main(
     pass
 
 
-@app.command()
+@command()
 def doctor(
     python: Python = None,
     site_packages: SitePackages = None,
@@ -117,7 +197,7 @@ def doctor(
     )
 
 
-@app.command()
+@command()
 def install(
     engine: Annotated[str, typer.Argument(help="sglang or vllm.")],
     device: Annotated[str | None, typer.Option("--device", help="cpu or cuda.")] = None,
@@ -135,7 +215,7 @@ def install(
     )
 
 
-@app.command()
+@command()
 def plan(
     model: Model,
     backend: Backend,
@@ -157,7 +237,7 @@ def plan(
     )
 
 
-@app.command()
+@command()
 def patch(
     python: Python = None,
     site_packages: SitePackages = None,
@@ -197,7 +277,7 @@ def patch(
     )
 
 
-@app.command()
+@command()
 def revert(
     python: Python = None,
     site_packages: SitePackages = None,
@@ -227,7 +307,7 @@ def revert(
     )
 
 
-@app.command()
+@command()
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
@@ -259,7 +339,7 @@ def quantize(
     )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+@command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
 def launch(
     ctx: typer.Context,
     backend: Backend,
@@ -318,12 +398,12 @@ def launch(
             timeout=timeout,
             check=check,
             dry_run=dry_run,
-            extra=list(ctx.args),
+            extra=_behind_dashes(ctx.args),
         ),
     )
 
 
-@app.command()
+@command()
 def check(
     url: Annotated[
         str, typer.Argument(help="Address of a server, such as http://127.0.0.1:30000.")
@@ -338,7 +418,7 @@ def check(
     _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
 
 
-@app.command()
+@command()
 def ps(json_: Json = False) -> None:
     """List the servers that fp8ctl started."""
     from fp8ctl import server as m
@@ -346,7 +426,7 @@ def ps(json_: Json = False) -> None:
     _run("ps", json_, m.run_ps)
 
 
-@app.command()
+@command()
 def logs(
     name: Annotated[str, typer.Argument(help="Name of a server, see `fp8ctl ps`.")],
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="One worker's log.")] = None,
@@ -359,7 +439,7 @@ def logs(
     _run("logs", json_, lambda r: m.run_logs(r, name=name, rank=rank, follow=follow))
 
 
-@app.command()
+@command()
 def stop(
     name: Annotated[str | None, typer.Argument(help="Name of a server.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Stop every server of fp8ctl.")] = False,
@@ -371,7 +451,7 @@ def stop(
     _run("stop", json_, lambda r: m.run_stop(r, name=name, everything=all_))
 
 
-@app.command()
+@command()
 def demo(
     mode: Mode = "block",
     json_: Json = False,

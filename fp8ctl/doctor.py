@@ -7,13 +7,13 @@ engine, starts no server, writes nothing, needs no network.
 from __future__ import annotations
 
 import os
-import shlex
 from typing import TYPE_CHECKING
 
 from fp8ctl import environment, hardware, rules
 from fp8ctl.environment import LABELS, SUPPORTED
 from fp8ctl.errors import CheckFailedError, Fp8ctlError, NotFoundError, UnsupportedError
 from fp8ctl.findings import Facts
+from fp8ctl.render import plural
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,11 +49,7 @@ def run(
         UnsupportedError: only engines of other versions are here.
         CheckFailedError: under `strict`, a finding is a warning or a failure.
     """
-    target = ""
-    if python is not None:
-        target = f" --python {shlex.quote(str(python))}"
-    elif site_packages is not None:
-        target = f" --site-packages {shlex.quote(str(site_packages))}"
+    target = environment.target_options(python, site_packages)
     found = environment.find(python, site_packages)
     facts = Facts(found, hardware.detect(), os.environ, _patches(found), target)
     findings = rules.examine(facts)
@@ -80,7 +76,8 @@ def run(
     bad = [f for f in findings if f.status in ("warn", "fail")]
     if strict and bad:
         raise CheckFailedError(
-            f"{len(bad)} of {len(findings)} findings are warnings or failures: "
+            f"{len(bad)} of {plural(len(findings), 'finding')} "
+            f"{'is a warning or a failure' if len(bad) == 1 else 'are warnings or failures'}: "
             + ", ".join(dict.fromkeys(f.id for f in bad)),
             hint=next((f.fix for f in bad if f.fix), None),
             data=data,
@@ -152,9 +149,7 @@ def _next(found: Environment, facts: Facts, target: str) -> str:
     usable = [e for e in found.engines if e.supported and e.kind != "editable"]
     if not usable:
         wanted = found.engines[0].backend if found.engines else "sglang"
-        if wanted == "vllm" and not found.gpus:
-            wanted = "sglang"  # vLLM's released wheel needs a GPU
-        return f"fp8ctl install {wanted}"
+        return environment.install_hint(wanted, stays=found.named)
     # Without a GPU SGLang is the engine that runs.
     engine = usable[-1] if not found.gpus else usable[0]
     state = facts.patches.get(engine.backend)
@@ -173,8 +168,11 @@ def _print(
         report.data(f"{report.style(mark, style)} {_line(finding)}")
         if finding.fix:
             report.data(f"    {report.style('fix:', 'bold')} {finding.fix}")
-    counts = [sum(f.status == s for f in findings) for s in ("fail", "warn")]
-    report.data(f"{len(findings)} findings: {counts[0]} failures, {counts[1]} warnings")
+    failures, warnings = (sum(f.status == s for f in findings) for s in ("fail", "warn"))
+    report.data(
+        f"{plural(len(findings), 'finding')}: "
+        f"{plural(failures, 'failure')}, {plural(warnings, 'warning')}"
+    )
     report.data(f"{report.style('next:', 'bold')} {following}")
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -46,10 +47,12 @@ __all__ = [
     "Hardware",
     "RecordReport",
     "find",
+    "install_hint",
     "managed_dir",
     "managed_environments",
     "managed_python",
     "parse_backend",
+    "target_options",
     "verify_record",
 ]
 
@@ -96,6 +99,7 @@ class Environment:
         gpus: of this machine, not of the environment.
         cuda: CUDA version that its torch was built for, such as "12.6", or None.
         duplicates: distributions with several metadata folders, and their versions.
+        named: the user named it, so that it is taken again whatever else is made.
     """
 
     python: Path | None
@@ -109,6 +113,7 @@ class Environment:
     driver: str | None = None
     cuda: str | None = None
     duplicates: Mapping[str, tuple[str, ...]] | None = None
+    named: bool = False
 
     def engine(self, backend: BackendName) -> Engine:
         """Return the engine, in a version that fp8ctl knows.
@@ -121,17 +126,18 @@ class Environment:
         found = next((e for e in self.engines if e.backend == backend), None)
         if found is None:
             others = ", ".join(e.label for e in self.engines) or "no engine"
+            gpu = "" if self.gpus or backend == "sglang" else ", and its wheel needs a GPU"
             raise NotFoundError(
                 f"{LABELS[backend]} {wanted} is not in {self.site_packages} "
-                f"({self.origin}); it holds {others}",
-                hint=f"fp8ctl install {backend}",
+                f"({self.origin}); it holds {others}{gpu}",
+                hint=install_hint(backend, stays=self.named),
                 data={"site_packages": str(self.site_packages), "origin": self.origin},
             )
         if not found.supported:
             raise UnsupportedError(
                 f"{found.label} in {self.site_packages} is not supported; "
                 f"fp8ctl knows {LABELS[backend]} {wanted}",
-                hint=f"fp8ctl install {backend}",
+                hint=install_hint(backend, stays=self.named),
                 data={"found": found.version, "expected": wanted},
             )
         return found
@@ -148,24 +154,57 @@ class Environment:
             raise ConflictError(
                 f"{found.label} is an editable install: its files are the work tree "
                 f"{found.package_dir}, which is version control's to change",
-                hint=f"fp8ctl install {backend}, or `git apply` in {found.package_dir.parent}",
+                hint=f"{install_hint(backend, stays=self.named)}, "
+                f"or `git apply` in {found.package_dir.parent}",
                 data={"package_dir": str(found.package_dir), "source": found.source},
             )
         return found
 
 
-def parse_backend(text: str) -> BackendName:
+def parse_backend(text: str, argument: str = "--backend") -> BackendName:
     """Return `text` as the name of a backend.
+
+    Args:
+        text: what was typed.
+        argument: what stands in front of the name where it is typed.
 
     Raises:
         UsageError: it is none.
     """
     if text in SUPPORTED:
         return text
+    what = "backend" if argument == "--backend" else "engine"
     raise UsageError(
-        f"unknown backend {text!r}, expected {' or '.join(SUPPORTED)}",
-        hint=" or ".join(f"--backend {name}" for name in SUPPORTED),
+        f"unknown {what} {text!r}, expected {' or '.join(SUPPORTED)}",
+        hint=" or ".join(f"{argument} {name}" for name in SUPPORTED),
     )
+
+
+def target_options(python: Path | None, site_packages: Path | None) -> str:
+    """Return the options that name an environment again, for a hint: with a space in front."""
+    text = ""
+    if python is not None:
+        text += f" --python {shlex.quote(str(python))}"
+    if site_packages is not None:
+        text += f" --site-packages {shlex.quote(str(site_packages))}"
+    return text
+
+
+def install_hint(backend: BackendName, *, stays: bool = False) -> str:
+    """Return the command that brings an engine, such that it ends well on this machine.
+
+    Args:
+        backend: the engine that is missing.
+        stays: the environment at hand would be taken again, so that the new one has
+            to be named from then on.
+    """
+    gpu = bool(hardware.detect().gpus)
+    chosen: BackendName = backend if gpu else "sglang"  # vLLM's released wheel needs a GPU
+    text = f"fp8ctl install {chosen}"
+    if stays:
+        python = managed_dir(chosen, "cuda" if gpu else "cpu") / "bin" / "python"
+        text += f" && fp8ctl doctor{target_options(python, None)}"
+    return text
 
 
 def managed_dir(backend: BackendName, device: str) -> Path:
@@ -192,8 +231,9 @@ def find(
 
     What the user named; else the first of the active virtual environment,
     fp8ctl's own and the managed ones that holds `backend` (any engine, if
-    None); else, with `engines` empty of it, the first of these that exists.
-    Its method `engine` then says what is missing.
+    None) in the known version and not editable; else the first that holds it
+    at all; else, with `engines` empty of it, the first of these that exists.
+    Its method `engine` then says what is wrong or missing.
 
     Raises:
         UsageError: both an interpreter and a folder are named.
@@ -204,20 +244,38 @@ def find(
             "--python and --site-packages exclude each other", hint="name one of the two"
         )
     if site_packages is not None:
-        return _of_folder(site_packages)
+        return replace(_of_folder(site_packages), named=True)
     if python is not None:
-        return _of_interpreter(_interpreter(python), "named by --python")
+        return replace(_of_interpreter(_interpreter(python), "named by --python"), named=True)
     first: Environment | None = None
+    second_best: tuple[Environment, Engine] | None = None
     for candidate, origin in _candidates():
         try:
             environment = _of_interpreter(candidate, origin)
         except NotFoundError:
             continue  # a stale VIRTUAL_ENV, an environment being removed
-        if any(backend in (None, e.backend) for e in environment.engines):
-            return environment
+        engines = [e for e in environment.engines if backend in (None, e.backend)]
+        if any(e.supported and e.kind != "editable" for e in engines):
+            return _passing(environment, second_best)
+        if engines and second_best is None:
+            second_best = environment, engines[0]
         first = first or environment
+    if second_best is not None:
+        return second_best[0]
     assert first is not None, "fp8ctl's own environment always exists"
     return first
+
+
+def _passing(environment: Environment, other: tuple[Environment, Engine] | None) -> Environment:
+    """Return the environment with an origin that tells which one before it was passed over."""
+    if other is None:
+        return environment
+    passed, engine = other
+    fault = "editable" if engine.supported else "not supported"
+    return replace(
+        environment,
+        origin=f"{environment.origin}; {passed.origin} has {engine.label}, which is {fault}",
+    )
 
 
 def _candidates() -> Iterator[tuple[Path, str]]:
@@ -337,9 +395,10 @@ def _ask(python: Path) -> dict[str, Any]:
     try:
         data = json.loads(done.stdout)
     except ValueError as e:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no answer"]
+        lines = [] if done.returncode == 0 else done.stderr.decode(errors="replace").split("\n")
+        told = next((line.strip() for line in lines if line.strip()), "printed no JSON")
         raise NotFoundError(
-            f"{python} does not run as a Python 3.8 or newer (exit {done.returncode}): {last[0]}",
+            f"{python} does not run as a Python 3.8 or newer (exit {done.returncode}): {told}",
             hint=hint,
         ) from e
     return cast("dict[str, Any]", data)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fp8ctl.environment import install_hint
 from fp8ctl.findings import Facts, Finding
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def packages(facts: Facts) -> Iterator[Finding]:
                 "torch",
                 "warn",
                 f"torch {torch} is a CPU build, and this machine has a GPU",
-                f"fp8ctl install {'sglang' if sglang else 'vllm'} --device cuda",
+                install_hint("sglang" if sglang else "vllm", stays=True),
             )
         elif gpu and not torch.startswith("2.7."):
             yield Finding(

@@ -13,6 +13,7 @@ and made again; a finished one with the same lock is used as it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fp8ctl import environment, hardware
+from fp8ctl import environment, hardware, paths
 from fp8ctl.environment import LABELS, MARKER, SUPPORTED, BackendName
 from fp8ctl.errors import (
     BusyError,
@@ -38,7 +39,7 @@ from fp8ctl.errors import (
     UnsupportedError,
     UsageError,
 )
-from fp8ctl.packager import UV_SETTINGS, run_command, run_pip
+from fp8ctl.packager import OWN_PLACE, UV_SETTINGS, Advice, run_command, run_pip
 from fp8ctl.render import human_bytes
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Lock:
     Attributes:
         pins: requirement (`torch==2.13.0`) to bytes, as measured; in the file's order.
         installed: bytes on disk afterwards, None where not measured.
+        installed_cuda: the same where a CPU has to take the CUDA build of torch.
         sha256: of the pins, the identity of an environment made from them; another
             comment in the file makes nothing anew.
     """
@@ -71,6 +73,7 @@ class Lock:
     path: Path
     pins: dict[str, int]
     installed: int | None
+    installed_cuda: int | None
     sha256: str
 
     @property
@@ -87,6 +90,7 @@ class Plan:
         commands: argument lists, run in this order.
         constraints: lines of the file that the placeholder `CONSTRAINTS` in a
             command stands for.
+        options: that were given, as typed.
     """
 
     backend: BackendName
@@ -96,6 +100,20 @@ class Plan:
     tool: str
     commands: tuple[tuple[str, ...], ...]
     constraints: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def again(self) -> str:
+        """The command that asks for it."""
+        return shlex.join(["fp8ctl", "install", self.backend, *self.options])
+
+    def elsewhere(self, folder: str = "/a/folder/you/own") -> str:
+        """Return what to type to have it in another folder."""
+        if "--dir" not in self.options:
+            return OWN_PLACE.replace("/a/folder/you/own", folder)
+        at = self.options.index("--dir")
+        given = (*self.options[: at + 1], folder)
+        return shlex.join(["fp8ctl", "install", self.backend, *given])
 
     @property
     def python(self) -> Path:
@@ -122,11 +140,16 @@ def read_lock(backend: BackendName, device: str) -> Lock:
         match = re.fullmatch(r"(\S+==\S+)\s+# ([\d.]+) MB", line)
         if match:
             pins[match.group(1)] = round(float(match.group(2)) * 1e6)
-    disk = re.search(r"^# installed: about ([\d.]+) GB", text, re.M)
+
+    def figure(words: str) -> int | None:
+        found = re.search(rf"^# {words} about ([\d.]+) GB", text, re.M)
+        return round(float(found.group(1)) * 1e9) if found else None
+
     return Lock(
         path,
         pins,
-        round(float(disk.group(1)) * 1e9) if disk else None,
+        figure("installed:"),
+        figure("installed with the CUDA build:"),
         hashlib.sha256("\n".join(pins).encode()).hexdigest(),
     )
 
@@ -142,6 +165,8 @@ def make_plan(backend: BackendName, device: str | None, folder: Path | None) -> 
         UsageError: no such device.
         UnsupportedError: no release of the engine for it, or not for this Python.
     """
+    options: tuple[str, ...] = () if device is None else ("--device", device)
+    options += () if folder is None else ("--dir", str(folder))
     if device is None:
         device = "cuda" if hardware.detect().gpus else "cpu"
     if device not in DEVICES:
@@ -178,10 +203,12 @@ def make_plan(backend: BackendName, device: str | None, folder: Path | None) -> 
             (*add, "-c", CONSTRAINTS, torch),
             everything,
         )
-        constraints = tuple(pin for pin in lock.pins if not pin.startswith("triton=="))
+        # Nor is torch constrained, being asked for: an index without it would be told
+        # as a conflict of the two.
+        constraints = tuple(pin for pin in lock.pins if not pin.startswith(("triton==", "torch==")))
     else:
         commands, constraints = (make, everything), ()
-    return Plan(backend, device, target, lock, tool, commands, constraints)
+    return Plan(backend, device, target, lock, tool, commands, constraints, options)
 
 
 def _tool() -> tuple[str, str | None]:
@@ -221,7 +248,7 @@ def run(
     report: Reporter, *, engine: str, device: str | None, folder: Path | None, dry_run: bool
 ) -> JsonObject:
     """Run `fp8ctl install`."""
-    plan = make_plan(environment.parse_backend(engine), device, folder)
+    plan = make_plan(environment.parse_backend(engine, "fp8ctl install"), device, folder)
     data: JsonObject = {
         "engine": plan.backend,
         "version": SUPPORTED[plan.backend],
@@ -234,7 +261,9 @@ def run(
     }
     if is_finished(plan):
         report.data(f"already installed: {plan.python}")
-        return data | {"changed": False}
+        following = _following(plan)
+        report.say(f"next: {following}")
+        return data | {"changed": False, "next": following}
     if dry_run:
         _announce(report, plan)
         for command in plan.commands:
@@ -242,16 +271,24 @@ def run(
         return data | {"changed": False}
     seconds = execute(report, plan)
     report.data(f"{LABELS[plan.backend]} {SUPPORTED[plan.backend]}: {plan.python}")
-    target = "" if folder is None else f" --python {plan.python}"
-    following = f"fp8ctl doctor{target}"
+    following = _following(plan)
     report.say(f"next: {following}")
     return data | {"changed": True, "seconds": round(seconds, 1), "next": following}
+
+
+def _following(plan: Plan) -> str:
+    """Return the command to type next; it names the environment unless that is found by itself."""
+    found = {environment.find(None, None, wanted).python for wanted in (None, plan.backend)}
+    target = "" if found == {plan.python} else environment.target_options(plan.python, None)
+    return f"fp8ctl doctor{target}"
 
 
 def _shown(plan: Plan, command: tuple[str, ...]) -> str:
     """Return a command as bash takes it; the constraints come from the lock."""
     lock = shlex.quote(str(plan.lock.path))
-    return shlex.join(command).replace(f"-c {CONSTRAINTS}", f"-c <(grep -v '^triton==' {lock})")
+    return shlex.join(command).replace(
+        f"-c {CONSTRAINTS}", f"-c <(grep -Ev '^(triton|torch)==' {lock})"
+    )
 
 
 def is_finished(plan: Plan) -> bool:
@@ -276,21 +313,27 @@ def execute(report: Reporter, plan: Plan) -> float:
         EngineFailedError: pip or uv failed in another way.
     """
     started = time.monotonic()
-    with _locked(plan.folder):
+    _require_ours(plan)
+    _require_space(plan)
+    with _locked(plan):
         if is_finished(plan):  # by whoever held the lock before
             return time.monotonic() - started
-        _clear(plan.folder)
-        _require_space(plan)
+        _require_ours(plan)
+        _clear(plan)
         _announce(report, plan)
+        absent = [folder for folder in plan.folder.parents if not folder.exists()]
         try:
-            plan.folder.mkdir(parents=True)
-            (plan.folder / _STARTED).write_text("made by fp8ctl install\n", encoding="utf-8")
-        except OSError as e:
-            raise _not_permitted(plan.folder, e) from e
-        try:
+            try:
+                plan.folder.mkdir(parents=True)
+                (plan.folder / _STARTED).write_text("made by fp8ctl install\n", encoding="utf-8")
+            except OSError as e:
+                raise _not_permitted(plan, plan.folder, e) from e
             _fill(report, plan)
         except BaseException:
             _remove(plan.folder)
+            for folder in absent:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise
         marker = {
             "engine": plan.backend,
@@ -322,6 +365,7 @@ def _announce(report: Reporter, plan: Plan) -> None:
 def _fill(report: Reporter, plan: Plan) -> None:
     env = {k: v for k, v in os.environ.items() if k not in _MISLEADING}
     env["VIRTUAL_ENV"] = str(plan.folder)
+    advice = Advice(plan.again, plan.elsewhere("/a/folder/on/another/disk"))
     with tempfile.TemporaryDirectory(prefix="fp8ctl-install-") as scratch:
         constraints = Path(scratch) / CONSTRAINTS
         constraints.write_text("\n".join(plan.constraints) + "\n", encoding="utf-8")
@@ -329,12 +373,12 @@ def _fill(report: Reporter, plan: Plan) -> None:
             [str(constraints) if a == CONSTRAINTS else a for a in c] for c in plan.commands
         ]
         with report.step("Make the virtual environment"):
-            run_command(make, env)
+            run_command(make, env, advice)
         for number, command in enumerate(adds, 1):
             what = "torch" if number < len(adds) else "packages"
             if plan.tool == "uv":
                 with report.step(f"Install {what} with uv"):
-                    run_command(command, env)
+                    run_command(command, env, advice)
             else:
                 # Of two commands the first brings torch, and the second all else.
                 pins = {
@@ -342,33 +386,33 @@ def _fill(report: Reporter, plan: Plan) -> None:
                     for pin, size in plan.lock.pins.items()
                     if len(adds) == 1 or pin.startswith("torch==") == (what == "torch")
                 }
-                run_pip(report, command, env, what, pins)
+                run_pip(report, command, env, what, pins, advice)
     with report.step("Look at what was installed"):
         found = environment.find(plan.python, None).engines
         if not any(e.backend == plan.backend and e.supported for e in found):
             raise EngineFailedError(
                 f"{plan.tool} ended well, but {plan.folder} holds no "
                 f"{LABELS[plan.backend]} {SUPPORTED[plan.backend]}",
-                hint=shlex.join(adds[-1]),
+                hint=f"{plan.again} --dry-run",
             )
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder; beside it, since the folder itself comes and goes."""
-    path = folder.with_name(folder.name + ".lock")
+def _locked(plan: Plan) -> Iterator[None]:
+    """Hold the lock of a folder; far from it, since nothing is to be left beside it."""
+    path = lock_path(plan.folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as e:
-        raise _not_permitted(path.parent, e) from e
+        raise NotPermittedError(f"cannot write {path}: {e.strerror}", hint=OWN_PLACE) from e
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise BusyError(
-                f"another installation works on {folder}",
-                hint="wait for it, or name another folder with --dir",
+                f"another installation works on {plan.folder}",
+                hint=f"wait for it, and then: {plan.again}",
             ) from e
         yield
         # The file stays: unlinking it would let two holders lock two inodes.
@@ -376,20 +420,37 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier installation left; nothing that fp8ctl did not make."""
+def lock_path(folder: Path) -> Path:
+    """Return the file whose lock an installation into `folder` holds."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()
+    return paths.data_dir() / "engines" / ".locks" / name
+
+
+def _require_ours(plan: Plan) -> None:
+    """Refuse a folder that holds something which fp8ctl did not make."""
+    folder = plan.folder
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ConflictError(
-            f"{folder} is there and is not a folder", hint="name another one with --dir"
+            f"{folder} is there and is not a folder", hint=plan.elsewhere("/a/new/folder")
         )
-    if not folder.exists():
+    try:
+        entries = set(os.listdir(folder))
+    except FileNotFoundError:
         return
-    entries = set(os.listdir(folder))
+    except OSError as e:
+        raise _not_permitted(plan, folder, e) from e
     if entries and not entries & {_STARTED, MARKER}:
         raise ConflictError(
             f"{folder} is not empty and was not made by fp8ctl install",
-            hint="name a new or empty folder with --dir",
+            hint=plan.elsewhere("/a/new/folder"),
         )
+
+
+def _clear(plan: Plan) -> None:
+    """Remove what an earlier installation left."""
+    folder = plan.folder
+    if not folder.exists():
+        return
     users = _processes(folder)
     if users:
         raise BusyError(
@@ -428,16 +489,28 @@ def _remove(folder: Path) -> None:
 
 
 def _require_space(plan: Plan) -> None:
-    if plan.lock.installed is None:
+    """Refuse a disk that cannot hold even the smaller of the two builds of torch."""
+    lock = plan.lock
+    if lock.installed is None:
         return
-    free = shutil.disk_usage(plan.folder.parent).free
-    if free < plan.lock.installed:
-        raise NotPermittedError(
-            f"{plan.folder.parent} has {human_bytes(free)} free; "
-            f"the environment takes about {human_bytes(plan.lock.installed)}",
-            hint="--dir FOLDER on another disk",
+    place = next(folder for folder in plan.folder.parents if folder.exists())
+    usage = shutil.disk_usage(place)
+    # One without a size is no disk; what it is, making the folder will tell.
+    if not usage.total or usage.free >= lock.installed:
+        return
+    needed = f"about {human_bytes(lock.installed)}"
+    if lock.installed_cuda is not None:
+        needed += (
+            f" with a CPU build of torch, about {human_bytes(lock.installed_cuda)} "
+            "where the index has the CUDA build only"
         )
+    raise NotPermittedError(
+        f"{place} has {human_bytes(usage.free)} free; the environment takes {needed}",
+        hint=plan.elsewhere("/a/folder/on/another/disk"),
+    )
 
 
-def _not_permitted(path: Path, e: OSError) -> NotPermittedError:
-    return NotPermittedError(f"cannot write {path}: {e.strerror}", hint="--dir FOLDER that you own")
+def _not_permitted(plan: Plan, path: Path, e: OSError) -> NotPermittedError:
+    # What /proc says of a new folder, whose parents were all made or there.
+    why = "its file system takes no new folders" if e.errno == errno.ENOENT else e.strerror
+    return NotPermittedError(f"cannot make {path}: {why}", hint=plan.elsewhere())

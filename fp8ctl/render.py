@@ -9,6 +9,7 @@ returns its data as a dict of JSON types.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -30,6 +31,14 @@ _STYLES = {
     "bold": "1",
     "path": "36",
 }
+# For a stream whose encoding cannot carry them.
+_PLAIN = str.maketrans({"✓": "ok", "✗": "x", "▸": ">", "·": "-", "…": "..."})
+# The narrowest last column of a table that is still read with ease.
+_NARROWEST = 24
+
+
+class StdoutError(OSError):
+    """Stdout takes nothing: its disk is full, say. `cli` turns it into an error of ours."""
 
 
 class Reporter:
@@ -43,8 +52,14 @@ class Reporter:
         self, *, json_mode: bool = False, out: TextIO | None = None, err: TextIO | None = None
     ) -> None:
         self.json_mode = json_mode
-        self._out = out if out is not None else sys.stdout
-        self._err = err if err is not None else sys.stderr
+        # A stream that was closed (`>&-`) is None.
+        self._out = out or sys.stdout or io.StringIO()
+        self._err = err or sys.stderr or io.StringIO()
+        self._closed = False
+
+    def muted(self) -> Reporter:
+        """Return a reporter that talks as this one does and prints no data."""
+        return Reporter(json_mode=True, out=self._out, err=self._err)
 
     def say(self, text: str = "") -> None:
         """Print one line of talk to stderr."""
@@ -64,34 +79,50 @@ class Reporter:
         return f"\x1b[{_STYLES[name]}m{text}\x1b[0m" if self._colour(stream or self._out) else text
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table to stdout: boxed on a terminal, plain aligned columns in a pipe."""
+        """Print a table to stdout: ruled on a terminal, plain aligned columns in a pipe.
+
+        On a terminal only the last column is folded. One too narrow for that gets
+        the plain form, whose cells are whole.
+        """
         if self.json_mode:
             return
+        widths = [
+            max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)
+        ]
         if self._out.isatty():
             from rich.box import SIMPLE_HEAD
             from rich.console import Console
             from rich.table import Table
             from rich.text import Text
 
-            table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
+            console = Console(file=self._out, no_color=not self._colour(self._out))
+            table = Table(box=SIMPLE_HEAD, pad_edge=False)
+            for column in columns[:-1]:
+                table.add_column(column, no_wrap=True)
+            table.add_column(columns[-1], overflow="fold")
             for row in rows:
-                table.add_row(*(Text(cell) for cell in row))
-            Console(file=self._out, no_color=not self._colour(self._out)).print(table)
-            return
-        widths = [
-            max(len(str(cell)) for cell in column) for column in zip(columns, *rows, strict=True)
-        ]
+                table.add_row(*(Text(_fit(self._out, cell)) for cell in row))
+            last = min(widths[-1], _NARROWEST)
+            if sum(widths[:-1]) + 2 * len(widths[:-1]) + last <= console.width:
+                console.print(table)
+                return
         for row in (columns, *rows):
             line = "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))
             self._write(self._out, line.rstrip() + "\n")
 
     @contextlib.contextmanager
-    def step(self, title: str) -> Iterator[Step]:
-        """Show one step as it happens, with its time, on stderr."""
+    def step(self, title: str, *, talks: bool = False) -> Iterator[Step]:
+        """Show one step as it happens, with its time, on stderr.
+
+        Args:
+            title: what is done.
+            talks: the body prints lines of its own, so the title gets one too.
+        """
         step = Step()
-        live = self._err.isatty()
-        if live:
-            self._write(self._err, f"{self.style('▸', 'dim', self._err)} {title} …")
+        live = self._err.isatty() and not talks
+        if live or talks:
+            end = "\n" if talks else " …"
+            self._write(self._err, f"{self.style('▸', 'dim', self._err)} {title}{end}")
         started = time.monotonic()
         mark = self.style("✗", "fail", self._err)
         try:
@@ -108,6 +139,11 @@ class Reporter:
         """Yield a function that takes the amount done so far (absolute).
 
         A bar on a terminal; in a pipe one plain line at each tenth.
+
+        Args:
+            title: what is done.
+            total: the amount at the end.
+            unit: printed behind the amounts; `B`: they are bytes, written as `human_bytes` does.
         """
         if self._err.isatty():
             from rich.console import Console
@@ -116,7 +152,7 @@ class Reporter:
             console = Console(file=self._err, no_color=not self._colour(self._err))
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
             with Progress(*columns, console=console, transient=True) as bar:
-                task = bar.add_task(title, total=total)
+                task = bar.add_task(_fit(self._err, title), total=total)
                 yield lambda done: bar.update(task, completed=done)
             return
         shown = -1
@@ -126,7 +162,9 @@ class Reporter:
             tenth = 10 if total <= 0 else min(10, done * 10 // total)
             if tenth > shown:
                 shown = tenth
-                amount = f"{done}/{total}" + (f" {unit}" if unit else "")
+                amount = f"{done}/{total} {unit}".rstrip()
+                if unit == "B":
+                    amount = f"{human_bytes(done)} of {human_bytes(total)}"
                 self.say(f"{title}: {tenth * 10} % ({amount})")
 
         yield tell
@@ -137,16 +175,20 @@ class Reporter:
             self._document({"ok": ok, "command": command, "data": data})
 
     def fail(self, command: str, error: Fp8ctlError) -> None:
-        """Print an error: message, blank line, hint; or its JSON document."""
-        if self.json_mode:
+        """Print an error: message, blank line, hint; or its JSON document.
+
+        It goes to stderr as text in any case where stdout takes nothing.
+        """
+        if self.json_mode and not self._closed:
             body = {
                 "id": error.id,
                 "message": error.message,
                 "hint": error.hint,
                 "data": error.data,
             }
-            self._document({"ok": False, "command": command, "error": body})
-            return
+            with contextlib.suppress(StdoutError):
+                self._document({"ok": False, "command": command, "error": body})
+                return
         self.say(f"{self.style('error:', 'fail', self._err)} {error.message}")
         if error.hint:
             self.say()
@@ -159,19 +201,40 @@ class Reporter:
         return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def _write(self, stream: TextIO, text: str) -> None:
-        # A reader that has gone away (`fp8ctl ps | head -1`) is no error of ours.
         try:
-            stream.write(text)
+            stream.write(_fit(stream, text))
             stream.flush()
-        except BrokenPipeError:
+        except OSError as e:
+            # What is left in the buffer would fail once more when the interpreter ends.
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            # A reader that has gone away (`fp8ctl ps | head -1`) is no error of ours,
+            # and of a lost stderr nobody can be told.
+            if isinstance(e, BrokenPipeError) or stream is not self._out:
+                return
+            self._closed = True
+            raise StdoutError(e.errno, f"cannot write to stdout: {e.strerror}") from e
+
+
+def _fit(stream: TextIO, text: str) -> str:
+    """Return `text` as the stream's encoding can carry it."""
+    encoding, errors = stream.encoding or "utf-8", stream.errors or "strict"
+    try:
+        text.encode(encoding, errors)
+    except UnicodeEncodeError:
+        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+    return text
 
 
 class Step:
     """Handle of a running step; `note` is printed behind its title when it ends."""
 
     note: str = ""
+
+
+def plural(count: int, noun: str, several: str | None = None) -> str:
+    """Return a count with its noun: `1 file`, `2 files`, `0 files`."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"
 
 
 def human_bytes(count: float) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp8ctl import host_rules
-from fp8ctl.environment import LABELS, SUPPORTED
+from fp8ctl.environment import LABELS, SUPPORTED, install_hint
 from fp8ctl.findings import Facts, Finding
+from fp8ctl.render import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,11 +29,11 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
                 "engine",
                 "fail",
                 f"no vLLM and no SGLang in {facts.environment.site_packages}",
-                "fp8ctl install sglang",
+                install_hint("sglang", stays=facts.environment.named),
             )
         )
     for engine in facts.environment.engines:
-        found += _engine(engine)
+        found += _engine(facts, engine)
         if engine.supported and engine.kind != "editable":
             found += _files(facts, engine)
             found += _patches(facts, engine)
@@ -59,23 +60,24 @@ def _python(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def _engine(engine: Engine) -> Iterator[Finding]:
+def _engine(facts: Facts, engine: Engine) -> Iterator[Finding]:
     name, wanted = LABELS[engine.backend], SUPPORTED[engine.backend]
     check = name
-    facts: dict[str, object] = {"backend": engine.backend, "version": engine.version}
+    again = install_hint(engine.backend, stays=facts.environment.named)
+    data: dict[str, object] = {"backend": engine.backend, "version": engine.version}
     if not engine.supported:
         yield Finding(
             "engine-version",
             check,
             "fail",
             f"{engine.label} is not supported; fp8ctl knows {name} {wanted}",
-            f"fp8ctl install {engine.backend}",
-            facts | {"expected": wanted},
+            again,
+            data | {"expected": wanted},
         )
     else:
         by = f", installed by {engine.installer}" if engine.installer else ""
         yield Finding(
-            "engine-version", check, "ok", f"{engine.label} ({engine.kind}{by})", None, facts
+            "engine-version", check, "ok", f"{engine.label} ({engine.kind}{by})", None, data
         )
     if engine.kind == "editable":
         yield Finding(
@@ -83,7 +85,7 @@ def _engine(engine: Engine) -> Iterator[Finding]:
             check,
             "fail",
             f"editable install of {engine.package_dir}: fp8ctl does not patch a work tree",
-            f"fp8ctl install {engine.backend}, or `git apply` in {engine.package_dir.parent}",
+            f"{again}, or `git apply` in {engine.package_dir.parent}",
             {"package_dir": str(engine.package_dir)},
         )
     if engine.shadowed_by:
@@ -117,7 +119,7 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
             "engine-files",
             check,
             "fail",
-            f"{_count(record.missing, 'file')} of RECORD missing: {_some(record.missing)}",
+            f"{plural(len(record.missing), 'file')} of RECORD missing: {_some(record.missing)}",
             again,
             {"missing": list(record.missing)},
         )
@@ -126,21 +128,24 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
             "engine-files",
             check,
             "warn",
-            f"{_count(strange, 'file')} changed since the release, not by fp8ctl: {_some(strange)}",
+            f"{plural(len(strange), 'file')} changed since the release, not by fp8ctl: "
+            f"{_some(strange)}",
             again,
             {"modified": strange},
         )
     if not record.missing and not strange:
         changed = len(record.modified)
+        files = plural(record.checked, "file")
         but = f", but {changed} that fp8ctl patched" if changed else ""
-        yield Finding("engine-files", check, "ok", f"{record.checked} files as released{but}")
+        yield Finding("engine-files", check, "ok", f"{files} as released{but}")
     if record.read_only_dirs or not facts.environment.writable:
         yield Finding(
             "engine-writable",
             check,
             "warn",
             f"{facts.environment.site_packages} is not writable for you: it cannot be patched",
-            f"fp8ctl install {engine.backend}",
+            # Supported and not editable, it stays the one that is found first.
+            install_hint(engine.backend, stays=True),
             {"folders": list(record.read_only_dirs)},
         )
     if record.linked:
@@ -148,7 +153,7 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
             "engine-links",
             check,
             "info",
-            f"{record.linked} files share their inode with an installer's cache; fp8ctl replaces "
+            f"{plural(record.linked, 'file')} shared with an installer's cache; fp8ctl replaces "
             "files and never writes into them, an editor may do otherwise",
         )
 
@@ -178,8 +183,8 @@ def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
     elif applied:
         yield Finding("patches", check, "ok", f"applied: {', '.join(applied)}", None, data)
     else:
-        count = len(status.patches)
-        yield Finding("patches", check, "info", f"pristine, {count} patches known", command, data)
+        known = plural(len(status.patches), "patch", "patches")
+        yield Finding("patches", check, "info", f"pristine, {known} known", command, data)
 
 
 def _neighbours(facts: Facts) -> Iterator[Finding]:
@@ -191,7 +196,7 @@ def _neighbours(facts: Facts) -> Iterator[Finding]:
             "warn",
             "vLLM and SGLang share one environment; vLLM 0.9.1 pins torch 2.7.0, SGLang 0.4.8 "
             f"pins 2.7.1: torch is {environment.packages.get('torch', 'missing')}",
-            "fp8ctl install sglang, and keep them apart",
+            install_hint("sglang", stays=True),
         )
     for name, versions in (environment.duplicates or {}).items():
         yield Finding(
@@ -202,10 +207,6 @@ def _neighbours(facts: Facts) -> Iterator[Finding]:
             f"{facts.pip} --force-reinstall --no-deps {name}",
             {"versions": list(versions)},
         )
-
-
-def _count(items: tuple[str, ...] | list[str], noun: str) -> str:
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
 
 
 def _some(items: tuple[str, ...] | list[str]) -> str:

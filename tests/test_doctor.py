@@ -182,6 +182,27 @@ def test_triton_is_judged_by_what_it_has_and_not_by_its_number(with_triton: Path
     assert finding.fix == "/venv/bin/python -m pip install --no-deps triton==3.3.1"
 
 
+def test_one_is_not_several() -> None:
+    status = patched("pristine", "not applied")
+    assert "1 patch known" in found(facts(patches={"sglang": status}))["patches"].message
+    record = RecordReport(True, 1, linked=1)
+    told = found(facts(engine(record=record)))
+    assert told["engine-files"].message == "1 file as released"
+    assert told["engine-links"].message.startswith("1 file shared")
+
+
+def test_an_environment_that_stays_first_is_left_by_name() -> None:
+    for id_, given in (
+        ("engine-writable", facts(writable=False)),
+        ("both-engines", facts(engine(), engine("vllm", "0.9.1"))),
+        ("engine-version", facts(engine(version="0.4.9", supported=False), named=True)),
+    ):
+        fix = found(given)[id_].fix or ""
+        assert fix.startswith("fp8ctl install sglang && fp8ctl doctor --python /")
+    other = facts(engine("vllm", "0.9.2", supported=False))
+    assert found(other)["engine-version"].fix == "fp8ctl install sglang"  # no GPU for vLLM
+
+
 def test_int8dq_and_cuda_graphs_are_told_where_there_is_a_gpu() -> None:
     assert "--disable-cuda-graph" in found(facts(gpus=gpu(9, 0)))["int8dq"].message
 
@@ -247,7 +268,10 @@ def test_no_engine_exits_3_with_all_findings_as_data(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no vLLM and no SGLang") as e:
         run(tmp_path)
     assert e.value.exit_code == 3
-    assert e.value.hint == "fp8ctl install sglang"
+    # The folder was named and stays empty: what comes next names the new environment.
+    hint = e.value.hint or ""
+    assert hint.startswith("fp8ctl install sglang && fp8ctl doctor --python /")
+    assert e.value.data["next"] == hint
     assert {"environment", "findings", "next"} <= e.value.data.keys()
 
 

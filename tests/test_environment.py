@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 
 from fp8ctl import environment
 from fp8ctl.errors import ConflictError, NotFoundError, UnsupportedError, UsageError
+from fp8ctl.hardware import Gpu, Hardware
 
 
 @pytest.fixture(autouse=True)
 def nothing_active(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("fp8ctl.hardware.detect", Hardware)
     monkeypatch.delenv("VIRTUAL_ENV", raising=False)
     monkeypatch.delenv("CONDA_PREFIX", raising=False)
     monkeypatch.delenv("PYTHONPATH", raising=False)
@@ -96,7 +99,49 @@ class TestOrder:
         assert found.origin == "the active virtual environment"
         with pytest.raises(NotFoundError, match=r"vLLM 0\.9\.1 is not in .*no engine") as e:
             found.engine("vllm")
+        # vLLM cannot be installed without a GPU, so nobody is sent to do it.
+        assert e.value.hint == "fp8ctl install sglang"
+        assert "its wheel needs a GPU" in e.value.message
+        gpu = Hardware((Gpu("GPU", (9, 0), 1),))
+        monkeypatch.setattr("fp8ctl.hardware.detect", lambda: gpu)
+        with pytest.raises(NotFoundError) as e:
+            environment.find(None, None, "vllm").engine("vllm")
         assert e.value.hint == "fp8ctl install vllm"
+
+    @pytest.mark.parametrize("fault", ["not supported", "editable"])
+    @pytest.mark.parametrize("backend", ["sglang", None])
+    def test_an_active_engine_that_cannot_be_used_gives_way_to_a_managed_one(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        fault: str,
+        backend: environment.BackendName | None,
+    ) -> None:
+        active = make_venv(tmp_path / "active")
+        monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
+        if fault == "editable":
+            direct = {"url": tmp_path.as_uri(), "dir_info": {"editable": True}}
+            make_engine(active, direct_url__json=json.dumps(direct))
+        else:
+            make_engine(active, version="0.4.7")
+        # Alone it is what there is, and the way out is to install one.
+        found = environment.find(None, None, backend)
+        assert found.site_packages == active
+        with pytest.raises((UnsupportedError, ConflictError)) as e:
+            found.require_patchable("sglang")
+        assert (e.value.hint or "").split(",")[0] == "fp8ctl install sglang"
+        # Named, it is taken again whatever is installed: so the hint names the new one.
+        with pytest.raises((UnsupportedError, ConflictError)) as e:
+            environment.find(tmp_path / "active", None).require_patchable("sglang")
+        managed = environment.managed_dir("sglang", "cpu")
+        ways = (e.value.hint or "").split(",")
+        assert ways[0].endswith(f" && fp8ctl doctor --python {managed / 'bin' / 'python'}")
+        make_engine(make_venv(managed))
+        (managed / environment.MARKER).write_text("{}")
+        found = environment.find(None, None, backend)
+        assert found.require_patchable("sglang").version == "0.4.8"
+        assert found.python == managed / "bin" / "python"
+        assert found.origin.endswith(f", which is {fault}")
 
     def test_a_stale_virtual_env_is_passed_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -114,6 +159,24 @@ class TestRefusals:
         with pytest.raises(NotFoundError, match="does not run as a Python"):
             environment.find(Path("/bin/true"), None)
 
+    @pytest.mark.parametrize(
+        ("script", "told"),
+        [
+            ("echo words", r"\(exit 0\): printed no JSON"),
+            ("echo noise >&2; exit 0", r"\(exit 0\): printed no JSON"),
+            ("printf '\\n first\\nlast\\n' >&2; exit 3", r"\(exit 3\): first$"),
+            ("exit 4", r"\(exit 4\): printed no JSON"),
+        ],
+    )
+    def test_what_a_program_said_instead_is_told(
+        self, tmp_path: Path, script: str, told: str
+    ) -> None:
+        program = tmp_path / "python"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        with pytest.raises(NotFoundError, match=told):
+            environment.find(program, None)
+
     def test_a_missing_folder(self, tmp_path: Path) -> None:
         with pytest.raises(NotFoundError, match="cannot read the site-packages folder"):
             environment.find(None, tmp_path / "no")
@@ -126,6 +189,13 @@ class TestRefusals:
         with pytest.raises(UsageError, match="'trt', expected vllm or sglang"):
             environment.parse_backend("trt")
         assert environment.parse_backend("vllm") == "vllm"
+
+    def test_the_options_of_a_target_survive_a_shell(self) -> None:
+        options = environment.target_options(Path("/a b/python"), None)
+        assert shlex.split(options) == ["--python", "/a b/python"]
+        options = environment.target_options(None, Path("/it's"))
+        assert shlex.split(options) == ["--site-packages", "/it's"]
+        assert environment.target_options(None, None) == ""
 
     @pytest.mark.parametrize("version", ["0.4.7", "0.4.8.post1", "0.4.8rc1", "0.4.9+cu126", "dev"])
     def test_another_version_is_not_supported(self, tmp_path: Path, version: str) -> None:

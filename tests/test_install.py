@@ -9,9 +9,13 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import os
 import shlex
+import shutil
 import subprocess
 import sys
+import venv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,8 +62,6 @@ def finish(plan: install.Plan) -> None:
 
 def failing(plan: install.Plan, *words: str, code: int = 1) -> install.Plan:
     """Return the plan with a program in pip's place that says `words` and fails."""
-    from dataclasses import replace
-
     script = f"import sys; print({chr(10).join(words)!r}); sys.exit({code})"
     make = (sys.executable, "-m", "venv", "--without-pip", str(plan.folder))
     return replace(plan, commands=(make, (sys.executable, "-c", script, "-m", "pip")))
@@ -106,6 +108,8 @@ class TestPlan:
         # An index's torch wants a triton of its own: constrained to ours it could not be had.
         assert "triton==3.3.1" in plan.lock.pins
         assert not any(pin.startswith("triton==") for pin in plan.constraints)
+        # pip tells a pin that is constrained and cannot be had as a conflict with itself.
+        assert not any(pin.startswith("torch==") for pin in plan.constraints)
 
     def test_cuda_is_one_exact_step(self, tmp_path: Path) -> None:
         plan = install.make_plan("vllm", "cuda", tmp_path / "e")
@@ -229,7 +233,9 @@ class TestFolder:
 
     def test_a_second_installation_waits_for_nobody(self, tmp_path: Path, quiet: Reporter) -> None:
         plan = make_plan(tmp_path / "e")
-        with (tmp_path / "e.lock").open("w") as lock:
+        path = install.lock_path(plan.folder)
+        path.parent.mkdir(parents=True)
+        with path.open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(BusyError, match="another installation"):
                 install.execute(quiet, plan)
@@ -253,13 +259,151 @@ class TestFolder:
     def test_a_disk_that_is_too_small_is_told_before_the_download(
         self, tmp_path: Path, quiet: Reporter
     ) -> None:
-        from dataclasses import replace
-
         plan = make_plan(tmp_path / "e")
         plan = replace(plan, lock=replace(plan.lock, installed=1 << 60))
-        with pytest.raises(NotPermittedError, match="free; the environment takes about"):
+        with pytest.raises(NotPermittedError, match="free; the environment takes about") as e:
             install.execute(quiet, plan)
+        assert "5.2 GB where the index has the CUDA build only" in e.value.message
         assert not plan.folder.exists()
+
+    def test_a_disk_for_the_cpu_build_is_large_enough(
+        self, tmp_path: Path, quiet: Reporter, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        plan = failing(make_plan(tmp_path / "e"), "ERROR: reached pip")
+        assert plan.lock.installed is not None
+        assert plan.lock.installed_cuda is not None
+        assert plan.lock.installed < plan.lock.installed_cuda
+        free = plan.lock.installed + 1
+        usage = type(shutil.disk_usage("/"))(free * 2, free - 1, free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(EngineFailedError, match="reached pip"):
+            install.execute(quiet, plan)
+
+    def test_what_failed_or_was_refused_leaves_nothing_where_it_was_asked_for(
+        self, tmp_path: Path, quiet: Reporter, isolated_home: Path
+    ) -> None:
+        place = tmp_path / "new" / "folders"
+        with pytest.raises(EngineFailedError):
+            install.execute(quiet, failing(make_plan(place / "e"), "ERROR: broken"))
+        assert list(tmp_path.iterdir()) == []
+        shutil.rmtree(isolated_home)
+        (tmp_path / "file").touch()
+        with pytest.raises(ConflictError):
+            install.execute(quiet, make_plan(tmp_path / "file"))
+        assert [p.name for p in tmp_path.iterdir()] == ["file"]
+        assert not isolated_home.exists(), "a refusal took the lock"
+
+    @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+    def test_a_place_that_takes_no_folder_is_told_so(self, quiet: Reporter) -> None:
+        with pytest.raises(NotPermittedError, match="takes no new folders") as e:
+            install.execute(quiet, make_plan(Path("/proc/x")))
+        assert e.value.hint == "fp8ctl install sglang --device cpu --dir /a/folder/you/own"
+
+    def test_where_no_folder_was_named_the_hint_names_none_either(
+        self, quiet: Reporter, isolated_home: Path
+    ) -> None:
+        (isolated_home / "data").write_text("in the way")
+        with pytest.raises(NotPermittedError) as e:
+            install.install(quiet, "sglang", "cpu")
+        assert e.value.hint == "export FP8CTL_HOME=/a/folder/you/own"
+
+
+class TestNext:
+    def environment(self, root: Path, version: str) -> Path:
+        venv.create(root, symlinks=True, with_pip=False)
+        site = root / "lib" / f"python3.{sys.version_info[1]}" / "site-packages"
+        (site / f"sglang-{version}.dist-info").mkdir()
+        return root / "bin" / "python"
+
+    @pytest.mark.parametrize(("active", "named"), [("0.4.7", False), ("0.4.8", True)])
+    def test_it_names_the_environment_unless_that_is_found_by_itself(
+        self,
+        tmp_path: Path,
+        quiet: Reporter,
+        monkeypatch: pytest.MonkeyPatch,
+        active: str,
+        named: bool,
+    ) -> None:
+        monkeypatch.setattr("fp8ctl.hardware.detect", Hardware)
+        self.environment(tmp_path / "active", active)
+        monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
+        monkeypatch.delenv("CONDA_PREFIX", raising=False)
+        plan = install.make_plan("sglang", None, None)
+        self.environment(plan.folder, "0.4.8")
+        (plan.folder / MARKER).write_text(json.dumps({"lock": plan.lock.sha256}))
+        data = install.run(quiet, engine="sglang", device=None, folder=None, dry_run=False)
+        assert data["changed"] is False
+        assert data["next"] == "fp8ctl doctor" + (f" --python {plan.python}" if named else "")
+        # Where something else would be found again, so say the hints of other commands.
+        hint = environment.install_hint("sglang", stays=True)
+        assert hint == f"fp8ctl install sglang && fp8ctl doctor --python {plan.python}"
+
+
+class TestRealPip:
+    """pip itself, of fp8ctl's own environment, with no index to ask."""
+
+    @pytest.mark.parametrize(
+        ("settings", "message", "hint"),
+        [
+            (
+                {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0"},
+                "no answer from its index",
+                "PIP_INDEX_URL=https://an.index/simple fp8ctl install sglang --device cpu --dir {}",
+            ),
+            (
+                {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1"},
+                "cannot reach its index",
+                "PIP_INDEX_URL=https://an.index/simple fp8ctl install sglang --device cpu --dir {}",
+            ),
+            (
+                {"PIP_NO_INDEX": "1"},
+                "no answer from its index",
+                "PIP_NO_INDEX=0 fp8ctl install sglang --device cpu --dir {}",
+            ),
+            (
+                {"PIP_NO_INDEX": "1", "PIP_CONSTRAINT": "{}.txt"},
+                "a constraint of yours, torch==2.7.0",
+                "PIP_CONSTRAINT=/dev/null fp8ctl install sglang --device cpu --dir {}",
+            ),
+        ],
+        ids=["refused", "retried", "no-index", "own-pin"],
+    )
+    def test_an_index_that_does_not_have_it_is_not_found(
+        self,
+        tmp_path: Path,
+        quiet: Reporter,
+        monkeypatch: pytest.MonkeyPatch,
+        settings: dict[str, str],
+        message: str,
+        hint: str,
+    ) -> None:
+        folder = tmp_path / "e"
+        (tmp_path / "e.txt").write_text("torch==2.7.0\n")
+        for name in [n for n in os.environ if n.startswith("PIP_")]:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value.format(folder))
+        plan = make_plan(folder)
+        # Without a pip in the environment, which takes seconds to make.
+        make, torch, _ = plan.commands
+        make = (*make[:3], "--without-pip", *make[3:])
+        pip = (sys.executable, "-m", "pip", "--python", str(plan.python), *torch[3:])
+        with pytest.raises(NotFoundError, match=message) as e:
+            install.execute(quiet, replace(plan, commands=(make, pip)))
+        assert e.value.hint == hint.format(folder)
+        assert "127.0.0.1" not in (e.value.hint or "")
+        assert list(tmp_path.iterdir()) == [tmp_path / "e.txt"]
+
+    def test_another_failure_points_to_the_commands_and_not_to_what_is_gone(
+        self, tmp_path: Path, quiet: Reporter
+    ) -> None:
+        for code in (0, 1):
+            plan = failing(make_plan(tmp_path / "e"), "ERROR: broken", code=code)
+            with pytest.raises(EngineFailedError) as e:
+                install.execute(quiet, plan)
+            again = f"fp8ctl install sglang --device cpu --dir {tmp_path / 'e'}"
+            assert e.value.hint == f"{again} --dry-run"
 
     def test_pip_that_ends_well_without_the_engine_is_a_failure(
         self, tmp_path: Path, quiet: Reporter
@@ -310,8 +454,6 @@ def test_a_failure_of_pip_becomes_the_error_it_speaks_of(
 def test_the_user_s_index_settings_reach_pip_and_misleading_ones_do_not(
     tmp_path: Path, quiet: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
-
     monkeypatch.setenv("PIP_INDEX_URL", "file:///mine")
     monkeypatch.setenv("PIP_TARGET", "/elsewhere")
     script = "import os; print('E', os.environ.get('PIP_INDEX_URL'), os.environ.get('PIP_TARGET'))"

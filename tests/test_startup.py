@@ -16,9 +16,9 @@ LATE = ("rich", "httpx", "unidiff", "packaging", "psutil", "pynvml", "importlib.
 # Runs the command line and then tells which of the names were imported.
 _SPY = """
 import sys
-from fp8ctl.cli import app
+from fp8ctl.cli import build
 try:
-    app({argv!r})
+    build(next((w for w in {argv!r} if w[0] != '-'), ''))({argv!r})
 except SystemExit as e:
     code = e.code
 names = {names!r}

@@ -18,6 +18,7 @@ from fp8ctl.patching.fsops import Root
 from fp8ctl.patching.names import short
 from fp8ctl.patching.plan import plan_patch, plan_revert
 from fp8ctl.patching.status import judge, take
+from fp8ctl.render import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -159,8 +160,7 @@ def _target(
         engines = [env.require_patchable(b) for b in wanted]
     else:
         engines = [env.require_patchable(b) for b in _supported(env)]
-    options = f" --python {python}" if python else ""
-    options += f" --site-packages {site_packages}" if site_packages else ""
+    options = environment.target_options(python, site_packages)
     return Target(env, tuple((e, catalog.load(e.backend, e.version)) for e in engines), options)
 
 
@@ -174,7 +174,7 @@ def _supported(env: Environment) -> list[BackendName]:
     raise NotFoundError(
         f"no engine in {env.site_packages} ({env.origin}), expected vLLM "
         f"{environment.SUPPORTED['vllm']} or SGLang {environment.SUPPORTED['sglang']}",
-        hint="fp8ctl install sglang",
+        hint=environment.install_hint("sglang", stays=env.named),
     )
 
 
@@ -242,9 +242,9 @@ def _run(
     elif not changes:
         report.say("nothing to do: already so")
     elif dry_run:
-        report.say(f"{files} files would change; --dry-run changes nothing")
+        report.say(f"{plural(files, 'file')} would change; --dry-run changes nothing")
     else:
-        report.say(f"{files} files changed in {elapsed:.2f} s")
+        report.say(f"{plural(files, 'file')} changed in {elapsed:.2f} s")
     return {
         "site_packages": str(env.site_packages),
         "origin": env.origin,

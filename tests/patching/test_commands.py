@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -99,6 +100,22 @@ def test_dry_run_and_list_change_nothing_at_all(bundled: Any) -> None:
     run(commands.revert, bundled, dry_run=True)
     assert bundled.tree() == before
     assert "applied" in run(commands.patch, bundled, list_only=True)[1]
+
+
+def test_hints_name_the_target_such_that_a_shell_takes_it(bundled: Any, tmp_path: Path) -> None:
+    spaced = bundled.site.rename(tmp_path / "it's a site")
+    report = Reporter(out=io.StringIO(), err=io.StringIO())
+    with pytest.raises(NotFoundError) as e:
+        commands.patch(report, site_packages=spaced, patch_ids=["nope"])
+    words = shlex.split(e.value.hint or "")
+    assert words == ["fp8ctl", "patch", "--site-packages", str(spaced), "--list"]
+
+
+def test_one_file_is_not_several(bundled: Any) -> None:
+    _, _, err = run(commands.patch, bundled, patch_ids=["first"], dry_run=True)
+    assert "1 file would change" in err
+    _, _, err = run(commands.patch, bundled, patch_ids=["first"])
+    assert "1 file changed in" in err
 
 
 def test_print_diff_is_one_diff_that_git_applies(bundled: Any, tmp_path: Path) -> None:
