@@ -42,7 +42,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check", "doctor", "install", "planning", "quantizing", "server", "patching.commands"),
     # What they work with.
     (
-        *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "interpreter"),
+        *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "installplan"),
+        *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     ("checkpoint", "fitting", "gguf", "manifest"),

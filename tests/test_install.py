@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8ctl import environment, install
+from fp8ctl import environment, install, installplan
 from fp8ctl.environment import MARKER
 from fp8ctl.errors import (
     BusyError,
@@ -49,18 +49,18 @@ def quiet() -> Reporter:
     return Reporter(out=io.StringIO(), err=io.StringIO())
 
 
-def make_plan(folder: Path) -> install.Plan:
-    return install.make_plan("sglang", "cpu", folder)
+def make_plan(folder: Path) -> installplan.Plan:
+    return installplan.make_plan("sglang", "cpu", folder)
 
 
-def finish(plan: install.Plan) -> None:
+def finish(plan: installplan.Plan) -> None:
     """Leave what a finished installation leaves, as far as fp8ctl looks at it."""
     plan.python.parent.mkdir(parents=True)
     plan.python.touch()
     (plan.folder / MARKER).write_text(json.dumps({"lock": plan.lock.sha256}))
 
 
-def failing(plan: install.Plan, *words: str, code: int = 1) -> install.Plan:
+def failing(plan: installplan.Plan, *words: str, code: int = 1) -> installplan.Plan:
     """Return the plan with a program in pip's place that says `words` and fails."""
     script = f"import sys; print({chr(10).join(words)!r}); sys.exit({code})"
     make = (sys.executable, "-m", "venv", "--without-pip", str(plan.folder))
@@ -71,7 +71,7 @@ class TestLocks:
     @pytest.mark.parametrize("path", LOCKS, ids=lambda p: p.stem)
     def test_every_line_is_a_pin_with_its_size(self, path: Path) -> None:
         engine, version, device = path.stem.rsplit("-", 2)
-        lock = install.read_lock(environment.parse_backend(engine), device)
+        lock = installplan.read_lock(environment.parse_backend(engine), device)
         lines = [t for t in path.read_text().splitlines() if t and not t.startswith("#")]
         assert len(lock.pins) == len(lines)
         assert f"{engine}=={version}" in lock.pins
@@ -80,7 +80,7 @@ class TestLocks:
     @pytest.mark.parametrize("path", LOCKS, ids=lambda p: p.stem)
     def test_the_size_in_the_header_is_the_sum_of_the_lines(self, path: Path) -> None:
         engine, _, device = path.stem.rsplit("-", 2)
-        total = install.read_lock(environment.parse_backend(engine), device).download
+        total = installplan.read_lock(environment.parse_backend(engine), device).download
         words = f"{total / 1e6:.0f} MB" if total < 1e9 else f"{total / 1e9:.1f} GB"
         assert f"# download: about {words}" in path.read_text()
 
@@ -93,7 +93,7 @@ class TestLocks:
 
     def test_vllm_for_the_cpu_is_refused_with_the_reason(self) -> None:
         with pytest.raises(UnsupportedError, match="released wheel is a CUDA build") as e:
-            install.make_plan("vllm", "cpu", None)
+            installplan.make_plan("vllm", "cpu", None)
         assert e.value.exit_code == 4
 
 
@@ -103,7 +103,7 @@ class TestPlan:
     ) -> None:
         plan = make_plan(tmp_path / "e")
         _, torch, rest = plan.commands
-        assert torch[-3:] == ("-c", install.CONSTRAINTS, "torch==2.13.0")
+        assert torch[-3:] == ("-c", installplan.CONSTRAINTS, "torch==2.13.0")
         assert rest[-3:] == ("--no-deps", "-r", str(plan.lock.path))
         # An index's torch wants a triton of its own: constrained to ours it could not be had.
         assert "triton==3.3.1" in plan.lock.pins
@@ -112,7 +112,7 @@ class TestPlan:
         assert not any(pin.startswith("torch==") for pin in plan.constraints)
 
     def test_cuda_is_one_exact_step(self, tmp_path: Path) -> None:
-        plan = install.make_plan("vllm", "cuda", tmp_path / "e")
+        plan = installplan.make_plan("vllm", "cuda", tmp_path / "e")
         assert len(plan.commands) == 2
         assert "--no-deps" in plan.commands[1]
 
@@ -120,19 +120,19 @@ class TestPlan:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("fp8ctl.hardware.detect", Hardware)
-        assert install.make_plan("sglang", None, tmp_path).device == "cpu"
+        assert installplan.make_plan("sglang", None, tmp_path).device == "cpu"
         some = Hardware((Gpu("GPU", (9, 0), 1),))
         monkeypatch.setattr("fp8ctl.hardware.detect", lambda: some)
-        assert install.make_plan("sglang", None, tmp_path).device == "cuda"
+        assert installplan.make_plan("sglang", None, tmp_path).device == "cuda"
 
     def test_an_unknown_device_is_a_usage_error(self) -> None:
         with pytest.raises(UsageError, match="'tpu', expected cpu or cuda"):
-            install.make_plan("sglang", "tpu", None)
+            installplan.make_plan("sglang", "tpu", None)
 
     def test_a_python_without_wheels_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(install, "PYTHONS", ((3, 99),))
+        monkeypatch.setattr(installplan, "PYTHONS", ((3, 99),))
         with pytest.raises(UnsupportedError, match=r"with Python 3\.99; fp8ctl runs on"):
-            install.make_plan("sglang", "cpu", None)
+            installplan.make_plan("sglang", "cpu", None)
 
     def test_uv_is_taken_where_the_user_set_it_up_or_asked_for_it(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -328,7 +328,7 @@ class TestNext:
         self.environment(tmp_path / "active", active)
         monkeypatch.setenv("VIRTUAL_ENV", str(tmp_path / "active"))
         monkeypatch.delenv("CONDA_PREFIX", raising=False)
-        plan = install.make_plan("sglang", None, None)
+        plan = installplan.make_plan("sglang", None, None)
         self.environment(plan.folder, "0.4.8")
         (plan.folder / MARKER).write_text(json.dumps({"lock": plan.lock.sha256}))
         data = install.run(quiet, engine="sglang", device=None, folder=None, dry_run=False)

@@ -11,6 +11,7 @@ import shlex
 from typing import Final
 
 from fp8ctl.engines import base, refusals
+from fp8ctl.engines.assembly import assemble
 from fp8ctl.engines.base import LaunchPlan, LaunchRequest, Option
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UnsupportedError, UsageError
 
@@ -192,24 +193,7 @@ def build(request: LaunchRequest) -> LaunchPlan:
     if request.environ.get(_OVERRIDE_VARIABLE):
         env[_OVERRIDE_VARIABLE] = ""
         notes.append(f"{_OVERRIDE_VARIABLE} of your shell is left out: --mode decides here")
-    if request.await_push:
-        notes.append("starts closed: generation answers 503 `unpushed` until FP8 weights landed")
-
-    words = base.merge(options, request.extra)
-    host = base.option_value(words, "--host") or request.host
-    refusals.refuse_open_door(host, request.environ, request.extra)
-    return LaunchPlan(
-        backend="sglang",
-        argv=(str(request.python), "-m", ENTRY, *words),
-        env=tuple(sorted(env.items())),
-        env_from=(),
-        host=host,
-        port=base.parse_port(base.option_value(words, "--port"), request.port),
-        run_dir=request.run_dir,
-        model=base.option_value(words, "--served-model-name") or request.model.name,
-        await_push=request.await_push,
-        notes=tuple(notes),
-    )
+    return assemble(request, "sglang", ENTRY, options, env, notes)
 
 
 # KV cache and request slots are sized for a laptop: SGLang would take 88 % of free memory

@@ -11,6 +11,7 @@ from typing import Final
 
 from fp8ctl import fitting
 from fp8ctl.engines import base, refusals
+from fp8ctl.engines.assembly import assemble
 from fp8ctl.engines.base import LaunchPlan, LaunchRequest, Option
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UnsupportedError, UsageError
 
@@ -168,25 +169,9 @@ def build(request: LaunchRequest) -> LaunchPlan:
             f"{request.device.describe()} has no FP8 arithmetic: "
             "vLLM keeps FP8 weights and computes in 16 bits (Marlin)"
         )
-    if request.await_push:
-        notes.append("starts closed: generation answers 503 `unpushed` until FP8 weights landed")
-
-    words = base.merge(options, request.extra)
-    host = base.option_value(words, "--host") or request.host
-    refusals.refuse_open_door(host, request.environ, request.extra)
     key = base.API_KEY_VARIABLE
-    return LaunchPlan(
-        backend="vllm",
-        argv=(str(request.python), "-m", ENTRY, *words),
-        env=tuple(sorted(env.items())),
-        env_from=(("VLLM_API_KEY", key),) if request.environ.get(key) else (),
-        host=host,
-        port=base.parse_port(base.option_value(words, "--port"), request.port),
-        run_dir=request.run_dir,
-        model=base.option_value(words, "--served-model-name") or request.model.name,
-        await_push=request.await_push,
-        notes=tuple(notes),
-    )
+    env_from = (("VLLM_API_KEY", key),) if request.environ.get(key) else ()
+    return assemble(request, "vllm", ENTRY, options, env, notes, env_from)
 
 
 def _long(extra: tuple[str, ...]) -> tuple[str, ...]:
