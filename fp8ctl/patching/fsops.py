@@ -38,7 +38,6 @@ class FileData:
     uid: int
     gid: int
     mtime_ns: int
-    links: int
 
 
 class Syscalls:
@@ -138,7 +137,6 @@ class Root:
                         info.st_uid,
                         info.st_gid,
                         info.st_mtime_ns,
-                        info.st_nlink,
                     )
         except FileNotFoundError:
             return None
