@@ -29,7 +29,7 @@ from fp8ctl.errors import (
 from fp8ctl.formats import Mode
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels import quantize as kernels
-from fp8ctl.kernels.reference import NonFiniteError
+from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.manifest import RECORD
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
 

@@ -452,6 +452,31 @@ def stop(
 
 
 @command()
+def bench(
+    what: Annotated[str, typer.Argument(help="kernel: quantisation, the bundled kernels.")],
+    device: Annotated[
+        str | None, typer.Option("--device", help="cpu or cuda; CUDA where there is one.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="ieee, reciprocal, inverse-scale or ue8m0.")
+    ] = "ieee",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer and smaller tensors, less often.")
+    ] = False,
+    python: Python = None,
+    json_: Json = False,
+) -> None:
+    """Measure the kernels beside a copy of as many bytes."""
+    from fp8ctl import bench as m
+
+    _run(
+        "bench",
+        json_,
+        lambda r: m.run(r, what=what, device=device, recipe=recipe, quick=quick, python=python),
+    )
+
+
+@command()
 def demo(
     mode: Mode = "block",
     json_: Json = False,

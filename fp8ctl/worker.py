@@ -85,11 +85,39 @@ def demo_model(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return gguf.convert(Path(arguments["gguf"]), Path(arguments["out"]), progress)
 
 
+def bench_kernel(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Measure the kernels; return the `document`, and its table: `heading`, `columns`, `cells`."""
+    try:
+        from fp8ctl.kernels import bench, recipes
+        from fp8ctl.kernels.timing import NoCudaError
+    except ImportError as e:
+        raise NotFoundError(
+            f"{sys.executable} cannot run the kernels: {e}",
+            hint="--python /path/to/bin/python of an environment with torch",
+        ) from e
+    try:
+        recipe = recipes.named(arguments["recipe"])
+    except ValueError as e:
+        raise UsageError(str(e), hint="fp8ctl bench kernel --recipe ieee") from e
+    try:
+        document = bench.run(arguments["device"], recipe, arguments["quick"], progress=progress)
+    except NoCudaError as e:
+        raise NotFoundError(f"no CUDA device: {e}", hint="fp8ctl bench kernel --device cpu") from e
+    columns, cells = bench.table(document)
+    return {
+        "document": document,
+        "heading": bench.describe(document),
+        "columns": columns,
+        "cells": cells,
+    }
+
+
 TASKS: dict[str, Task] = {
     "quantize": quantize,
     "expect": expect,
     "fetch": fetch,
     "demo-model": demo_model,
+    "bench-kernel": bench_kernel,
 }
 
 

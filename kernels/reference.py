@@ -1,11 +1,8 @@
-"""The exact FP8 reference in plain PyTorch: what every other kernel must equal, bit for bit.
+"""The exact FP8 arithmetic in plain PyTorch: what every other kernel must equal, bit for bit.
 
-Recipe `ieee` (docs/design.md, "Numbers"): per group of elements
-    scale = amax / 448                 FP32, true division
-    code  = RNE(x / scale) in e4m3fn   FP32, true division, one rounding more
-A group of zeros has scale 1. A scale is never below 2^-126, so neither scale
-nor quotient meets a flush to zero that would show in a code. NaN and Inf are
-refused. Large tensors go through in stripes: extra memory is a few stripes.
+`fp8ctl.kernels.recipes` says what is computed; here it is written down as
+operations on FP32 tensors, on any device. Tensors go through in tiles: extra
+memory is a few of them.
 
 Runs in an engine's interpreter: standard library and torch only.
 """
@@ -17,240 +14,251 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8ctl.kernels.inputs import NonFiniteError, check_input, make_outputs, matrices, unravel
+from fp8ctl.kernels.recipes import FP8_MAX, IEEE, MIN_SCALE, check_non_finite
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-FP8_MAX = 448.0  # largest finite e4m3fn
-MIN_SCALE = 2.0**-126  # smallest normal FP32
-INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+    from fp8ctl.kernels.groups import Groups, Shape
+    from fp8ctl.kernels.recipes import NonFinite, Recipe
 
 # Elements that are worked on at a time. 4 MB of FP32 stays in the caches of a
 # core pair; 2^22 and 2^16 were each about a third slower on 2 x86 cores.
-_STRIPE = 1 << 20
-
-
-class NonFiniteError(ValueError):
-    """The input holds NaN or Inf, which has no FP8 code and would spoil its whole group.
-
-    Attributes:
-        index: position of the first such element in row-major order.
-        value: the element, as a Python float.
-    """
-
-    def __init__(self, index: tuple[int, ...], value: float) -> None:
-        super().__init__(f"non-finite value {value} at index {list(index)}")
-        self.index = index
-        self.value = value
-
-
-def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
-    """Return the shape of the scales of a [N, K] tensor: (ceil(N / bn), ceil(K / bk)).
-
-    Raises:
-        ValueError: a side of the block is not positive.
-    """
-    if block[0] < 1 or block[1] < 1:
-        raise ValueError(f"block sides must be positive, not {block[0]}x{block[1]}")
-    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
-
-
-def check_input(x: torch.Tensor, dims: int | None = None) -> None:
-    """Refuse what no kernel here takes.
-
-    Raises:
-        TypeError: the dtype is not BF16, FP16 or FP32.
-        ValueError: the number of dimensions is not `dims`.
-    """
-    if x.dtype not in INPUT_DTYPES:
-        raise TypeError(f"cannot quantise {x.dtype}; expected bfloat16, float16 or float32")
-    if dims is not None and x.dim() != dims:
-        raise ValueError(f"expected {dims} dimensions, found shape {list(x.shape)}")
+_TILE = 1 << 20
+# torch runs an operation on fewer elements than 2^15 in the calling thread.
+_ALONE = (1 << 15) - 1
 
 
 @torch.no_grad()
-def quantize_block(
-    x: torch.Tensor, block: tuple[int, int] = (128, 128)
+def quantize(
+    x: torch.Tensor,
+    groups: Groups,
+    recipe: Recipe = IEEE,
+    non_finite: NonFinite = "error",
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a [N, K] tensor in blocks of `block` = (bn, bk).
+    """Quantise a tensor; any strides, any sides, none included.
 
-    Any strides; N and K need not divide by the block, and may be 0.
+    Args:
+        x: BF16, FP16 or FP32; [N, K], and any shape where one scale is for all.
+        groups: what shares a scale.
+        recipe: the arithmetic.
+        non_finite: what becomes of NaN and Inf.
+        out: codes and scales to write instead of new ones: float8_e4m3fn or uint8 in the
+            shape of `x`, and FP32 of `groups.scale_shape(x.shape)`; any strides.
 
     Returns:
-        codes [N, K] float8_e4m3fn and scales [ceil(N/bn), ceil(K/bk)] float32,
-        both contiguous; `codes * scale` of the block approximates `x`.
+        codes float8_e4m3fn in the shape of `x` and scales FP32; `out`, if it was given.
 
     Raises:
-        NonFiniteError: the first NaN or Inf in row-major order.
-        TypeError, ValueError: see `check_input` and `block_grid`.
+        NonFiniteError: the first NaN or Inf in row-major order; outputs are half written.
+        TypeError, ValueError: what `inputs` refuses.
     """
-    check_input(x, 2)
-    n, k = x.shape
-    bn, bk = block
-    grid_n, grid_k = block_grid((n, k), block)
-    codes = torch.empty((n, k), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.ones((grid_n, grid_k), dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return codes, scales
-    # Ragged edges are worked on with zeros behind them, in the stripe only:
-    # zeros change no amax, and their codes are not copied out.
-    wide = grid_k * bk
-    step = max(1, min(grid_n, _STRIPE // (bn * wide)))
-    work = torch.empty((step * bn, wide), dtype=torch.float32, device=x.device)
-    spare = torch.empty_like(work)
-    with _denormals():
-        for top in range(0, grid_n, step):
-            count = min(step, grid_n - top)
-            first, last = top * bn, min(n, (top + count) * bn)
-            rows = last - first
-            part, absolute = work[: count * bn], spare[: count * bn]
-            if rows < part.shape[0] or k < wide:
-                part.zero_()
-            part[:rows, :k].copy_(x[first:last])
-            torch.abs(part, out=absolute)
-            amax = absolute.view(count, bn, grid_k, bk).amax(dim=(1, 3))
-            if not torch.isfinite(amax).all():
-                _raise_non_finite(x, first, last)
-            scale = _scale(amax)
-            scales[top : top + count] = scale
-            part.view(count, bn, grid_k, bk).div_(scale[:, None, :, None])
-            codes[first:last] = _encode(part)[:rows, :k]
+    check_non_finite(non_finite)
+    check_input(x, groups)
+    codes, scales = make_outputs(x, groups, out)
+    parts = matrices(x, codes.view(torch.uint8))
+    with keeping_denormals(x.numel()) as tile:
+        if groups.kind == "per-tensor":
+            _per_tensor(x, parts, scales, recipe, non_finite, tile)
+        else:
+            _matrix(x, codes.view(torch.uint8), scales, groups, recipe, non_finite, tile)
     return codes, scales
 
 
-@torch.no_grad()
-def quantize_per_tensor(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a tensor of any shape with one scale.
-
-    Returns:
-        codes in the shape of `x`, float8_e4m3fn; scale [1] float32.
-
-    Raises:
-        NonFiniteError, TypeError: as `quantize_block`.
-    """
-    check_input(x)
-    codes = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.ones(1, dtype=torch.float32, device=x.device)
-    if x.numel() == 0:
-        return codes, scale
-    matrix = x.reshape(1, -1) if x.dim() < 2 else x.flatten(0, -2)
-    target = codes.view(matrix.shape)
-    with _denormals():
-        amax = torch.zeros(1, dtype=torch.float32, device=x.device)
-        for rows in _stripes(*matrix.shape):
-            # abs and amax are exact in 16 bits too: no FP32 copy in this pass.
-            amax = torch.maximum(amax, matrix[rows].abs().amax().float())
-        if not torch.isfinite(amax).all():
-            _raise_non_finite(x, 0, x.shape[0] if x.dim() else 1)
-        scale = _scale(amax)
-        for rows in _stripes(*matrix.shape):
-            target[rows] = _encode(matrix[rows].float() / scale)
-    return codes, scale
-
-
-@torch.no_grad()
-def quantize_per_channel(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise a [N, K] tensor with one scale per row (output channel).
-
-    Returns:
-        codes [N, K] float8_e4m3fn and scales [N, 1] float32.
-
-    Raises:
-        NonFiniteError, TypeError, ValueError: as `quantize_block`.
-    """
-    check_input(x, 2)
-    if x.shape[1] == 0:
-        return (
-            torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device),
-            torch.ones((x.shape[0], 1), dtype=torch.float32, device=x.device),
-        )
-    return quantize_block(x, (1, x.shape[1]))
-
-
-@torch.no_grad()
-def dequantize(
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    block: tuple[int, int] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Return `codes * scale`, multiplied in FP32 and rounded once to `dtype`.
+def scale_and_factor(amax: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `recipe` makes of largest magnitudes: the scales, and what x is multiplied by.
 
     Args:
-        codes: float8_e4m3fn, [N, K] in block and per-channel form, else any shape.
-        scales: FP32; [ceil(N/bn), ceil(K/bk)] with `block`, else [1] or [N, 1].
-        block: (bn, bk), or None for per-tensor and per-channel scales.
-        dtype: of the result.
+        amax: FP32, finite, not negative; any shape.
 
-    Raises:
-        ValueError: the scales do not have the shape that codes and block ask for.
+    Returns:
+        scales, the multipliers that dequantise; and factors, which for `ieee` are the
+        reciprocals of the scales and not used.
     """
-    if block is None:
-        if scales.numel() != 1 and tuple(scales.shape) != (codes.shape[0], 1):
-            raise ValueError(
-                f"scales of shape {list(scales.shape)} for codes {list(codes.shape)};"
-                f" expected [1] or [{codes.shape[0]}, 1]"
-            )
-        return (codes.float() * scales).to(dtype)
-    grid = block_grid((codes.shape[0], codes.shape[1]), block)
-    if tuple(scales.shape) != grid:
-        raise ValueError(
-            f"scales of shape {list(scales.shape)} for codes {list(codes.shape)} in blocks of"
-            f" {block[0]}x{block[1]}; expected {list(grid)}"
-        )
-    n, k = codes.shape
-    result = torch.empty((n, k), dtype=dtype, device=codes.device)
-    for top in range(grid[0]):
-        rows = slice(top * block[0], min(n, (top + 1) * block[0]))
-        per_column = scales[top].repeat_interleave(block[1])[:k]
-        result[rows] = codes[rows].float().mul_(per_column)
-    return result
+    a = amax.clamp(min=recipe.floor)
+    one = torch.ones_like(a)
+    # By tensors on the device: torch on CUDA divides by a Python number by multiplying
+    # with its reciprocal, which is one unit off now and then (seen on an H100).
+    if recipe.arithmetic == "power-of-two":
+        # 448 is 1.75 * 2^8: up to that mantissa the exponent falls by 8, above it by 7.
+        exponent = ((a.view(torch.int32) + 0x1FFFFF) >> 23).sub_(8).clamp_(min=1)
+        scale = (exponent << 23).view(torch.float32)
+        factor = ((254 - exponent) << 23).view(torch.float32)
+    elif recipe.arithmetic == "inverse-scale":
+        factor = (one * FP8_MAX / a).clamp_(max=1 / MIN_SCALE)
+        scale = one / factor
+    else:
+        scale = (a / (one * FP8_MAX)).clamp_(min=MIN_SCALE)
+        factor = one / scale
+    return scale.masked_fill_(a == 0, 1.0), factor.masked_fill_(a == 0, 1.0)
 
 
-def _scale(amax: torch.Tensor) -> torch.Tensor:
-    """Return the scale of each group from its largest magnitude (FP32, finite)."""
-    # By a tensor on the device: torch on CUDA divides by a Python number by
-    # multiplying with its reciprocal, which is one unit off now and then (seen on an H100).
-    scale = (amax / torch.full_like(amax, FP8_MAX)).clamp_(min=MIN_SCALE)
-    return scale.masked_fill_(amax == 0, 1.0)
+def _matrix(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    groups: Groups,
+    recipe: Recipe,
+    non_finite: NonFinite,
+    tile: int,
+) -> None:
+    """Quantise a [N, K] tensor by bands of whole groups, each in two passes over its tiles."""
+    n, k = x.shape
+    size, grid = groups.size((n, k)), groups.grid((n, k))
+    height = size[0] * max(1, tile // max(1, size[0] * k))
+    for top in range(0, n, height):
+        band = x[top : top + height]
+        first = top // size[0]
+        count = -(-band.shape[0] // size[0])
+        amax = torch.zeros((count, grid[1]), dtype=torch.float32, device=x.device)
+        bad = _amax(band, size, amax, tile)
+        if bad is not None and non_finite == "error":
+            raise NonFiniteError((bad[0] + top, bad[1]), float(band[bad]))
+        scale, factor = scale_and_factor(amax, recipe)
+        scales[first : first + count] = scale
+        _encode(band, codes[top : top + height], size, scale, factor, recipe, non_finite, tile)
+    if k == 0:
+        scales.copy_(scale_and_factor(torch.zeros_like(scales), recipe)[0])
 
 
-def _encode(quotient: torch.Tensor) -> torch.Tensor:
-    """Round FP32 quotients to e4m3fn, to nearest even.
+def _per_tensor(
+    x: torch.Tensor,
+    parts: list[tuple[torch.Tensor, ...]],
+    scales: torch.Tensor,
+    recipe: Recipe,
+    non_finite: NonFinite,
+    tile: int,
+) -> None:
+    """Quantise the parts of a tensor, as matrices, with one scale."""
+    amax = torch.zeros((1, 1), dtype=torch.float32, device=scales.device)
+    done = 0
+    for part, _ in parts:
+        bad = _amax(part, _whole(part), amax, tile)
+        if bad is not None and non_finite == "error":
+            position = done + bad[0] * part.shape[1] + bad[1]
+            raise NonFiniteError(unravel(position, x.shape), float(part[bad]))
+        done += part.numel()
+    scale, factor = scale_and_factor(amax, recipe)
+    scales.copy_(scale[0])
+    for part, codes in parts:
+        _encode(part, codes, _whole(part), scale, factor, recipe, non_finite, tile)
 
-    amax / (amax / 448) can come out a few units above 448, never near 464,
-    where e4m3fn would round to NaN; the clamp only makes that plain.
-    """
-    return quotient.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+def _amax(x: torch.Tensor, size: Shape, amax: torch.Tensor, tile: int) -> tuple[int, int] | None:
+    """Raise `amax` to the largest finite magnitudes; return the first non-finite index."""
+    first: tuple[int, int] | None = None
+    for rows, columns in _tiles(x.shape[0], x.shape[1], size, tile):
+        part = x[rows, columns].abs()  # exact in 16 bits too
+        finite = torch.isfinite(part)
+        if not finite.all():
+            i, j = finite.logical_not().nonzero()[0].tolist()
+            found = (rows.start + i, columns.start + j)
+            first = found if first is None else min(first, found)
+            part.masked_fill_(finite.logical_not_(), 0.0)
+        grouped = _by_group(part.float(), size).amax(dim=(1, 3))
+        i, j = rows.start // size[0], columns.start // size[1]
+        target = amax[i : i + grouped.shape[0], j : j + grouped.shape[1]]
+        torch.maximum(target, grouped, out=target)
+    return first
 
 
-def _stripes(n: int, k: int) -> Iterator[slice]:
-    step = max(1, _STRIPE // k)
-    for first in range(0, n, step):
-        yield slice(first, first + step)
+def _encode(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    size: Shape,
+    scale: torch.Tensor,
+    factor: torch.Tensor,
+    recipe: Recipe,
+    non_finite: NonFinite,
+    tile: int,
+) -> None:
+    """Write the codes (uint8) of a [N, K] tensor, given scale and factor of each group."""
+    for rows, columns in _tiles(x.shape[0], x.shape[1], size, tile):
+        part = x[rows, columns].float()
+        y = _by_group(part, size)
+        i, j = rows.start // size[0], columns.start // size[1]
+        here = (slice(i, i + y.shape[0]), slice(j, j + y.shape[2]))
+        if recipe.arithmetic == "divide":
+            y = y / scale[here][:, None, :, None]
+        else:
+            y = y * factor[here][:, None, :, None]
+        y = y.reshape(y.shape[0] * y.shape[1], -1)[: part.shape[0], : part.shape[1]]
+        # A quotient can come out a few units above 448, never near 464, where e4m3fn
+        # would round to NaN: the clamp is for Inf, and makes that plain.
+        code = y.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+        if non_finite == "saturate":
+            code = code.masked_fill(torch.isnan(part), 0)
+        elif non_finite == "propagate":
+            # Of the bits: a NaN in FP16 can lose its sign on the way to FP32, on CPU and GPU.
+            bits = x[rows, columns].view(torch.int32 if x.element_size() == 4 else torch.int16)
+            nan = (bits < 0).to(torch.uint8).mul_(0x80).add_(0x7F)
+            code = torch.where(torch.isfinite(part), code, nan)
+        codes[rows, columns] = code
 
 
-def _raise_non_finite(x: torch.Tensor, first: int, last: int) -> None:
-    """Raise for the first non-finite element of rows first..last of `x`."""
-    part = x.reshape(1) if x.dim() == 0 else x[first:last]
-    where = torch.isfinite(part).logical_not_().nonzero()[0].tolist()
-    value = float(part[tuple(where)])
-    index = tuple(where) if x.dim() else ()
-    raise NonFiniteError((index[0] + first, *index[1:]) if index else (), value)
+def _by_group(part: torch.Tensor, size: Shape) -> torch.Tensor:
+    """Return a tile as [groups, rows of each, groups, columns of each], zeros behind its edges."""
+    n, k = part.shape
+    bn, bk = min(size[0], n), min(size[1], k)
+    down, across = -n % bn, -k % bk
+    if down or across:
+        # Zeros raise no amax, and their codes are not copied out.
+        part = torch.nn.functional.pad(part, (0, across, 0, down))
+    return part.view((n + down) // bn, bn, (k + across) // bk, bk)
+
+
+def _tiles(n: int, k: int, size: Shape, tile: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a matrix into tiles of whole groups, or of parts of one group."""
+    if n == 0 or k == 0:
+        return
+    columns = list(_cuts(k, size[1], tile))
+    widest = max(part.stop - part.start for part in columns)
+    for rows in _cuts(n, size[0], max(1, tile // widest)):
+        for part in columns:
+            yield rows, part
+
+
+def _cuts(length: int, side: int, limit: int) -> Iterator[slice]:
+    if side <= limit:
+        step = limit // side * side
+        for first in range(0, length, step):
+            yield slice(first, min(first + step, length))
+        return
+    for start in range(0, length, side):
+        end = min(start + side, length)
+        for first in range(start, end, limit):
+            yield slice(first, min(first + limit, end))
+
+
+def _whole(matrix: torch.Tensor) -> Shape:
+    return max(1, matrix.shape[0]), max(1, matrix.shape[1])
 
 
 @contextlib.contextmanager
-def _denormals() -> Iterator[None]:
-    """Keep subnormal numbers while the arithmetic runs, as IEEE asks.
+def keeping_denormals(elements: int) -> Iterator[int]:
+    """Keep subnormal numbers while arithmetic runs on this CPU, as IEEE asks.
 
-    torch.set_flush_denormal is per thread, off by default, and has no getter:
-    a multiplication tells.
+    torch.set_flush_denormal is per thread, off by default, and has no getter: a
+    multiplication tells. torch's other threads inherit it when they are started, and
+    cannot be told: then work stays in this one.
+
+    Args:
+        elements: how many there are in all.
+
+    Yields:
+        how many may be worked on at a time.
     """
-    tiny = torch.tensor(2.0**-140)
-    if float(tiny * 1.0) != 0.0:
-        yield
-        return
-    torch.set_flush_denormal(False)
+    tiny = torch.tensor(2.0**-140, dtype=torch.float32, device="cpu")
+    flushes = float(tiny * 1.0) == 0.0
+    if flushes:
+        torch.set_flush_denormal(False)
     try:
-        yield
+        if elements <= _ALONE or bool((tiny.expand(4 * _ALONE) * 1.0).all()):
+            yield _TILE
+        else:
+            yield min(_TILE, _ALONE)
     finally:
-        torch.set_flush_denormal(True)
+        if flushes:
+            torch.set_flush_denormal(True)

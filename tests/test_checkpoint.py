@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fp8ctl import checkpoint, models
 from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.kernels import reference
+from fp8ctl.kernels import groups, reference
 from fp8ctl.kernels.digest import digest
 from fp8ctl.manifest import Plan
 from fp8ctl.planning import make_plan
@@ -95,9 +95,11 @@ def wanted(tensors: dict[str, torch.Tensor], mode: Mode) -> dict[str, torch.Tens
             result[name] = tensor
         elif mode is Mode.BLOCK:
             block = (BLOCK.n, BLOCK.k)
-            result[name], result[name + "_scale_inv"] = reference.quantize_block(tensor, block)
+            result[name], result[name + "_scale_inv"] = reference.quantize(
+                tensor, groups.block(*block)
+            )
         else:
-            result[name], result[name + "_scale"] = reference.quantize_per_tensor(tensor)
+            result[name], result[name + "_scale"] = reference.quantize(tensor, groups.PER_TENSOR)
     return result
 
 
@@ -239,7 +241,7 @@ try:
 except ImportError:
     pass
 else:
-    import fp8ctl.kernels.block
+    import fp8ctl.kernels.batch, fp8ctl.kernels.launch
 assert "fp8ctl.render" not in sys.modules and "fp8ctl.cli" not in sys.modules
 """
 

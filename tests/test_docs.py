@@ -106,7 +106,7 @@ def literals(*paths: Path) -> set[str]:
 
 
 def test_the_contract_has_these_commands() -> None:
-    wanted = "doctor install plan patch revert quantize launch check ps logs stop demo"
+    wanted = "doctor install plan patch revert quantize launch check ps logs stop bench demo"
     assert list(NAMES) == wanted.split()
 
 
@@ -381,6 +381,7 @@ MODULES = {
     "ps": ["server.py"],
     "logs": ["server.py"],
     "stop": ["server.py"],
+    "bench": ["kernels/bench.py", "kernels/timing.py"],
     "demo": ["demo.py"],
 }
 

@@ -29,7 +29,7 @@ _SITE = sysconfig.get_path("purelib")
 _FIND = f"""
 import importlib.util as u
 print([name for name in {LEAKS!r} if u.find_spec(name) is not None])
-for name in ("fp8ctl", "fp8ctl.kernels.reference", "fp8ctl.kernels.block"):
+for name in ("fp8ctl", "fp8ctl.kernels.reference", "fp8ctl.kernels.launch"):
     print(u.find_spec(name).origin)
 """
 
@@ -231,7 +231,7 @@ def test_an_installed_wheel_finds_its_kernels_and_leaks_none(installed: Path) ->
     assert origins == [
         str(package / "__init__.py"),
         str(package / "kernels" / "reference.py"),
-        str(package / "kernels" / "block.py"),
+        str(package / "kernels" / "launch.py"),
     ]
     assert not list(installed.rglob("*.pth"))
 
@@ -277,7 +277,7 @@ def test_an_editable_install_finds_its_kernels_and_leaks_none(tmp_path: Path) ->
     assert found == [
         source / "fp8ctl" / "__init__.py",
         source / "kernels" / "reference.py",
-        source / "kernels" / "block.py",
+        source / "kernels" / "launch.py",
     ]
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fp8ctl import interpreter, paths, quantizing
 from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
 from fp8ctl.formats import Mode
-from fp8ctl.kernels.reference import quantize_block
+from fp8ctl.kernels.quantize import quantize_block
 from fp8ctl.manifest import Plan
 from fp8ctl.planning import make_plan
 from fp8ctl.render import Reporter
