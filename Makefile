@@ -18,7 +18,7 @@ STAMP := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' -)
 BASE := $(VENV)/.base-$(STAMP)
 DEV := $(VENV)/.dev-$(STAMP)
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint conformance clean
 
 demo: $(BASE)
 	$(BIN)/fp8ctl demo
@@ -47,6 +47,26 @@ $(DEV): $(BASE)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[torch,dev]'
 	@rm -f $(VENV)/.dev* && touch $@
+
+# What docs/conformance.md compares with, in an environment of its own; torch comes first here too.
+CONF := $(VENV)/var/conformance
+TORCH := $(shell grep '^torch==' constraints.txt)
+CONF_MADE := $(CONF)/.made-$(shell cat tools/conformance/requirements.txt \
+	tools/conformance/packages.py constraints.txt 2>/dev/null | cksum | tr ' ' -)
+
+conformance: $(DEV) $(CONF_MADE)
+	$(BIN)/python -m tools.conformance --out docs/conformance.md \
+		--python $(CONF)/bin/python --wheels $(CONF)/wheels --require
+
+$(CONF_MADE): $(DEV)
+	$(PYTHON) -m venv $(CONF)
+	$(CONF)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(CONF)/bin/python -m pip install -q --disable-pip-version-check $(TORCH) \
+		-r tools/conformance/requirements.txt
+	$(BIN)/python -m tools.conformance --wanted | while read -r wheel; do \
+		$(CONF)/bin/python -m pip download -q --disable-pip-version-check --no-deps \
+		--only-binary :all: -d $(CONF)/wheels "$$wheel" || exit 1; done
+	@rm -f $(CONF)/.made* && touch $@
 
 clean:
 	rm -rf $(VENV)
