@@ -111,6 +111,10 @@ def _check(kernels: dict[str, dict[str, str]]) -> None:
         assert not in_sass(sass), name
         # A product that was not written as part of a fused operation must not become one.
         assert ("ieee" in name and "amax" not in name) == ("fma." in ptx), name
+        conversions = ptx.count("cvt.rn.satfinite.e4m3x2.f32")
+        if "ieee" in name and conversions:
+            # Two a step and number; FP32 takes two steps, else a quotient may be one unit off.
+            assert ptx.count("fma.rn.f32") == conversions * (8 if "float32" in name else 4), name
         # The search had something to search: a scale takes a division, codes a conversion.
         divides = "amax" not in name and "ue8m0" not in name
         assert divides == bool(re.search(r"\bdiv\.rn\.f32\b", ptx)), name
