@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from fp8ctl.kernels import device
-from tests.kernels import model
+from fp8ctl.kernels.groups import PER_CHANNEL
+from tests.kernels import matrix, model
 
 _WIDE = 1024
 
@@ -123,6 +124,29 @@ def _by_kernel(
     return out.cpu().numpy(), scale.cpu().numpy()
 
 
+def kinds(where: str) -> str:
+    """Encode all sorts of FP32 numbers, zeros and subnormals too, a scale for each row."""
+    hardware = where == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    for kind in matrix.FINITE:
+        x = matrix.numbers(kind, (64, _WIDE), torch.float32)
+        x[:, 1], x[:, 2] = 0.0, -0.0
+        wanted = model.quantize(x, PER_CHANNEL, "ieee", "error")
+        tops = x.abs().amax(dim=1).view(torch.int32).to(where)
+        out = torch.empty(x.shape, dtype=torch.uint8, device=where)
+        scale = torch.empty(len(x), device=where)
+        rows = _rows(where)
+        _encoded[(len(x) // rows,)](
+            x.to(where), tops, out, scale, ROWS=rows, COLUMNS=_WIDE, STEPS=2, HARDWARE=hardware
+        )
+        if not np.array_equal(scale.cpu().numpy(), wanted.scales[:, 0]):
+            return f"{kind}: scales"
+        wrong = np.argwhere(out.cpu().numpy() != wanted.codes)
+        if len(wrong):
+            i, j = wrong[0]
+            return f"{kind}: {len(wrong)}, the first {float(x[i, j])!r} in row {i}"
+    return ""
+
+
 def quotients(where: str, rounds: int) -> str:
     """Divide FP32 by FP32 in two steps: random, and as near to the middle of two as can be."""
     order = np.random.default_rng(3)
@@ -180,6 +204,7 @@ def run(where: str, every: int, rounds: int) -> dict[str, str]:
         "bfloat16, small": codes_of(torch.bfloat16, where, 1, -117),
         "bfloat16, large": codes_of(torch.bfloat16, where, 1, 127),
         "float16": codes_of(torch.float16, where, every, 15),
+        "float32": kinds(where),
         "quotients": quotients(where, rounds),
     }
 
