@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 _NO_SPANS = np.empty((0, 3, 2), dtype=np.int64)
 _DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
 
-# Tensors of the waves: the first keeps the device busy while the host goes on.
-_WAVES = (256, 256, 512, 4096)
+# Tensors of the waves: the first keeps the device busy while the host goes on, the last is
+# not long when the host is done.
+_WAVES = (256, 320, 256, 4096)
 # A place has bits for so many tensors.
 _MOST = 1 << (63 - device.PLACE_BITS)
 
@@ -54,7 +55,7 @@ def quantize_many(
 
     Returns:
         codes and scales of each. Without `out`, tensors of one shape share allocations of
-        up to 256 MB: a view of one keeps the others' memory. Views are made when they are
+        up to 512 MB: a view of one keeps the others' memory. Views are made when they are
         first looked at.
 
     Raises:
@@ -158,27 +159,41 @@ class Prepared:
     def _sort(self, ids: range) -> list[Bucket]:
         """Return these tensors in buckets of one kind."""
         xs = self._xs[ids.start : ids.stop]
+        if not self._kinds:
+            # Mostly all are of the first one's kind, and are looked at once.
+            self._learn(ids[0])
         # The host's inner loop: what is called for each tensor is in C, but for new kinds.
         found = self._look_up(xs, ids)
-        while None in found:
-            # Mostly all are of the first one's kind; if not, the next time finds every other.
-            new = [at for at, number in enumerate(found) if number is None]
-            for at in new[:1] if len(self._kinds) == 0 else new:
-                key = next(self._keys([xs[at]], [ids[at]]))
-                if key not in self._numbers:
-                    self._kinds.append(self._new(ids[at]))
-                    self._numbers[key] = len(self._numbers)
+        if None in found:
+            for i, number in zip(ids, found, strict=True):
+                if number is None:
+                    self._learn(i)
             found = self._look_up(xs, ids)
-        numbers = np.array(found, dtype=np.int64)
         addresses = addresses_of(xs)
-        buckets = []
-        for number in {*found}:
-            kind, here = self._kinds[number or 0], np.flatnonzero(numbers == number)
-            buckets.append(Bucket(kind, number or 0, here + ids.start, addresses[here]))
-            if kind.single:
-                self._singles += (here + ids.start).tolist()
-                self._single_numbers += [number or 0] * len(here)
+        everywhere = np.arange(ids.start, ids.stop)
+        one = found[0]
+        if one is not None and found.count(one) == len(found):
+            buckets = [Bucket(self._kinds[one], one, everywhere, addresses)]
+        else:
+            numbers = np.array(found, dtype=np.int64)
+            buckets = []
+            for number in {*found}:
+                here = np.flatnonzero(numbers == number)
+                kind = self._kinds[number or 0]
+                buckets.append(Bucket(kind, number or 0, everywhere[here], addresses[here]))
+        for bucket in buckets:
+            if bucket.kind.single:
+                self._singles += bucket.ids.tolist()
+                self._single_numbers += [bucket.number] * len(bucket.ids)
         return buckets
+
+    def _learn(self, i: int) -> None:
+        """Give the kind of a tensor a number, if it has none."""
+        self._look_up([self._xs[i]], [i])
+        key = next(self._keys([self._xs[i]], [i]))
+        if key not in self._numbers:
+            self._kinds.append(self._new(i))
+            self._numbers[key] = len(self._numbers)
 
     def _look_up(self, xs: list[torch.Tensor], ids: Sequence[int]) -> list[int | None]:
         """Return the numbers of the tensors' kinds, None for new ones."""
@@ -326,8 +341,8 @@ class _Outputs(Sequence[Pair]):
         self._count, self._made = count, made
         self._slabs = [slab for bucket in buckets for slab in bucket.slabs]
         self._slab_of = np.zeros(count, dtype=np.int64)
-        for number, (ids, _, _) in enumerate(self._slabs):
-            self._slab_of[ids] = number
+        for number, slab in enumerate(self._slabs):
+            self._slab_of[slab.ids] = number
 
     def __len__(self) -> int:
         return self._count
@@ -341,9 +356,7 @@ class _Outputs(Sequence[Pair]):
             return [self[one] for one in range(*i.indices(self._count))]
         place = range(self._count)[i]
         if place not in self._made:
-            ids, codes, scales = self._slabs[self._slab_of[place]]
-            pairs = zip(codes.unbind(0), scales.unbind(0), strict=True)
-            self._made.update(zip(ids.tolist(), pairs, strict=True))
+            self._made.update(self._slabs[self._slab_of[place]].pairs())
         return self._made[place]
 
 

@@ -102,7 +102,7 @@ def quantize_many(
 
     Returns:
         codes and scales of each. On a GPU, without `out`, tensors of one shape share
-        allocations of up to 256 MB: a view of one keeps the others' memory.
+        allocations of up to 512 MB: a view of one keeps the others' memory.
 
     Raises:
         NonFiniteError: with the position of the tensor in the list.

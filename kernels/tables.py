@@ -20,13 +20,18 @@ from fp8ctl.kernels import device, launch
 from fp8ctl.kernels.inputs import matrices, span
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fp8ctl.kernels.groups import Groups, Shape
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 # Bytes of codes in one allocation: what a view of one tensor's codes keeps alive.
-_SLAB = 256 << 20
+_SLAB = 512 << 20
+# So many bytes CUDA copies aside before it returns, as its documentation promises; more it
+# does so only for memory that is pinned.
+_STAGED = 1 << 16
 # A row of the table has room for sides below this.
 _LONGEST = 1 << 31
 
@@ -92,6 +97,39 @@ class Kind:
             x.numel() == 0 or len(parts) != 1 or max(shape) >= _LONGEST,
         )
 
+    @functools.cached_property
+    def row(self) -> Numbers:
+        """A row of the table for a tensor of this kind, with what they share filled in."""
+        common = (0, 0, 0, *self.matrix, *self.grid, 0)
+        strides = (*self.strides, *self.code_strides, *self.scale_strides)
+        return np.array((*common, *strides, 0, 0), dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Slab:
+    """Outputs of tensors of one shape in one allocation each for codes and scales.
+
+    Attributes:
+        ids: the tensors' places in the list.
+        codes: [tensors, pitch], the elements of each first.
+        scales: [tensors, scales of each].
+        shapes: of one tensor, and of its scales.
+    """
+
+    ids: Numbers
+    codes: torch.Tensor
+    scales: torch.Tensor
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+
+    def pairs(self) -> Iterator[tuple[int, Pair]]:
+        """Yield each tensor's place in the list, and its codes and scales."""
+        shape, scale_shape = self.shapes
+        count = len(self.ids)
+        codes = self.codes[:, : math.prod(shape)].view(count, *shape)
+        scales = self.scales.view(count, *scale_shape)
+        pairs = zip(codes.unbind(0), scales.unbind(0), strict=True)
+        return zip(self.ids.tolist(), pairs, strict=True)
+
 
 @dataclass
 class Bucket:
@@ -103,26 +141,25 @@ class Bucket:
     addresses: Numbers
     codes: Numbers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     scales: Numbers = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    slabs: list[tuple[Numbers, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    slabs: list[Slab] = field(default_factory=list)
 
     def make_outputs(self, groups: Groups) -> None:
         """Allocate outputs for all, in slabs; codes begin at multiples of 16 bytes."""
-        kind = self.kind
-        elements = kind.shape.numel()
-        pitch = -(-elements // 16) * 16
-        scale_shape = groups.scale_shape(kind.shape)
+        shape = tuple(self.kind.shape)
+        scale_shape = groups.scale_shape(shape)
+        pitch = -(-math.prod(shape) // 16) * 16
+        numbers = math.prod(scale_shape)
         where = launch.current_device()
         step = max(1, _SLAB // pitch)
         codes_at, scales_at = [], []
         for first in range(0, len(self.ids), step):
-            count = min(step, len(self.ids) - first)
-            codes = torch.empty((count, pitch), dtype=torch.float8_e4m3fn, device=where)
-            scales = torch.empty((count, *scale_shape), dtype=torch.float32, device=where)
-            ids = self.ids[first : first + count]
-            self.slabs.append((ids, codes[:, :elements].view(count, *kind.shape), scales))
-            each = np.arange(count)
+            ids = self.ids[first : first + step]
+            each = np.arange(len(ids))
+            codes = torch.empty((len(ids), pitch), dtype=torch.float8_e4m3fn, device=where)
+            scales = torch.empty((len(ids), numbers), dtype=torch.float32, device=where)
+            self.slabs.append(Slab(ids, codes, scales, (shape, scale_shape)))
             codes_at.append(codes.data_ptr() + each * pitch)
-            scales_at.append(scales.data_ptr() + each * (math.prod(scale_shape) * 4))
+            scales_at.append(scales.data_ptr() + each * (numbers * 4))
         self.codes, self.scales = np.concatenate(codes_at), np.concatenate(scales_at)
 
     def take_outputs(self, given: list[Pair]) -> None:
@@ -148,11 +185,8 @@ class Bucket:
 
     def rows(self) -> Numbers:
         """Return the rows of the table for these tensors; `first` and `amax` stay open."""
-        kind = self.kind
-        common = (0, 0, 0, *kind.matrix, *kind.grid, 0)
-        strides = (*kind.strides, *kind.code_strides, *kind.scale_strides)
         table = np.empty((len(self.ids), device.COLUMNS), dtype=np.int64)
-        table[:] = (*common, *strides, 0, 0)
+        table[:] = self.kind.row
         table[:, 0] = self.addresses
         table[:, 1] = self.codes
         table[:, 2] = self.scales
@@ -182,12 +216,12 @@ class Table:
         self._numbers = [bucket.number for bucket in buckets]
         self._counts = counts
         programs = np.repeat([kind.programs for kind in self._kinds], counts)
-        self._table[:, device.FIRST] = np.cumsum(programs) - programs
+        self._table[:, device.FIRST] = programs.cumsum() - programs
         self.programs = int(programs.sum())
         self.amax: torch.Tensor | None = None
         if variant.tiling.large:
             groups = np.repeat([kind.grid[0] * kind.grid[1] for kind in self._kinds], counts)
-            self._table[:, device.AMAX] = np.cumsum(groups) - groups
+            self._table[:, device.AMAX] = groups.cumsum() - groups
             self.amax = torch.empty(int(groups.sum()), dtype=torch.int32, device=where)
         self.on_device = _to(self._table, where)
         self.per, self.places = self._kinds[0].programs, self.on_device
@@ -256,4 +290,6 @@ def _to(array: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(array)
     if where.type != "cuda":
         return tensor.clone()
-    return tensor.pin_memory().to(where, non_blocking=True)
+    if array.nbytes > _STAGED:
+        tensor = tensor.pin_memory()
+    return tensor.to(where, non_blocking=True)
