@@ -9,7 +9,6 @@ the host prepares the next, and views of the outputs are made when all is under 
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from fp8ctl.kernels import device, launch
+from fp8ctl.kernels.facts import Facts
 from fp8ctl.kernels.inputs import (
     NonFiniteError,
     check_disjoint,
@@ -25,7 +25,7 @@ from fp8ctl.kernels.inputs import (
     unravel,
 )
 from fp8ctl.kernels.recipes import IEEE, check_non_finite
-from fp8ctl.kernels.tables import Bucket, Kind, Pair, Table, addresses_of, outputs_key
+from fp8ctl.kernels.tables import Bucket, Kind, Pair, Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from fp8ctl.kernels.tables import Numbers
 
 _NO_SPANS = np.empty((0, 3, 2), dtype=np.int64)
-_DTYPE, _SHAPE = operator.attrgetter("dtype"), operator.attrgetter("shape")
+# Numbers of tensors alike are below this, since there are fewer tensors in a list.
+_KINDS = 1 << 20
 
 # Tensors of the waves: the first keeps the device busy while the host goes on, the last is
 # not long when the host is done.
@@ -93,9 +94,9 @@ class Prepared:
         if out is not None and len(out) != len(self._xs):
             raise ValueError(f"{len(out)} outputs for {len(self._xs)} tensors")
         self._given = None if out is None else list(out)
-        # Kinds in order of appearance, and their numbers by what makes tensors one of a kind.
-        self._kinds: list[Kind] = []
-        self._numbers: dict[object, int] = {}
+        # Of inputs, and of the codes and scales that the caller gave.
+        self._facts = [Facts() for _ in range(1 if out is None else 3)]
+        self._kinds: dict[int, Kind] = {}
         self._launches: list[Table] = []
         self._singles: list[int] = []
         self._single_numbers: list[int] = []
@@ -151,74 +152,57 @@ class Prepared:
                 # The plan stays what it was, whatever its outputs hold now.
                 self._xs = before
                 for one in self._launches:
-                    one.move(addresses_of([before[i] for i in one.ids]))
+                    one.move(self._addresses(one.ids, one.numbers))
                 raise
             self._finish(flag)
         return self.outputs
 
     def _sort(self, ids: range) -> list[Bucket]:
         """Return these tensors in buckets of one kind."""
-        xs = self._xs[ids.start : ids.stop]
-        if not self._kinds:
-            # Mostly all are of the first one's kind, and are looked at once.
-            self._learn(ids[0])
-        # The host's inner loop: what is called for each tensor is in C, but for new kinds.
-        found = self._look_up(xs, ids)
-        if None in found:
-            for i, number in zip(ids, found, strict=True):
-                if number is None:
-                    self._learn(i)
-            found = self._look_up(xs, ids)
-        addresses = addresses_of(xs)
+        columns = [self._xs[ids.start : ids.stop]]
+        if self._given is not None:
+            given = self._given[ids.start : ids.stop]
+            columns += [[pair[side] for pair in given] for side in (0, 1)]
+        found = [self._look(facts, of, ids) for facts, of in zip(self._facts, columns, strict=True)]
+        numbers = found[0][0].copy()
+        for more, _ in found[1:]:
+            numbers = numbers * _KINDS + more
+        at = np.array([addresses for _, addresses in found])
         everywhere = np.arange(ids.start, ids.stop)
-        one = found[0]
-        if one is not None and found.count(one) == len(found):
-            buckets = [Bucket(self._kinds[one], one, everywhere, addresses)]
+        if (numbers == numbers[0]).all():
+            sorted_ = [(int(numbers[0]), everywhere, at)]
         else:
-            numbers = np.array(found, dtype=np.int64)
-            buckets = []
-            for number in {*found}:
+            firsts = np.unique(numbers, return_index=True)[1]
+            sorted_ = []
+            for number in numbers[np.sort(firsts)].tolist():
                 here = np.flatnonzero(numbers == number)
-                kind = self._kinds[number or 0]
-                buckets.append(Bucket(kind, number or 0, everywhere[here], addresses[here]))
-        for bucket in buckets:
-            if bucket.kind.single:
-                self._singles += bucket.ids.tolist()
-                self._single_numbers += [bucket.number] * len(bucket.ids)
+                sorted_.append((number, everywhere[here], at[:, here]))
+        buckets = []
+        for number, here, addresses in sorted_:
+            if number not in self._kinds:
+                self._kinds[number] = self._new(int(here[0]))
+            kind, like = self._kinds[number], int(found[0][0][here[0] - ids.start])
+            buckets.append(Bucket(kind, like, here, *addresses))
+            if kind.single:
+                self._singles += here.tolist()
+                self._single_numbers += [like] * len(here)
         return buckets
 
-    def _learn(self, i: int) -> None:
-        """Give the kind of a tensor a number, if it has none."""
-        self._look_up([self._xs[i]], [i])
-        key = next(self._keys([self._xs[i]], [i]))
-        if key not in self._numbers:
-            self._kinds.append(self._new(i))
-            self._numbers[key] = len(self._numbers)
-
-    def _look_up(self, xs: list[torch.Tensor], ids: Sequence[int]) -> list[int | None]:
-        """Return the numbers of the tensors' kinds, None for new ones."""
+    def _look(
+        self, facts: Facts, of: Sequence[torch.Tensor], ids: Sequence[int]
+    ) -> tuple[Numbers, Numbers]:
+        """Return numbers of what tensors are, and their addresses; `ids` are their places."""
         try:
-            return [*map(self._numbers.get, self._keys(xs, ids))]
+            return facts.look(of)
         except (TypeError, AttributeError, RuntimeError):
-            for i, x in zip(ids, xs, strict=True):
-                self._checked(i, functools.partial(check_input, x, self._groups))
+            for i in ids:
+                self._checked(i, functools.partial(check_input, self._xs[i], self._groups))
+                if self._given is not None:
+                    pair = self._given[i]
+                    self._checked(
+                        i, functools.partial(make_outputs, self._xs[i], self._groups, pair)
+                    )
             raise
-
-    def _keys(self, xs: list[torch.Tensor], ids: Sequence[int]) -> Iterator[object]:
-        """Yield what makes each tensor one of a kind; `ids` are their places in the list.
-
-        By calls in C, without an object that is kept: a list of tuples would have Python
-        collect garbage, for longer than the device takes.
-        """
-        # Strides count where they are not what the shape says; asking for them is slow.
-        strides: list[object] = [*map(torch.Tensor.is_contiguous, xs)]
-        if not all(strides):
-            strides = [dense or x.stride() for dense, x in zip(strides, xs, strict=True)]
-        where = map(torch.Tensor.get_device, xs)
-        facts = zip(map(type, xs), map(_DTYPE, xs), where, map(_SHAPE, xs), strides)  # noqa: B905
-        if self._given is None:
-            return facts
-        return zip(facts, map(outputs_key, (self._given[i] for i in ids)))  # noqa: B905
 
     def _check_apart(self, buckets: list[Bucket]) -> None:
         """Refuse outputs that overlap; where extents do not, nothing has to be looked at."""
@@ -263,8 +247,6 @@ class Prepared:
                 continue
             if self._given is None:
                 bucket.make_outputs(self._groups)
-            else:
-                bucket.take_outputs([self._given[i] for i in bucket.ids])
             classes.setdefault(bucket.variant(), []).append(bucket)
         return [Table(variant, buckets) for variant, buckets in classes.items()]
 
@@ -287,26 +269,26 @@ class Prepared:
 
     def _replace(self, one: Table) -> None:
         """Put the addresses of the tensors that are there now into a launch's table."""
-        xs = [self._xs[i] for i in one.ids]
-        self._check_kinds(xs, one.ids, one.numbers)
-        addresses = addresses_of(xs)
+        addresses = self._addresses(one.ids, one.numbers)
         if self._given is not None and self._touches(one.reads(addresses)):
             check_disjoint([tensor for pair in self._given for tensor in pair], self._xs)
         one.move(addresses)
 
-    def _check_kinds(self, xs: list[torch.Tensor], ids: Sequence[int], numbers: list[int]) -> None:
-        found = self._look_up(xs, ids)
-        for i, x, number, wanted in zip(ids, xs, found, numbers, strict=True):
-            if number != wanted:
-                raise ValueError(
-                    f"tensor {i} is {x.dtype} {list(x.shape)} with strides {list(x.stride())} on"
-                    f" {x.device}; the plan was made for another kind"
-                )
+    def _addresses(self, ids: Sequence[int], wanted: Numbers) -> Numbers:
+        """Return where tensors begin, which have to be what the plan was made for."""
+        xs = [self._xs[i] for i in ids]
+        numbers, addresses = self._look(self._facts[0], xs, ids)
+        for at in np.flatnonzero(numbers != wanted).tolist():
+            i, x = ids[at], xs[at]
+            raise ValueError(
+                f"tensor {i} is {x.dtype} {list(x.shape)} with strides {list(x.stride())} on"
+                f" {x.device}; the plan was made for another kind"
+            )
+        return addresses
 
     def _check_singles(self) -> None:
         """Refuse tensors of another kind among those that no launch looked at."""
-        xs = [self._xs[i] for i in self._singles]
-        self._check_kinds(xs, self._singles, self._single_numbers)
+        self._addresses(self._singles, np.array(self._single_numbers, dtype=np.int64))
 
     def _finish(self, flag: launch.Flag) -> None:
         """Quantise what no list takes, wait for the rest, and raise for the first NaN or Inf."""

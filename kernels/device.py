@@ -122,7 +122,7 @@ def _divide(x, scale, factor, STEPS: tl.constexpr):
     scale = tl.broadcast_to(scale, x.shape)
     factor = tl.broadcast_to(factor, x.shape)
     q = x * factor
-    # By multiplication: a minus would turn +0 into +0, and the sign of -0 be lost.
+    # Negated by products: Triton's minus takes from 0, which would lose the sign of a zero.
     minus = x * -1.0
     for _ in tl.static_range(STEPS):
         q = tl.fma(tl.fma(q, scale, minus) * -1.0, factor, q)

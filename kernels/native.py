@@ -16,18 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import platform
-import shlex
-import shutil
-import stat
 import struct
-import subprocess
-import tempfile
 import threading
-import time
 from array import array
 from collections import deque
 from pathlib import Path
@@ -35,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8ctl.kernels import compiled
 from fp8ctl.kernels.recipes import NON_FINITE
 
 if TYPE_CHECKING:
@@ -44,8 +36,7 @@ if TYPE_CHECKING:
     from fp8ctl.kernels.recipes import NonFinite, Recipe
 
 _SOURCE = Path(__file__).with_name("native.c")
-_FLAGS = ("-std=c99", "-O3", "-fPIC", "-shared")
-_EXACT = ("-fno-fast-math", "-ffp-contract=off", "-fno-math-errno")
+_FLAGS = ("-O3", "-fno-fast-math", "-ffp-contract=off", "-fno-math-errno")
 # Tried in turn. Compilers prefer half of a 512-bit register, for the sake of old CPUs; on a
 # Xeon of 2023 whole ones encode a third faster.
 _TUNING: tuple[tuple[str, ...], ...] = (
@@ -53,7 +44,6 @@ _TUNING: tuple[tuple[str, ...], ...] = (
     ("-march=native",),
     (),
 )
-_SECONDS = 60.0  # for all compilers together
 
 # Elements for each thread at least: a thread takes as long to start as these take to encode.
 _GRAIN = 1 << 18
@@ -65,8 +55,6 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ARITHMETIC = ("divide", "reciprocal", "inverse-scale", "power-of-two")
 _NOWHERE = (1 << 63) - 1
 _NON_FINITE_FOUND = 1 << 31
-_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
-_DIGEST = hashlib.sha256().digest_size
 
 
 class _Job(ctypes.Structure):
@@ -328,8 +316,8 @@ def _share(threads: int, function: Callable[..., int], calls: Sequence[tuple[obj
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """Return the library, or why there is none."""
-    if os.environ.get("FP8CTL_NATIVE") == "0":
-        return "FP8CTL_NATIVE=0 is set"
+    if compiled.disabled():
+        return compiled.disabled()
     try:
         return _open()
     except (OSError, RuntimeError, ValueError) as e:
@@ -342,144 +330,9 @@ def _open() -> ctypes.CDLL:
     Raises:
         OSError, RuntimeError, ValueError: there can be none, and why.
     """
-    source = _SOURCE.read_bytes()
-    folder = _folder()
-    deadline = time.monotonic() + _SECONDS
-    why = "no C compiler found: install one (gcc or clang), or name it in CC"
-    for command in _compilers():
-        try:
-            path = folder / f"{_key(source, command, deadline)}.so"
-            if not _is_intact(path):
-                _compile(source, command, path, deadline)
-        except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-            why = f"{command[0]}: {e}"
-            continue
-        library = _load(path)
-        _test(library)
-        return library
-    raise RuntimeError(why)
-
-
-def _folder() -> Path:
-    """Return the folder of compiled libraries, which is this user's alone."""
-    folder = _cache_dir() / "native"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
-        raise RuntimeError(f"{folder} is no folder")
-    if found.st_uid != os.getuid():
-        raise RuntimeError(f"{folder} belongs to user {found.st_uid}, not to {os.getuid()}")
-    if found.st_mode & _BY_OTHERS:
-        raise RuntimeError(f"{folder} can be written by others: chmod go-w it, or remove it")
-    return folder
-
-
-def _cache_dir() -> Path:
-    """Return what `fp8ctl.paths.cache_dir` does, which an engine's interpreter may not have."""
-    home = os.environ.get("FP8CTL_HOME")
-    if home:
-        return Path(home).expanduser().absolute() / "cache"
-    root = os.environ.get("XDG_CACHE_HOME")
-    if root and os.path.isabs(root):
-        return Path(root) / "fp8ctl"
-    return Path.home() / ".cache" / "fp8ctl"
-
-
-def _compilers() -> list[list[str]]:
-    """Return the commands to try: what CC says, else those there are by their usual names."""
-    named = shlex.split(os.environ.get("CC", ""))
-    commands = [named] if named else [["cc"], ["gcc"], ["clang"]]
-    found = []
-    for command in commands:
-        path = shutil.which(command[0])
-        if path is not None:
-            found.append([path, *command[1:]])
-    return found
-
-
-def _key(source: bytes, command: list[str], deadline: float) -> str:
-    """Return a name for what this compiler makes for this machine.
-
-    A home may be shared by machines with other CPUs, and by containers with other libraries.
-    """
-    version = _run([*command, "--version"], deadline)
-    parts = [
-        source,
-        os.path.realpath(command[0]),
-        *command[1:],
-        version,
-        _FLAGS,
-        _EXACT,
-        _TUNING,
-        platform.machine(),
-        platform.libc_ver(),
-        _cpu(),
-    ]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
-
-
-def _cpu() -> list[str]:
-    """Return what the CPU is and can do."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return [platform.processor()]
-    # One of each: the rest differs between cores (and, as the clock, between moments).
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part", "isa")
-    return sorted({line for line in lines if line.partition(":")[0].strip() in wanted})
-
-
-def _compile(source: bytes, command: list[str], path: Path, deadline: float) -> None:
-    """Write the library and its digest to `path`, at once and whole."""
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as draft:
-        library = Path(draft) / "library"
-        for tuning in _TUNING:
-            flags = [*_FLAGS, *tuning, *_EXACT, "-x", "c", "-", "-o", str(library), "-lm"]
-            try:
-                _run([*command, *flags], deadline, source, TMPDIR=draft)
-                break
-            except RuntimeError:
-                if tuning is _TUNING[-1]:
-                    raise
-        with library.open("ab") as file:
-            # A loader does not look behind the end of what it loads.
-            file.write(hashlib.sha256(library.read_bytes()).digest())
-        library.chmod(0o700)
-        library.replace(path)
-
-
-def _run(argv: list[str], deadline: float, text: bytes = b"", **environment: str) -> bytes:
-    """Run a compiler and return what it says.
-
-    Raises:
-        RuntimeError: it fails; with its first words.
-    """
-    done = subprocess.run(
-        argv,
-        input=text,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=max(0.0, deadline - time.monotonic()),
-        env={**os.environ, "LC_ALL": "C", **environment},
-        check=False,
-    )
-    if done.returncode:
-        said = done.stdout.decode(errors="replace").strip()
-        raise RuntimeError(f"exit status {done.returncode}: {said[:400]}")
-    return done.stdout
-
-
-def _is_intact(path: Path) -> bool:
-    """Say whether a library is there as it was written; if not, another takes its place."""
-    try:
-        with path.open("rb") as file:
-            found = os.fstat(file.fileno())
-            data = file.read()
-    except FileNotFoundError:
-        return False
-    if found.st_uid != os.getuid() or found.st_mode & _BY_OTHERS:
-        return False
-    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
+    library = _load(compiled.library(_SOURCE.read_bytes(), _FLAGS, _TUNING))
+    _test(library)
+    return library
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -119,8 +119,6 @@ def _matrix(
         scale, factor = scale_and_factor(amax, recipe)
         scales[first : first + count] = scale
         _encode(band, codes[top : top + height], size, scale, factor, recipe, non_finite, tile)
-    if k == 0:
-        scales.copy_(scale_and_factor(torch.zeros_like(scales), recipe)[0])
 
 
 def _per_tensor(

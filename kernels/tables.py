@@ -133,7 +133,9 @@ class Slab:
 
 @dataclass
 class Bucket:
-    """Tensors of one kind, its number, their places in the list, and where all lies."""
+    """Tensors of one kind, the number of alike inputs, their places in the list, and where
+    all lies.
+    """
 
     kind: Kind
     number: int
@@ -161,11 +163,6 @@ class Bucket:
             codes_at.append(codes.data_ptr() + each * pitch)
             scales_at.append(scales.data_ptr() + each * (numbers * 4))
         self.codes, self.scales = np.concatenate(codes_at), np.concatenate(scales_at)
-
-    def take_outputs(self, given: list[Pair]) -> None:
-        """Note where the outputs lie that the caller gave."""
-        self.codes = np.array([codes.data_ptr() for codes, _ in given], dtype=np.int64)
-        self.scales = np.array([scales.data_ptr() for _, scales in given], dtype=np.int64)
 
     def spans(self) -> Numbers:
         """Return where inputs, codes and scales begin and end, [n, 3, 2]."""
@@ -237,10 +234,9 @@ class Table:
         return ids
 
     @functools.cached_property
-    def numbers(self) -> list[int]:
-        """Numbers of their kinds."""
-        numbers: list[int] = np.repeat(self._numbers, self._counts).tolist()
-        return numbers
+    def numbers(self) -> Numbers:
+        """Numbers of what the inputs are."""
+        return np.repeat(self._numbers, self._counts)
 
     def reads(self, addresses: Numbers) -> Numbers:
         """Return where inputs at these addresses begin and end, [n, 2]."""
@@ -265,19 +261,6 @@ class Table:
 def _length(t: torch.Tensor) -> int:
     start, end = span(t)
     return end - start
-
-
-def outputs_key(pair: Pair) -> object:
-    """Return what outputs have to share to be written as one kind."""
-    codes, scales = pair
-    return (codes.dtype, codes.device, codes.shape, codes.stride()), (
-        *(scales.dtype, scales.device, scales.shape, scales.stride()),
-    )
-
-
-def addresses_of(xs: list[torch.Tensor]) -> Numbers:
-    """Return where each tensor begins."""
-    return np.array([*map(torch.Tensor.data_ptr, xs)], dtype=np.int64)
 
 
 def _common(addresses: Numbers) -> int:

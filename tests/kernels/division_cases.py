@@ -126,25 +126,57 @@ def _by_kernel(
 
 def kinds(where: str) -> str:
     """Encode all sorts of FP32 numbers, zeros and subnormals too, a scale for each row."""
-    hardware = where == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
     for kind in matrix.FINITE:
         x = matrix.numbers(kind, (64, _WIDE), torch.float32)
         x[:, 1], x[:, 2] = 0.0, -0.0
-        wanted = model.quantize(x, PER_CHANNEL, "ieee", "error")
-        tops = x.abs().amax(dim=1).view(torch.int32).to(where)
-        out = torch.empty(x.shape, dtype=torch.uint8, device=where)
-        scale = torch.empty(len(x), device=where)
-        rows = _rows(where)
-        _encoded[(len(x) // rows,)](
-            x.to(where), tops, out, scale, ROWS=rows, COLUMNS=_WIDE, STEPS=2, HARDWARE=hardware
-        )
-        if not np.array_equal(scale.cpu().numpy(), wanted.scales[:, 0]):
-            return f"{kind}: scales"
-        wrong = np.argwhere(out.cpu().numpy() != wanted.codes)
-        if len(wrong):
-            i, j = wrong[0]
-            return f"{kind}: {len(wrong)}, the first {float(x[i, j])!r} in row {i}"
+        if found := _unlike_model(x, where):
+            return f"{kind}: {found}"
     return ""
+
+
+def middles(where: str, rounds: int) -> str:
+    """Encode FP32 whose quotients are, or round to, the middle of two codes, at every scale.
+
+    A quotient that is one unit off has another code there. The middles go with the scale
+    of the row, so below 2^-60 the remainders too would fall under the smallest number.
+    """
+    order = np.random.default_rng(5)
+    middle = (model.VALUES[1:] + model.VALUES[:-1])[None, :, None] / 2
+    for _ in range(rounds):
+        # Every exponent from the least that has a scale of its own, 448 * 2^-126, up.
+        exponents = np.arange(256) % 245 - 117
+        amax = np.ldexp(1 + order.integers(0, 1 << 23, 256) * 2.0**-23, exponents)
+        amax = amax.astype(np.float32)
+        scale = (amax / np.float32(448)).astype(np.float64)[:, None, None]
+        exact = (middle * scale).astype(np.float32).view(np.int32)
+        near = exact + order.integers(-1, 2, (256, 126, 8), np.int32)
+        x = np.zeros((256, _WIDE), np.float32)
+        x[:, 0] = amax
+        x[:, 1 : 1 + 126 * 8] = np.minimum(near.view(np.float32).reshape(256, -1), amax[:, None])
+        x *= order.choice(np.array([-1, 1], np.float32), x.shape)
+        if found := _unlike_model(torch.from_numpy(x), where):
+            return found
+    return ""
+
+
+def _unlike_model(x: torch.Tensor, where: str) -> str:
+    """Encode FP32 numbers, a scale for each row; say where that differs from the model."""
+    hardware = where == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    wanted = model.quantize(x, PER_CHANNEL, "ieee", "error")
+    tops = x.abs().amax(dim=1).view(torch.int32).to(where)
+    out = torch.empty(x.shape, dtype=torch.uint8, device=where)
+    scale = torch.empty(len(x), device=where)
+    rows = _rows(where)
+    _encoded[(len(x) // rows,)](
+        x.to(where), tops, out, scale, ROWS=rows, COLUMNS=_WIDE, STEPS=2, HARDWARE=hardware
+    )
+    if not np.array_equal(scale.cpu().numpy(), wanted.scales[:, 0]):
+        return "scales"
+    wrong = np.argwhere(out.cpu().numpy() != wanted.codes)
+    if len(wrong) == 0:
+        return ""
+    i, j = wrong[0]
+    return f"{len(wrong)}, the first {float(x[i, j])!r} under {float(x[i].abs().max())!r}"
 
 
 def quotients(where: str, rounds: int) -> str:
@@ -205,6 +237,7 @@ def run(where: str, every: int, rounds: int) -> dict[str, str]:
         "bfloat16, large": codes_of(torch.bfloat16, where, 1, 127),
         "float16": codes_of(torch.float16, where, every, 15),
         "float32": kinds(where),
+        "middles": middles(where, rounds),
         "quotients": quotients(where, rounds),
     }
 

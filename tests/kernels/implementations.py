@@ -255,12 +255,14 @@ def selected(name: str, selection: str) -> tuple[list[Case], list[Batch]]:
         cases, batches = matrix.small(), matrix.small_batches() if lists else []
         if name == "triton-interpreted":
             # Half a second for a large group, so a third of them; one of most groups' batches.
+            shared = matrix.shared_batches()
             large = [case for case in cases if math.prod(case.groups.sides) > 1 << 16]
             cases = [case for case in cases if case not in large or case in large[::3]]
             batches = [
                 batch
                 for i, batch in enumerate(batches)
-                if i % 3 == i // 3 % 3 and str(batch.members[0].groups) not in _ALIKE
+                if batch in shared
+                or (i % 3 == i // 3 % 3 and str(batch.members[0].groups) not in _ALIKE)
             ]
         return cases, batches
     cases = matrix.full()

@@ -105,6 +105,8 @@ def of_control(name: str) -> Any:
             z = tl.exp2(x)
         elif WHAT == "log2":
             z = tl.log2(x)
+        elif WHAT == "a * b":
+            z = x * y
         elif WHAT == "a * b + c":
             z = x * y + x
         else:

@@ -7,6 +7,7 @@ from their names: the same on every run and device.
 
     small    every pair of values of two factors stands together in some case;
              recipe x dtype on 65,536 numbers;
+             recipe on every power of two, and on what a power-of-two scale doubles at;
              dtype x numbers x policy on five numbers
     full     recipe x groups x dtype x shape on ordinary numbers;
              recipe x dtype x numbers x policy in few groups and shapes;
@@ -212,6 +213,9 @@ def _small() -> tuple[Case, ...]:
         for recipe in RECIPES
         for dtype, kind in ((DTYPES[0], "normal"), (DTYPES[1], "normal"), (DTYPES[2], "near-ties"))
     ]
+    # Each number is a group: one step of FP32 beside an edge has another scale than the edge.
+    one = block(1, 1)
+    cases += [Case(recipe, one, DTYPES[2], (256, 7), numbers="boundaries") for recipe in RECIPES]
     # torch and C compilers convert less than 8 or 16 numbers by other code than more of them.
     recipe = itertools.cycle(RECIPES)
     cases += [
@@ -273,7 +277,22 @@ def small_batches() -> list[Batch]:
                 (("saturate", "propagate")[turn % 2], ("mixed", "normal", "nothing-finite")),
             )
         ]
-    return batches
+    return [*batches, *shared_batches()]
+
+
+def shared_batches() -> list[Batch]:
+    """Return lists of which one launch works on all: rows of one table, not one table each.
+
+    They take equally many programs or not, and the first that is not finite is not the first.
+    """
+    small, large = block(48, 100), block(257, 256)  # large: more than 65,536 elements
+    alike, unlike = ((40, 32),) * 3, ((40, 32), (100, 32), (7, 32))
+    dtype, layout, kinds = DTYPES[:1], LAYOUTS[:1], ("mixed", "wide", "normal")
+    return [
+        _batch("ieee", small, alike, dtype, "error", ("normal", "normal", "nan"), layout),
+        _batch("ieee", small, unlike, dtype, "saturate", kinds, layout),
+        _batch("ieee", large, alike[:2], dtype, "saturate", kinds[1:], layout),
+    ]
 
 
 def full_batches() -> list[Batch]:
@@ -297,6 +316,7 @@ def _batch(
     dtypes: Sequence[torch.dtype],
     policy: str,
     kinds: Sequence[str],
+    layouts: Sequence[str] = LAYOUTS,
 ) -> Batch:
     """Return one tensor a shape; all else takes turns, in coprime steps where it can."""
     checked = recipes.check_non_finite(policy)
@@ -306,7 +326,7 @@ def _batch(
             groups,
             dtypes[i % len(dtypes)],
             shape,
-            LAYOUTS[i * 5 % len(LAYOUTS)],
+            layouts[i * 5 % len(layouts)],
             kinds[i % len(kinds)],
             checked,
             OUTPUTS[i * 2 % len(OUTPUTS)],
@@ -438,6 +458,8 @@ def numbers(kind: str, shape: Shape, dtype: torch.dtype, again: int = 0) -> torc
         edge = torch.tensor(448.0 * 2.0 ** (seed % 11 - 5), dtype=dtype)
         words = edge.view(word) + torch.arange(-1, seed % 3, dtype=word)
         x = signed(words.view(dtype).double()[whole(0, len(words))])
+    elif kind == "boundaries":
+        x = boundaries()[torch.arange(size) % boundaries().numel()]
     elif kind == "huge":
         x = signed(pick([largest, largest / 2, largest * 0.99, largest / 448, 1.0]))
     elif kind == "tiny":
@@ -466,6 +488,15 @@ def numbers(kind: str, shape: Shape, dtype: torch.dtype, again: int = 0) -> torc
     elif kind == "nothing-finite":
         bits([infinite, *_NAN[dtype], negative], torch.arange(size), x)
     return x.view(shape)
+
+
+@functools.cache
+def boundaries() -> torch.Tensor:
+    """Return all FP32 of significand 1, or 1.75 as 448 has it, and what is next to each."""
+    powers = [value * 2.0**e for e in range(-149, 128) for value in (1.0, 1.75)]
+    edges = torch.tensor(powers, dtype=torch.float64).float()
+    words = edges.view(torch.int32)[:, None] + torch.arange(-1, 2)
+    return words.clamp(0, 0x7F7FFFFF).int().flatten().view(torch.float32)
 
 
 def under_every_amax(

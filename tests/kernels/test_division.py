@@ -43,7 +43,7 @@ def _run(where: str, every: int, rounds: int, home: Path) -> None:
     found = json.loads(done.stdout)
     if found["fused"] and where == "cpu":
         pytest.skip(found["fused"])
-    assert len(found) == 7
+    assert len(found) == 8
     assert not {case: text for case, text in found.items() if text}
 
 

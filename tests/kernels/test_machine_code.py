@@ -51,6 +51,7 @@ CONTROLS = (
     "control: a / b",
     "control: exp2",
     "control: log2",
+    "control: a * b",
     "control: a * b + c",
     "control: div_rn",
 )
@@ -60,6 +61,8 @@ APPROXIMATE = re.compile(
     r"\b(?:div\.(?:full|approx)|(?:rcp|sqrt|rsqrt)\.approx|ex2|lg2|tanh)[.\w]*"
 )
 FLUSHED = re.compile(r"\b\w+(?:\.\w+)*\.ftz\b[.\w]*")
+# A product or a sum that does not say how it is rounded may be fused with another, by ptxas too.
+UNROUNDED = re.compile(r"\b(?:add|sub|mul)\.f32\b")
 # In SASS one is a sequence: FCHK, MUFU.RCP, corrections, and a call for the rare cases, whose
 # code stands behind the program's last EXIT. An integer division has an F2I.FTZ of a number
 # that is never subnormal.
@@ -109,7 +112,9 @@ def _check(kernels: dict[str, dict[str, str]]) -> None:
         assert f".target sm_{80 if ' old' in name else 90}" in ptx, name
         assert not in_ptx(ptx), name
         assert not in_sass(sass), name
-        # A product that was not written as part of a fused operation must not become one.
+        # A product that was not written as part of a fused operation must not become one. None
+        # could today, as no product is added to anything: all must say .rn before one is.
+        assert not UNROUNDED.search(ptx), name
         assert ("ieee" in name and "amax" not in name) == ("fma." in ptx), name
         conversions = ptx.count("cvt.rn.satfinite.e4m3x2.f32")
         if "ieee" in name and conversions:
@@ -152,6 +157,7 @@ def test_the_search_finds_what_it_looks_for(code: dict[str, dict[str, str]]) -> 
     assert any("MUFU" in word for word in in_sass(code["control: exp2"]["sass"]))
     assert any("FTZ" in word for word in in_sass(code["control: log2"]["sass"]))
     assert "fma.rn.f32" in code["control: a * b + c"]["ptx"]
+    assert UNROUNDED.search(code["control: a * b"]["ptx"])
     exact = code["control: div_rn"]
     assert "div.rn.f32" in exact["ptx"]
     assert not in_ptx(exact["ptx"])

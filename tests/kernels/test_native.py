@@ -15,7 +15,7 @@ import sys
 import time
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8ctl import paths
-from fp8ctl.kernels import native, reference
+from fp8ctl.kernels import compiled, native, reference
 from fp8ctl.kernels.groups import PER_CHANNEL, PER_TENSOR, Groups, block
 from fp8ctl.kernels.recipes import IEEE, NON_FINITE, RECIPES, UE8M0, NonFinite, Recipe
 
@@ -55,7 +55,7 @@ sides = st.one_of(st.integers(0, 12), st.sampled_from([63, 64, 65, 127, 128, 129
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a home whose cache has the library: it is compiled once for all tests."""
-    if not native._compilers():
+    if not compiled._compilers():
         pytest.skip("no C compiler")
     home = tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
@@ -707,7 +707,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_SECONDS", 0.3)
+    monkeypatch.setattr(compiled, "_SECONDS", 0.3)
     monkeypatch.setenv("CC", str(script(tmp_path / "cc", "exec sleep 20")))
     started = time.monotonic()
     assert "timed out" in str(load())
@@ -717,7 +717,7 @@ def test_a_compiler_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_compiler_that_knows_no_options_for_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path
 ) -> None:
-    [real, *_] = native._compilers()
+    [real, *_] = compiled._compilers()
     refuse = 'for a; do case "$a" in -m*) echo "what is $a?" >&2; exit 1;; esac; done'
     wrapper = script(tmp_path / "cc", f'{refuse}\nexec {real[0]} "$@"')
     monkeypatch.setenv("CC", str(wrapper))
@@ -787,7 +787,8 @@ def test_a_damaged_library_is_made_again_or_refused(
         library.chmod(0o722)
     made: list[Path] = []
 
-    def compile_again(_source: bytes, _command: list[str], path: Path, _deadline: float) -> None:
+    def compile_again(*given: Any) -> None:
+        path = given[3]
         made.append(path)
         path.unlink()
         shutil.copy(pristine, path)
@@ -796,10 +797,10 @@ def test_a_damaged_library_is_made_again_or_refused(
         raise RuntimeError("no compiler today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_compile", cannot)
+        patch.setattr(compiled, "_compile", cannot)
         assert "no compiler today" in str(load())
     with monkeypatch.context() as patch:
-        patch.setattr(native, "_compile", compile_again)
+        patch.setattr(compiled, "_compile", compile_again)
         assert isinstance(load(), ctypes.CDLL)
         assert isinstance(load(), ctypes.CDLL)
     assert made == [library]
@@ -833,7 +834,7 @@ def test_a_library_that_computes_something_else_is_not_used(
     changed = tmp_path / "native.c"
     changed.write_text(source.replace(right, wrong))
     monkeypatch.setattr(native, "_SOURCE", changed)
-    monkeypatch.setattr(native, "_FLAGS", ("-std=c99", "-O0", "-fPIC", "-shared"))
+    monkeypatch.setattr(native, "_FLAGS", ("-O0",))
     monkeypatch.setattr(native, "_TUNING", ((),))
     assert "the compiled library" in str(load())
 
@@ -841,32 +842,34 @@ def test_a_library_that_computes_something_else_is_not_used(
 def test_options_that_break_the_arithmetic_are_refused(
     monkeypatch: pytest.MonkeyPatch, built: Path
 ) -> None:
-    monkeypatch.setattr(native, "_EXACT", ("-ffast-math",))
+    monkeypatch.setattr(native, "_FLAGS", ("-O3", "-ffast-math"))
     assert "IEEE 754" in str(load())
 
 
 def test_each_machine_and_compiler_has_a_library_of_its_own(
     monkeypatch: pytest.MonkeyPatch, built: Path
 ) -> None:
-    command = native._compilers()[0]
+    command = compiled._compilers()[0]
     source = native._SOURCE.read_bytes()
 
-    def key(source: bytes = source, command: list[str] = command) -> str:
-        return native._key(source, command, time.monotonic() + 60)
+    def key(
+        source: bytes = source,
+        command: list[str] = command,
+        options: tuple[str, ...] = ("-O2",),
+    ) -> str:
+        return compiled._key(source, command, [options], time.monotonic() + 60)
 
     first = key()
     assert key() == first
-    others = {first, key(source + b"\n"), key(command=[*command, "-g"])}
+    others = {first, key(source + b"\n"), key(command=[*command, "-g"]), key(options=())}
     for name, value in (
         ("_cpu", lambda: ["flags : sse"]),
-        ("_EXACT", ()),
-        ("_TUNING", ()),
         ("_run", lambda *_: b"cc 99"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(native, name, value)
+            patch.setattr(compiled, name, value)
             others.add(key())
-    assert len(others) == 7
+    assert len(others) == 6
 
 
 _FIRST_USE = """
@@ -918,7 +921,7 @@ def test_the_folder_is_in_fp8ctls_cache(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert native._cache_dir() == paths.cache_dir()
+    assert compiled._cache_dir() == paths.cache_dir()
 
 
 def test_no_home_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -201,6 +202,23 @@ def test_an_error_names_the_first_tensor_of_a_list_and_its_first_index(
 
 
 @on_each_device
+def test_an_error_is_of_the_first_tensor_whatever_finds_it(device: str) -> None:
+    # A group that a program holds, one that it does not, and a tensor of no single matrix:
+    # each is the work of another kernel or launch, and they end in any order.
+    shapes = {"small": (3, 5), "large": (257, 256), "parts": (4, 3, 2)}
+    for order in itertools.permutations(shapes):
+        xs = [torch.ones(3, 5), *(torch.ones(shapes[kind]) for kind in order)]
+        for x in xs[2:]:
+            x.view(-1)[-2:] = math.inf
+        xs = [matrix.lay_out(x, "transposed" if x.dim() == 3 else "contiguous", device) for x in xs]
+        index = (*(side - 1 for side in xs[2].shape[:-1]), xs[2].shape[-1] - 2)
+        with pytest.raises(NonFiniteError) as caught:
+            quantize.quantize_many(xs, PER_TENSOR)
+        assert (caught.value.tensor, caught.value.index) == (2, index), order
+        assert caught.value.value == math.inf
+
+
+@on_each_device
 def test_given_outputs_are_returned_as_they_are(device: str) -> None:
     xs, groups = tensors(device), block(16, 16)
     out = outputs(xs, groups)
@@ -298,6 +316,18 @@ def test_a_plan_takes_other_tensors_of_the_same_kind(device: str) -> None:
         given = tensors(device, again)
         for x, one in zip(given, plan.run(given), strict=True):
             assert same(one, reference.quantize(x.cpu(), groups, RECIPES["reciprocal"]))
+
+
+@on_each_device
+def test_a_plan_holds_for_tensors_that_are_better_aligned(device: str) -> None:
+    # One launch for both: the first has the alignment of its strides, the second at first that
+    # of its address. With a better address it is the first that says what may be assumed.
+    x = matrix.numbers("normal", (40, 20), torch.bfloat16).to(device)[:, :16]
+    memory = matrix.numbers("normal", (4 + 40 * 16,), torch.bfloat16).to(device)
+    plan = quantize.prepare([x, memory[4:].view(40, 16)], block(16, 16))
+    given = [x, memory[:-4].view(40, 16)]
+    for one, found in zip(given, plan.run(given), strict=True):
+        assert same(found, reference.quantize(one.cpu(), block(16, 16)))
 
 
 @on_each_device
@@ -468,9 +498,9 @@ sys.exit(pytest.main([*options, {path!r}, "-k", {selection!r}]))
 _NOT_TRITON = "not meta and not c_kernel and not compiler and not threads and not by_triton"
 
 
-def _through_triton(selection: str, home: Path) -> None:
+def _through_triton(selection: str, home: Path, **more: str) -> None:
     script = _INTERPRETED.format(path=__file__, selection=f"cpu and {selection}")
-    environment = {**os.environ, "TRITON_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=environment,
@@ -483,8 +513,10 @@ def _through_triton(selection: str, home: Path) -> None:
 
 
 @needs_triton
-def test_plans_and_refusals_by_triton_interpreted(tmp_path: Path) -> None:
-    _through_triton(f"(plan or refused or given) and {_NOT_TRITON}", tmp_path)
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_plans_and_refusals_by_triton_interpreted(native: str, tmp_path: Path) -> None:
+    some = f"(plan or refused or given or whatever) and {_NOT_TRITON}"
+    _through_triton(some, tmp_path, FP8CTL_NATIVE=native)
 
 
 @pytest.mark.long

@@ -176,10 +176,7 @@ def test_every_midpoint_and_its_neighbours_round_to_nearest_even(recipe: Recipe)
 
 @pytest.mark.parametrize("recipe", ALL_RECIPES, ids=str)
 def test_scales_at_every_power_of_two_and_beside_it(recipe: Recipe) -> None:
-    powers = [value * 2.0**e for e in range(-149, 128) for value in (1.0, 1.75)]
-    edges = torch.tensor([p for p in powers if p < 2.0**128], dtype=torch.float32)
-    words = (edges.view(torch.int32)[:, None] + torch.arange(-1, 2)).clamp(0, 0x7F7FFFFF)
-    x = words.int().view(torch.float32).reshape(-1, 1)
+    x = matrix.boundaries()[:, None]
     codes, scales = quantize(x, PER_CHANNEL, recipe)
     wanted = [by_definition(Fraction(v), recipe) for v in x.flatten().tolist()]
     assert [Fraction(v) for v in scales.flatten().tolist()] == [scale for scale, _ in wanted]
