@@ -1,44 +1,69 @@
 """A position-keyed 64-bit digest of a tensor's bits that adds up over its parts.
 
-    D(t) = sum over elements of mix(bits, row, column)   mod 2^64
+A tensor is seen as a matrix, and each row of the whole as little-endian words of 32 bits:
 
-`row` and `column` are positions in the whole tensor, so the digests of row
-slices, column slices or the parts of a fused module, each computed with its
-own offsets, add up to the digest of the whole, in any order and on any rank.
-Moving, swapping or changing elements changes it, up to chance of 2^-64.
-
-    mix(b, r, c) = fin(fin(2 r + 1) + fin(2 c) + b * G)      b sign-extended
+    D(t) = sum over rows r and words w of R(r) * C(w) * word(r, w)   mod 2^64
+    R(p) = fin(2 p + 1) | 1        C(p) = fin(2 p) | 1
     fin(x): x ^= x >>> 30; x *= 0xbf58476d1ce4e5b9; x ^= x >>> 27;
             x *= 0x94d049bb133111eb; x ^= x >>> 31           (splitmix64)
-    G = 0x9e3779b97f4a7c15
 
-A tensor is seen as a matrix: 2-D as it is; more dimensions with all but the
-last flattened into rows; 1-D as n rows of one column (a bias is sharded like
-the rows of its weight); 0-D as one element at (0, 0). It is no defence against
-an adversary: it finds mistakes.
+`r` and `w` are places in the whole tensor, and a part of a word is that word with zeros
+elsewhere. So the digests of row slices, column slices or the parts of a fused module, each
+computed with its own offsets, add up to the digest of the whole, in any order and on any
+rank. One changed element always changes it, since keys are odd; moved, swapped or several
+changed elements change it up to chance: 2^-64, and 2^-32 where all words differ in their
+highest bit alone. Zeros add nothing: shapes are compared beside it. It is no defence
+against an adversary: it finds mistakes.
 
-Runs in an engine's interpreter, on any device: torch only.
+A matrix is a 2-D tensor as it is; more dimensions with all but the last flattened into
+rows; 1-D as n rows of one column (a bias is sharded like the rows of its weight); 0-D as one
+element at (0, 0).
+
+A multiplication and an addition for 4 bytes: the speed is memory's. On a GPU by Triton, on a
+CPU by C that is built at first use, without either by torch. Runs in an engine's interpreter.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
 import torch
+
+from fp8ctl.kernels import compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 _MASK = (1 << 64) - 1
 _M1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # as int64: torch multiplies modulo 2^64
 _M2 = 0x94D049BB133111EB - (1 << 64)
-_G = 0x9E3779B97F4A7C15 - (1 << 64)
 
-# torch runs an operation on up to 2^15 elements in the calling thread. Larger
-# chunks take both of 2 idle cores (0.6 s instead of 1.2 s for 135 million), but
-# beside other work their threads wait for each other at every step: 20 s and more.
+# torch runs an operation on up to 2^15 elements in the calling thread. Larger chunks take
+# both of 2 idle cores, but beside other work their threads wait for each other at every step.
 _CHUNK = 1 << 15
 _CHUNK_CUDA = 1 << 24
+# Keys of places below this are kept: 16 MB for each of the four kinds.
+_KEPT = 1 << 21
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@torch.no_grad()
+class Sums(NamedTuple):
+    """A digest as sums over two sides: of the inner side within those of the outer one.
+
+    Attributes:
+        bits: [outer, inner], of elements of 1, 2 or 4 bytes.
+        outer, inner: int64 keys of each side, on the device of `bits`.
+    """
+
+    bits: torch.Tensor
+    outer: torch.Tensor
+    inner: torch.Tensor
+
+
 def digest(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
     """Return the digest of `t` as the part at (row_offset, col_offset) of a whole.
 
@@ -54,31 +79,28 @@ def digest(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
         TypeError: an element is not 1, 2, 4 or 8 bytes of plain number.
         ValueError: an offset is negative.
     """
-    if row_offset < 0 or col_offset < 0:
-        raise ValueError(f"offsets must not be negative, not ({row_offset}, {col_offset})")
-    if t.is_complex() or t.element_size() not in _BITS:
-        raise TypeError(f"cannot digest {t.dtype}")
-    if t.numel() == 0:
-        return 0
-    matrix = _matrix(t.detach()).view(_BITS[t.element_size()])
-    n, k = matrix.shape
-    limit = _CHUNK_CUDA if t.is_cuda else _CHUNK
-    width = min(k, limit)
-    height = max(1, min(n, limit // width))
-    keys = torch.empty(height * width, dtype=torch.int64, device=t.device)
-    spare = torch.empty_like(keys)
-    total = torch.zeros((), dtype=torch.int64, device=t.device)
-    for left in range(0, k, width):
-        columns = min(width, k - left)
-        col_key = _positions(col_offset + left, columns, 0, t.device)
-        for top in range(0, n, height):
-            rows = min(height, n - top)
-            row_key = _positions(row_offset + top, rows, 1, t.device)
-            key = keys[: rows * columns].view(rows, columns)
-            torch.add(row_key[:, None], col_key, out=key)
-            key.add_(matrix[top : top + rows, left : left + columns], alpha=_G)
-            total += _finish(key, spare[: rows * columns].view(rows, columns)).sum()
-    return int(total.item()) & _MASK
+    return digests([(t, row_offset, col_offset)])[0]
+
+
+@torch.no_grad()
+def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
+    """Return the digest of each (tensor, row_offset, col_offset), as `digest` does.
+
+    GPUs are waited for once, at the end.
+    """
+    found: list[int | torch.Tensor] = []
+    for t, row_offset, col_offset in parts:
+        sums = _sums(t.detach(), row_offset, col_offset)
+        found.append(0 if sums is None else _path(sums.bits.device)(sums))
+    waiting: dict[torch.device, list[torch.Tensor]] = {}
+    for one in found:
+        if isinstance(one, torch.Tensor):
+            waiting.setdefault(one.device, []).append(one)
+    arrived = {where: iter(torch.stack(ones).tolist()) for where, ones in waiting.items()}
+    return [
+        (next(arrived[one.device]) if isinstance(one, torch.Tensor) else one) & _MASK
+        for one in found
+    ]
 
 
 def combine(*parts: int) -> int:
@@ -102,6 +124,111 @@ def from_text(text: str) -> int:
     return int(text, 16)
 
 
+# ---- three ways to add up ----
+
+
+def by_torch(sums: Sums) -> torch.Tensor:
+    """Add up with torch alone, on any device."""
+    bits, outer, inner = sums
+    n, k = bits.shape
+    limit = _CHUNK_CUDA if bits.is_cuda else _CHUNK
+    width = min(k, limit)
+    height = max(1, min(n, limit // width))
+    unsigned = (1 << (8 * bits.element_size())) - 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for left in range(0, k, width):
+        keys = inner[left : left + width]
+        for top in range(0, n, height):
+            part = bits[top : top + height, left : left + width].to(torch.int64)
+            part.bitwise_and_(unsigned).mul_(keys)
+            total += part.sum(1).mul_(outer[top : top + height]).sum()
+    return total
+
+
+def by_c(sums: Sums) -> int:
+    """Add up by digest.c, which has to be there (`_compiled`)."""
+    bits, outer, inner = sums
+    size = bits.element_size()
+    function = _compiled()
+    assert function is not None
+    return int(
+        function(
+            bits.data_ptr(),
+            *bits.shape,
+            *(step * size for step in bits.stride()),
+            size,
+            outer.data_ptr(),
+            inner.data_ptr(),
+        )
+    )
+
+
+def by_triton(sums: Sums) -> torch.Tensor:
+    """Add up on a GPU."""
+    from fp8ctl.kernels import digest_triton
+
+    return digest_triton.add_up(*sums)
+
+
+def _path(device: torch.device) -> Callable[[Sums], int | torch.Tensor]:
+    if device.type == "cuda" and _has_triton():
+        return by_triton
+    return by_c if device.type == "cpu" and _compiled() is not None else by_torch
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _compiled() -> Callable[..., int] | None:
+    """Return the function of digest.c, None where it cannot be built."""
+    if compiled.disabled():
+        return None
+    source = Path(__file__).with_name("digest.c").read_bytes()
+    fast = ("-march=native",)
+    try:
+        function = ctypes.CDLL(str(compiled.library(source, ("-O3",), (fast, ())))).fp8_digest
+    except (OSError, RuntimeError, ValueError, AttributeError):
+        return None
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    function.restype = ctypes.c_uint64
+    function.argtypes = (address, *(number,) * 5, address, address)
+    checked: Callable[..., int] = function
+    return checked
+
+
+# ---- what is added up ----
+
+
+def _sums(t: torch.Tensor, row_offset: int, col_offset: int) -> Sums | None:
+    """Return what is to be added up, None where there are no elements."""
+    if row_offset < 0 or col_offset < 0:
+        raise ValueError(f"offsets must not be negative, not ({row_offset}, {col_offset})")
+    if t.is_complex() or t.element_size() not in _BITS:
+        raise TypeError(f"cannot digest {t.dtype}")
+    if t.numel() == 0:
+        return None
+    matrix = _matrix(t.resolve_neg()).view(_BITS[t.element_size()])
+    size = matrix.element_size()
+    if size == 8 and matrix.stride(1) != 1:
+        matrix = matrix.contiguous()  # such tensors are small: positions, counters
+    if size == 8 or (size < 4 and _is_of_words(matrix, col_offset)):
+        matrix, col_offset, size = matrix.view(torch.int32), col_offset * size // 4, 4
+    n, k = matrix.shape
+    rows = _keys("row", row_offset, n, matrix.device)
+    columns = _keys(size, col_offset, k, matrix.device)
+    # What lies beside each other in memory is the inner side.
+    if matrix.stride(1) > matrix.stride(0) > 0 or (k == 1 and n > 1):
+        return Sums(matrix.t(), columns, rows)
+    return Sums(matrix, rows, columns)
+
+
 def _matrix(t: torch.Tensor) -> torch.Tensor:
     if t.dim() == 0:
         return t.reshape(1, 1)
@@ -110,19 +237,47 @@ def _matrix(t: torch.Tensor) -> torch.Tensor:
     return t if t.dim() == 2 else t.flatten(0, -2)
 
 
-def _positions(first: int, count: int, odd: int, device: torch.device) -> torch.Tensor:
-    """Return fin(2 * p + odd) of the positions p = first, first + 1, ... ."""
-    start = 2 * first + odd
-    keys = torch.arange(start, start + 2 * count, 2, dtype=torch.int64, device=device)
-    return _finish(keys, torch.empty_like(keys))
+def _is_of_words(matrix: torch.Tensor, col_offset: int) -> bool:
+    """Say whether every row is whole words of the whole tensor, and aligned as such."""
+    size = matrix.element_size()
+    steps = (col_offset, matrix.shape[1], matrix.storage_offset(), matrix.stride(0))
+    return (
+        matrix.stride(1) == 1
+        and all(step * size % 4 == 0 for step in steps)
+        and matrix.data_ptr() % 4 == 0
+    )
 
 
-def _finish(x: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+def _keys(kind: str | int, first: int, count: int, device: torch.device) -> torch.Tensor:
+    """Return int64 keys of places first, first + 1, ...: of rows, or of elements of so many bytes
+    within a row, for which the word's key is shifted to where they lie in it.
+    """
+    last = first + count
+    if last > _KEPT:
+        return _made_keys(kind, first, count, device)
+    # A few sizes, so that not every tensor makes keys of its own.
+    return _kept_keys(kind, 1 << max(12, (last - 1).bit_length()), device)[first:last]
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_keys(kind: str | int, count: int, device: torch.device) -> torch.Tensor:
+    return _made_keys(kind, 0, count, device)
+
+
+def _made_keys(kind: str | int, first: int, count: int, device: torch.device) -> torch.Tensor:
+    places = torch.arange(first, first + count, dtype=torch.int64, device=device)
+    if kind == "row":
+        return _finish(places * 2 + 1).bitwise_or_(1)
+    each = 4 // int(kind)
+    keys = _finish(places.div(each, rounding_mode="floor") * 2).bitwise_or_(1)
+    return keys.bitwise_left_shift_(places % each * (8 * int(kind)))
+
+
+def _finish(x: torch.Tensor) -> torch.Tensor:
     """Apply splitmix64's finaliser in place; int64 shifts are arithmetic, so mask them."""
-    for shift, factor in ((30, _M1), (27, _M2), (31, None)):
-        torch.bitwise_right_shift(x, shift, out=spare)
-        spare.bitwise_and_((1 << (64 - shift)) - 1)
-        x.bitwise_xor_(spare)
+    shifts: tuple[tuple[int, Any], ...] = ((30, _M1), (27, _M2), (31, None))
+    for shift, factor in shifts:
+        x.bitwise_xor_((x >> shift).bitwise_and_((1 << (64 - shift)) - 1))
         if factor is not None:
             x.mul_(factor)
     return x

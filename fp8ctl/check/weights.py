@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 #: "cast": a kept tensor that the engine holds in another 16- or 32-bit type; decides nothing.
 Found = Literal["equal", "different", "missing", "unexpected", "cast"]
 REPORT_PATH = "/fp8ctl/report"
-#: Seconds for all workers to digest their weights: about 1 s per 40 MB on two CPU cores.
+#: Seconds for all workers to digest their weights: about 1 s per GB on a busy CPU core.
 TIMEOUT = 900.0
 _MASK = (1 << 64) - 1
 #: Types of kept tensors, from the spelling of safetensors to that of torch.

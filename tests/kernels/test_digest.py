@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8ctl.kernels import digest as module
-from fp8ctl.kernels.digest import combine, digest, from_text, to_text
+from fp8ctl.kernels.digest import combine, digest, digests, from_text, to_text
 
+ROOT = Path(__file__).resolve().parents[2]
 MASK = (1 << 64) - 1
 DTYPES = (
     torch.float8_e4m3fn,
@@ -33,27 +40,55 @@ def finish(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def by_hand(rows: list[list[int]], row_offset: int = 0, col_offset: int = 0) -> int:
-    """The definition in the module's docstring, in Python's whole numbers."""
+def by_hand(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
+    """The definition in the module's docstring, in Python's whole numbers, byte by byte."""
     total = 0
-    for r, row in enumerate(rows, row_offset):
-        for c, value in enumerate(row, col_offset):
-            key = finish(2 * r + 1) + finish(2 * c) + value * 0x9E3779B97F4A7C15
-            total += finish(key & MASK)
+    size = t.element_size()
+    lines = t.contiguous().view(torch.uint8).view(t.shape[0], -1).tolist() if t.numel() else []
+    for r, line in enumerate(lines, row_offset):
+        row_key = finish(2 * r + 1) | 1
+        for place, byte in enumerate(line, col_offset * size):
+            word, within = divmod(place, 4)
+            total += row_key * (finish(2 * word) | 1) * (byte << 8 * within)
     return total & MASK
 
 
-@given(seeds, st.integers(0, 9), st.integers(0, 9), st.integers(0, 2**40), st.integers(0, 2**40))
-@settings(max_examples=30, deadline=None)
-def test_it_is_the_written_definition(seed: int, n: int, k: int, row: int, column: int) -> None:
-    x = random((n, k), seed, torch.bfloat16)
-    assert digest(x, row, column) == by_hand(x.view(torch.int16).tolist(), row, column)
-    codes = x.to(torch.float8_e4m3fn)
-    assert digest(codes, row, column) == by_hand(codes.view(torch.uint8).tolist(), row, column)
+@pytest.fixture(params=["torch", "c"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give every test to both that serve a CPU; the interpreted kernel has a test below."""
+    if request.param == "c" and module._compiled() is None:
+        pytest.skip("no C compiler")
+    chosen = {"torch": module.by_torch, "c": module.by_c}[request.param]
+    monkeypatch.setattr(module, "_path", lambda _: chosen)
 
 
+on_each_path = pytest.mark.usefixtures("path")
+each_path = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@on_each_path
+@given(
+    seeds,
+    st.sampled_from(DTYPES),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.integers(0, 2**40),
+    st.integers(0, 2**40),
+)
+@each_path
+def test_it_is_the_written_definition(
+    seed: int, dtype: torch.dtype, n: int, k: int, row: int, column: int
+) -> None:
+    x = random((n, k), seed, dtype)
+    assert digest(x, row, column) == by_hand(x, row, column)
+    assert digest(x) == by_hand(x)
+
+
+@on_each_path
 @given(seeds, st.data(), st.sampled_from(DTYPES))
-@settings(max_examples=60, deadline=None)
+@each_path
 def test_parts_add_up_to_the_whole(seed: int, data: st.DataObject, dtype: torch.dtype) -> None:
     n, k = data.draw(st.tuples(st.integers(0, 30), st.integers(0, 30)))
     x = random((n, k), seed, dtype)
@@ -65,8 +100,9 @@ def test_parts_add_up_to_the_whole(seed: int, data: st.DataObject, dtype: torch.
     assert combine(*reversed(parts)) == digest(x)
 
 
+@on_each_path
 @given(seeds, st.integers(2, 12), st.integers(2, 12))
-@settings(max_examples=40, deadline=None)
+@each_path
 def test_any_move_or_flip_changes_it(seed: int, n: int, k: int) -> None:
     # Distinct values: moving one of two equal elements is no change.
     x = torch.randperm(n * k, generator=torch.Generator().manual_seed(seed)).to(torch.int16)
@@ -91,11 +127,13 @@ def test_any_move_or_flip_changes_it(seed: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 def test_chunks_do_not_show(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random((23, 31), 5)
+    monkeypatch.setattr(module, "_path", lambda _: module.by_torch)
     whole = digest(x, 3, 4)
     monkeypatch.setattr(module, "_CHUNK", chunk)
-    assert digest(x, 3, 4) == whole
+    assert digest(x, 3, 4) == whole == by_hand(x, 3, 4)
 
 
+@on_each_path
 def test_strides_do_not_show_and_the_input_stays() -> None:
     base = random((40, 60), 6)
     before = base.clone()
@@ -104,6 +142,7 @@ def test_strides_do_not_show_and_the_input_stays() -> None:
     assert torch.equal(base, before)
 
 
+@on_each_path
 def test_other_dimensions_are_rows() -> None:
     x = random((3, 4, 5), 7)
     assert digest(x) == digest(x.view(12, 5))
@@ -114,10 +153,87 @@ def test_other_dimensions_are_rows() -> None:
     assert digest(bias[:0]) == 0
 
 
+@on_each_path
 def test_bits_count_not_values() -> None:
     assert digest(torch.tensor([[0.0]])) != digest(torch.tensor([[-0.0]]))
     nan = torch.tensor([[float("nan")]])
     assert digest(nan) == digest(nan.clone())
+
+
+@on_each_path
+def test_every_layout_and_alignment_has_the_same_digest() -> None:
+    for dtype in DTYPES:
+        size = torch.empty((), dtype=dtype).element_size()
+        for row, column in ((0, 0), (5, 3), (128, 1024)):
+            x = random((33, 41), row, dtype)
+            wanted = by_hand(x, row, column)
+            memory = torch.empty(x.numel() * size + 16, dtype=torch.uint8)
+            for skew in range(0, 5 if size < 8 else 1, size):
+                # Views of memory at every offset that the dtype may lie at.
+                y = memory[skew : skew + x.numel() * size].view(dtype).view(x.shape).copy_(x)
+                assert digest(y, row, column) == wanted
+            wide = torch.empty(x.shape[0], x.shape[1] + 3).to(dtype)
+            assert digest(wide[:, :41].copy_(x), row, column) == wanted
+            assert digest(x.t().contiguous().t(), row, column) == wanted
+
+
+def test_many_at_once_are_one_by_one() -> None:
+    parts = [(random((n, 6), n), n, 2 * n) for n in range(5)]
+    assert digests(parts) == [digest(*part) for part in parts]
+    assert digests([]) == []
+
+
+def test_one_changed_element_always_shows() -> None:
+    # Keys are odd: a change of a word's highest bit alone is the least that can be left.
+    x = torch.zeros(3, 4, dtype=torch.uint8)
+    for r in range(3):
+        for c in range(4):
+            for bit in range(8):
+                y = x.clone()
+                y[r, c] = 1 << bit
+                assert digest(y) != 0
+
+
+_INTERPRETED = """
+import sys, torch
+from fp8ctl.kernels import digest as module
+for n, k, dtype in ((1, 1, "uint8"), (70, 33, "uint8"), (9, 1030, "bfloat16"), (5, 7, "float32"),
+                    (300, 2, "float16"), (64, 4096, "float8_e4m3fn"), (3, 5, "int64")):
+    x = torch.randint(-128, 127, (n, k), generator=torch.Generator().manual_seed(n))
+    x = x.to(torch.int8).view(torch.uint8) if "8" in dtype else x
+    x = x.view(torch.float8_e4m3fn) if dtype == "float8_e4m3fn" else x.to(getattr(torch, dtype))
+    for y in (x, x.t().contiguous().t(), x[:, 1:], x[::2]):
+        if not y.numel():
+            continue
+        sums = module._sums(y, 3, 5)
+        assert int(module.by_triton(sums)) == int(module.by_torch(sums)), (n, k, dtype)
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is published for Linux only"
+)
+def test_the_interpreted_kernel_equals_torch(tmp_path: Path) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_HOME": str(tmp_path)}
+    argv = [sys.executable, "-c", _INTERPRETED]
+    done = subprocess.run(
+        argv, env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same() -> None:
+    for dtype in DTYPES:
+        for n, k in ((1, 1), (33, 41), (1000, 4096), (5000, 12), (4096, 1027)):
+            x = random((n, k), n, dtype)
+            y = x.cuda()
+            for a, b in ((x, y), (x.t(), y.t()), (x[:, 1:], y[:, 1:]), (x[::2], y[::2])):
+                sums = module._sums(b, 3, 5)
+                assert digest(b, 3, 5) == digest(a, 3, 5)
+                if sums is not None:
+                    assert int(module.by_torch(sums)) & MASK == digest(a, 3, 5)
 
 
 def test_text_keeps_every_bit() -> None:
