@@ -49,14 +49,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
-    ("checkpoint", "fitting", "gguf", "manifest"),
+    ("checkpoint", "fitting", "gguf", "manifest", "stream"),
     ("formats", "kernels", "models", "policy"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
-    *("engines.hooks", "kernels", "worker", "checkpoint", "gguf", "manifest"),
+    *("engines.hooks", "kernels", "worker", "checkpoint", "gguf", "manifest", "stream"),
     *("policy", "formats", "models", "errors"),
 )
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
@@ -307,21 +307,21 @@ def command_modules() -> list[str]:
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
-    workers = {"checkpoint", "gguf", "worker"}
+    workers = {"checkpoint", "gguf", "stream", "worker"}
     for name in command_modules():
         kinds: tuple[Kind, ...] = ("run",) if name in workers else ("run", "late")
         heavy = {one.module.split(".")[0] for one in of(name, *kinds)} & HEAVY
-        assert heavy <= ({"torch", "numpy"} if name == "checkpoint" else set()), name
+        early = {"torch", "numpy"} if name in {"checkpoint", "stream"} else set()
+        assert heavy <= early, name
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
+    theirs = ("checkpoint", "gguf", "stream", "worker", "kernels")
     for name in MODULES:
-        if name in {"worker", "checkpoint", "gguf"} or belongs(name, ("kernels", "engines.hooks")):
+        if belongs(name, (*theirs, "engines.hooks")):
             continue
         used = {one.module for one in ours(name, "run", "late")}
-        assert not [m for m in used if belongs(m, ("checkpoint", "gguf", "worker", "kernels"))], (
-            name
-        )
+        assert not [m for m in used if belongs(m, theirs)], name
 
 
 def test_what_only_some_commands_need_is_imported_in_functions() -> None:
