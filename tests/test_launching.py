@@ -38,7 +38,7 @@ from fp8ctl.patching.status import PatchStatus, SeriesStatus
 from fp8ctl.planning import make_plan
 from fp8ctl.process import free_port
 from fp8ctl.render import Reporter
-from fp8ctl.supervisor import About, Watch, serve
+from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,7 +105,7 @@ ASK_EVERY = supervisor._ASK_EVERY
 def test_detach_returns_a_checked_server_that_keeps_running() -> None:
     report, out, err = reporter()
     plan = plan_of("--quantization", "fp8", "--delay", "0.3")
-    data = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"), manifest="{}\n")
+    data = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"), RunFiles("{}\n"))
     assert (data["name"], data["url"], data["state"]) == ("sglang-1", plan.url, "ready")
     assert gate.ask(plan.url).state == "ready"
     assert "live: ok" in out.getvalue()
