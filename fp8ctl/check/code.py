@@ -152,6 +152,8 @@ def judge(answer: object) -> CodeReport:
     """
     if not isinstance(answer, dict):
         return CodeReport(why="its processes do not tell: it was not started by this fp8ctl")
+    if answer.get("error"):  # it is made to tell, and cannot
+        return CodeReport((Process("server", None, None, why=str(answer["error"])),))
     if answer.get("why"):
         return CodeReport(why=str(answer["why"]))
     try:

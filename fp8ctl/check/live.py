@@ -141,10 +141,14 @@ def _see_state(look: _Look, client: httpx.Client, url: str, answer: Answer) -> N
 
 def _see_code(look: _Look, client: httpx.Client, url: str, answer: Answer) -> None:
     """Ask every process of the server which code it runs; a stock server cannot tell."""
-    reply = None
+    told = None
     if answer.gated:
         reply = _get(client, url, code.PATH, CODE_TIMEOUT)
-    found = code.judge(reply.body if reply is not None and reply.status == 200 else None)
+        if reply.status == 200:
+            told = reply.body
+        elif reply.status != 404:  # that is an earlier fp8ctl, which has no such route
+            told = {"error": f"HTTP {reply.status}: {_short(reply.text)}"}
+    found = code.judge(told)
     look.evidence += found.evidence
     look.code = found.to_json()
 

@@ -132,6 +132,12 @@ def test_a_worker_that_says_nothing_fails() -> None:
     assert seen.evidence[1] == Evidence("code, process 7", "failed", "silent: timed out")
 
 
+def test_a_server_that_is_made_to_tell_and_cannot_fails() -> None:
+    seen = code.judge({"error": "HTTP 500: OSError"})
+    assert seen.evidence == (Evidence("code, server", "failed", "HTTP 500: OSError"),)
+    assert seen.result == "failed"
+
+
 def test_a_process_that_imported_nothing_proves_nothing() -> None:
     absent = module("not imported")
     seen = code.judge(answer(worker(0, absent), worker(None, module())))

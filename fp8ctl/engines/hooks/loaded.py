@@ -369,14 +369,19 @@ def everyone(ranks: int | None) -> dict[str, object]:
 
     Returns:
         ranks, root, patches, changed_on_disk, processes (see `Witness.report`) and silent:
-        those that do not answer, each with pid and why. Without code.json: why.
+        those that do not answer, each with pid and why. Without code.json: why. Where it is
+        there and the hook is not in force: error.
     """
     folder = ranklog.run_dir()
     if _witness is None or folder is None:
+        if folder is not None and (folder / EXPECTED).exists():
+            return {"error": f"its hook could not read {EXPECTED}: see the log"}
         return {"why": f"there is no {EXPECTED} in its run folder"}
     sockets = sorted((folder / FOLDER).glob("*.sock"))
     with ThreadPoolExecutor(max_workers=max(1, len(sockets))) as pool:
         answers = [one for one in pool.map(_ask, sockets) if one is not None]
+    if os.getpid() not in {one["pid"] for one in answers}:
+        answers.append({"pid": os.getpid(), "why": "the server does not listen for questions"})
     return {
         "ranks": ranks,
         "root": str(_witness.root),

@@ -454,12 +454,20 @@ def test_who_asks_a_loader_for_code_does_not_change_what_was_seen(run: Run) -> N
     assert run.of_core(body)["found"] == "ok"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"root": 3}', '{"root": "/", "files": {"a.py": 3}}']
-)
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"root": 3}', '{"root": "/", "files": 3}'])
 def test_a_run_folder_that_cannot_be_read_ends_no_server(run: Run, text: str) -> None:
     (run.folder / "code.json").write_text(text)
-    assert run.python(_BEGIN + "import fp8_pkg.core\nprint(fp8_pkg.core.answer())") == "41\n"
+    script = "import fp8_pkg.core\nprint(fp8_pkg.core.answer(), list(loaded.everyone(1)))"
+    assert run.python(_BEGIN + script) == "41 ['error']\n"
+    assert "this process cannot show its code: " in run.stderr
+
+
+def test_a_server_that_could_not_open_its_socket_says_so(run: Run) -> None:
+    (run.folder / "code").write_text("in the way")
+    script = "print(json.dumps(loaded.everyone(1)))"
+    answer = json.loads(run.python(_BEGIN + script))
+    assert (answer["processes"], len(answer["silent"])) == ([], 1)
+    assert "does not listen" in answer["silent"][0]["why"]
 
 
 def test_without_a_run_folder_nothing_is_watched_and_nothing_claimed(run: Run) -> None:
