@@ -50,7 +50,7 @@ def test_serve_check_refit_and_find_a_flipped_bit(
         # The weights in the server are those that the kernel makes of the source.
         found = cli.run("check", url, "--level", "weights")
         assert found["verdict"] == "fp8-ok"
-        _see_the_code(cli, url, found["code"])
+        _see_the_code(found["code"])
         assert found["weights"]["counts"]["different"] == 0
         assert found["weights"]["counts"]["equal"] >= 420  # 210 codes, 210 scales
         question = {"role": "user", "content": "What is the capital of France?"}
@@ -76,7 +76,16 @@ def test_serve_check_refit_and_find_a_flipped_bit(
         assert update.status_code == 200, update.text
         _, after = logprobs(url, TEXT)
         assert max(abs(x - y) for x, y in zip(before, after, strict=True)) > 0.1
-        assert cli.run("check", url, "--level", "weights", "--model", str(other_model))
+        # Reverted under it, the server goes on with what it imported, and says so.
+        one = ("--python", str(cli.python), "--patch", "block-quant-override", "--allow-running")
+        cli.run("revert", "--backend", "sglang", *one)
+        try:
+            found = cli.run("check", url, "--level", "weights", "--model", str(other_model))
+        finally:
+            cli.run("patch", "--backend", "sglang", *one)
+        assert found["verdict"] == "fp8-ok"
+        assert found["code"]["result"] == "ok"
+        assert found["code"]["changed_on_disk"] == ["sglang/srt/configs/model_config.py"]
         stale = cli.run("check", url, "--level", "weights", expect=8)
         assert stale["data"]["verdict"] == "wrong-weights"
 
@@ -106,8 +115,8 @@ def test_serve_check_refit_and_find_a_flipped_bit(
     assert name not in [server["name"] for server in cli.run("ps")["servers"]]
 
 
-def _see_the_code(cli: Cli, url: str, code: Json) -> None:
-    """Every process runs the patched files, and goes on with them when they are reverted."""
+def _see_the_code(code: Json) -> None:
+    """Every process runs the patched files."""
     told = {one["process"]: one for one in code["processes"]}
     assert set(told) == {"rank 0", "detokenizer", "server"}
     assert {one["result"] for one in told.values()} == {"ok"}
@@ -120,17 +129,6 @@ def _see_the_code(cli: Cli, url: str, code: Json) -> None:
     assert told["rank 0"]["wrapped"] == [at, loading]
     assert all(one["cost_ms"] < 50 for one in told.values()), told
     assert (code["changed_on_disk"], len(code["patches"])) == ([], 4)
-
-    target = ("--python", str(cli.python), "--backend", "sglang")
-    one = ("--patch", "block-quant-override", "--allow-running")
-    cli.run("revert", *target, *one)
-    try:
-        later = cli.raw("check", url)
-        assert later.returncode == 0, later.stdout
-        assert "sglang/srt/configs/model_config.py changed on disk since the launch" in later.stderr
-        assert "code, rank 0       ok      18 files as launched" in later.stdout
-    finally:
-        cli.run("patch", *target, *one)
 
 
 def _push(cli: Cli, url: str, folder: Path, name: str, tensor: torch.Tensor) -> None:

@@ -444,6 +444,16 @@ def test_a_module_that_fails_is_not_imported_and_fails_as_ever(run: Run) -> None
     assert run.of_core(body)["found"] == "not imported"
 
 
+def test_a_module_whose_reload_broke_off_is_not_taken_for_proven(run: Run) -> None:
+    """It is there, half of one text and half of another."""
+    body = (
+        "import fp8_pkg.core as c, importlib\n"
+        f"open({str(run.core)!r}, 'a').write('raise OSError')\n"
+        "try:\n    importlib.reload(c)\nexcept OSError:\n    pass\n"
+    )
+    assert run.of_core(body)["found"] == "unseen"
+
+
 def test_who_asks_a_loader_for_code_does_not_change_what_was_seen(run: Run) -> None:
     """As `python -m`, pkgutil and profilers do."""
     body = (
