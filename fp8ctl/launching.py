@@ -95,7 +95,7 @@ def run(
         BusyError: the port is taken.
         EngineFailedError, CheckFailedError, AbortedError: see `supervisor.serve`.
     """
-    from fp8ctl.supervisor import About, Watch, serve
+    from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
     name = environment.parse_backend(backend)
     asked = parse(
@@ -184,8 +184,18 @@ def run(
         site_packages=str(found.site_packages),
     )
     watch = Watch(detach=detach, wait=wait, timeout=timeout, check=check, expect=expect)
-    manifest = json.dumps(plan.to_json(), indent=2) + "\n" if plan is not None else None
-    return data | serve(report, built, about, watch, manifest)
+    left = RunFiles(
+        manifest=_document(plan.to_json()) if plan is not None else None,
+        # Of a work tree fp8ctl knows no hash: what runs there is version control's to say.
+        code=None
+        if engine.kind == "editable"
+        else _document(patches.expectation(found.site_packages)),
+    )
+    return data | serve(report, built, about, watch, left)
+
+
+def _document(data: dict[str, object]) -> str:
+    return json.dumps(data, indent=2) + "\n"
 
 
 def parse(

@@ -1,7 +1,7 @@
 """The run folders of the servers that fp8ctl started: one folder a server, named after it.
 
 `<state>/servers/NAME/` (0700) holds server.json (what is here as `Record`),
-server.log, rank-N.log, manifest.json and reports/. When a server has ended its
+server.log, rank-N.log, manifest.json, code.json, code/ and reports/. When a server has ended its
 folder moves to `<state>/ended/NAME`, where `logs` still finds it. Called by
 `server` and `launching`; knows nothing of processes.
 """
@@ -223,6 +223,7 @@ def archive(record: Record) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder(record.name).rename(target)
+            shutil.rmtree(target / "code", ignore_errors=True)  # sockets of processes that ended
             os.utime(target)
     for old in sorted(ended_dir().iterdir(), key=_age, reverse=True)[KEEP_ENDED:]:
         shutil.rmtree(old, ignore_errors=True)

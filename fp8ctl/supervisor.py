@@ -83,12 +83,25 @@ class Watch:
     expect: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class RunFiles:
+    """What is left in the run folder for the server's own processes to read, as JSON.
+
+    Attributes:
+        manifest: the quantisation plan; None where the engine quantises by itself.
+        code: the files of the patch series, each with its hash; None where that is not known.
+    """
+
+    manifest: str | None = None
+    code: str | None = None
+
+
 def serve(
     report: Reporter,
     plan: LaunchPlan,
     about: About,
     watch: Watch,
-    manifest: str | None = None,
+    left: RunFiles | None = None,
 ) -> dict[str, object]:
     """Start a server and see it through.
 
@@ -97,7 +110,7 @@ def serve(
         plan: what to start.
         about: for the registry.
         watch: how to watch.
-        manifest: JSON of the quantisation plan, for the run folder.
+        left: files for the run folder.
 
     Returns the server's name, pid, address, state and check; in the foreground
     when it was stopped with `fp8ctl stop`.
@@ -112,7 +125,7 @@ def serve(
     with interruptible():
         record: Record | None = None
         try:
-            child, record = _start(plan, about, manifest)
+            child, record = _start(plan, about, left or RunFiles())
             report.say(f"started {name}: pid {child.pid}, log: fp8ctl logs {name}")
             data: dict[str, object] = {
                 "name": name,
@@ -145,7 +158,7 @@ def serve(
 
 
 def _start(
-    plan: LaunchPlan, about: About, manifest: str | None
+    plan: LaunchPlan, about: About, left: RunFiles
 ) -> tuple[subprocess.Popen[bytes], Record]:
     """Become one of the registered servers; whatever goes wrong, nothing is left.
 
@@ -157,8 +170,9 @@ def _start(
         refuse_occupied(plan.host, plan.port)
         registry.claim(plan.run_dir.name)
         try:
-            if manifest is not None:
-                (plan.run_dir / "manifest.json").write_text(manifest)
+            for name, text in (("manifest.json", left.manifest), ("code.json", left.code)):
+                if text is not None:
+                    (plan.run_dir / name).write_text(text)
             child = spawn(plan, plan.run_dir / "server.log", os.environ)
             record = _record(plan, about, identify(child.pid))
             registry.write(record)
@@ -317,7 +331,8 @@ def _check(
         raise _death(report, record, code, "died while it was checked")
     data = command.summary(plan.url, found)
     command.tell(report, found)
-    if plan.await_push and answer.state == "unpushed" and found.verdict == "unpushed":
+    unpushed = answer.state == found.verdict == "unpushed"
+    if plan.await_push and unpushed and not found.other_code:
         report.data("verdict: unpushed, as asked: it opens when FP8 weights have landed")
         return data
     command.close(report, data, found)

@@ -1,7 +1,8 @@
 """A stand-in for an engine, for faults that a real one does not show on demand.
 
 Speaks the few routes that `launch`, `ps` and `check` use, and misbehaves as its
-arguments say. Run as a script; imports nothing of fp8ctl.
+arguments say. Run as a script; imports nothing of fp8ctl. `code_engine.py` runs it
+with real workers.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ parser.add_argument("--mute", action="store_true", help="/get_server_info never 
 parser.add_argument("--quantization")
 parser.add_argument("--model-path", default="/nowhere")
 parser.add_argument("--key", help="name of the variable with the API key to ask for")
+parser.add_argument("--workers", type=int, help="how many may be asked for their code")
 asked = parser.parse_args()
 completions = 0
 
@@ -79,6 +81,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/fp8ctl/state" and asked.state != "none":
             about = {"state": asked.state, "engine": "fake", "message": "", "pid": os.getpid()}
             self.send(200, about)
+        elif self.path == "/fp8ctl/code" and asked.workers is not None:
+            loaded = sys.modules["fp8ctl.engines.hooks.loaded"]
+            self.send(200, loaded.everyone(asked.workers))
         elif self.path == "/v1/models":
             self.send(200, {"data": [{"id": "tiny"}]})
         elif self.path == "/get_server_info" and asked.mute:

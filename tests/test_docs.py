@@ -377,7 +377,10 @@ MODULES = {
     "patch": ["patching/commands.py"],
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
-    "check": ["check/command.py", "check/verdict.py", "check/weights.py"],
+    "check": [
+        *("check/code.py", "check/command.py", "check/verdict.py", "check/weights.py"),
+        "engines/hooks/loaded.py",
+    ],
     "ps": ["server.py"],
     "logs": ["server.py"],
     "stop": ["server.py"],

@@ -34,11 +34,12 @@ from fp8ctl.errors import (
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.hardware import Gpu
 from fp8ctl.patching import status
-from fp8ctl.patching.status import PatchStatus, SeriesStatus
+from fp8ctl.patching.names import parse_relpath, parse_sha256
+from fp8ctl.patching.status import FileStatus, PatchStatus, SeriesStatus
 from fp8ctl.planning import make_plan
 from fp8ctl.process import free_port
 from fp8ctl.render import Reporter
-from fp8ctl.supervisor import About, Watch, serve
+from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -105,7 +106,7 @@ ASK_EVERY = supervisor._ASK_EVERY
 def test_detach_returns_a_checked_server_that_keeps_running() -> None:
     report, out, err = reporter()
     plan = plan_of("--quantization", "fp8", "--delay", "0.3")
-    data = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"), manifest="{}\n")
+    data = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"), RunFiles("{}\n"))
     assert (data["name"], data["url"], data["state"]) == ("sglang-1", plan.url, "ready")
     assert gate.ask(plan.url).state == "ready"
     assert "live: ok" in out.getvalue()
@@ -706,6 +707,53 @@ def test_an_editable_install_that_lacks_a_patch_is_told_why_it_gets_none(
     state = SeriesStatus("sglang", "series", "0.4.8", (), patches, interrupted=False)
     monkeypatch.setattr(status, "inspect", lambda *_: state)
     dry_run(options, model=str(model))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_launch_leaves_the_hashes_of_the_patched_files_unless_they_are_a_work_trees(
+    engine: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    _, backend, _, site = engine("sglang")
+    find = environment.find
+
+    def of_kind(*arguments: Any) -> environment.Environment:
+        found = find(*arguments)
+        [one] = found.engines
+        return replace(found, engines=(replace(one, kind=kind),))  # type: ignore[arg-type]
+
+    sha, path = parse_sha256("a" * 64), parse_relpath("sglang/srt/utils.py")
+    held = frozenset({"cpu-fp8"})
+    file = FileStatus(path, "applied", sha, sha, held, sha, matches_record=False)
+    gone = replace(file, path=parse_relpath("sglang/srt/new.py"), state="missing", sha=None)
+    patches = tuple(PatchStatus(one, one, "applied") for one in ("cpu-fp8", "refit"))
+    state = SeriesStatus("sglang", "series", "0.4.8", (file, gone), patches, interrupted=False)
+    monkeypatch.setattr(environment, "find", of_kind)
+    monkeypatch.setattr(status, "inspect", lambda *_: state)
+    left: list[RunFiles] = []
+
+    def serve(*given: Any) -> dict[str, object]:
+        left.append(given[-1])
+        return {}
+
+    monkeypatch.setattr(supervisor, "serve", serve)
+    launching.run(
+        reporter()[0],
+        backend=backend,
+        site_packages=Path(site),
+        model=str(write_model(tmp_path / "tiny")),
+        mode="online",
+    )
+    [files] = left
+    if kind == "editable":
+        assert files.code is None
+        return
+    assert json.loads(files.code or "") == {
+        "schema": 1,
+        "root": site,
+        "series": "series",
+        "patches": ["cpu-fp8", "refit"],
+        "files": {path: sha, gone.path: None},
+    }
 
 
 def test_a_push_onto_an_fp8_checkpoint_is_refused_since_no_plan_counts_it(

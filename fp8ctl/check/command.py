@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from fp8ctl import gate
-from fp8ctl.check import live
+from fp8ctl.check import code, live
 from fp8ctl.check.verdict import as_verdict
 from fp8ctl.errors import CheckFailedError, UsageError
 
@@ -90,6 +90,7 @@ def summary(url: str, found: LevelReport) -> dict[str, object]:
         "url": url,
         "verdict": found.verdict,
         "live": found.to_json(),
+        "code": dict(found.code) if found.code is not None else code.judge(None).to_json(),
         "weights": {"result": "not visible", "verdict": None},
     }
 
@@ -98,6 +99,10 @@ def tell(report: Reporter, found: LevelReport) -> None:
     """Print what the live level saw."""
     rows = [[one.check, one.result, _found(one)] for one in found.evidence]
     report.table(("check", "result", "found"), rows)
+    if found.code is not None:
+        report.data(f"code: {found.code['result']}, {found.code['message']}")
+    if told := code.changed(found.code):
+        report.warn(told)
 
 
 def fault_text(found: LevelReport) -> str:
@@ -121,13 +126,14 @@ def close(report: Reporter, data: dict[str, object], found: LevelReport) -> None
     Raises:
         CheckFailedError: something is not as it should be.
     """
-    word = f", verdict: {found.verdict}" if found.verdict else ""
-    report.data(f"live: {found.result}{word}; weights: not visible at this level")
+    verdict = f", verdict: {found.verdict}" if found.verdict else ""
+    report.data(f"live: {found.result}{verdict}; weights: not visible at this level")
     if found.result == "ok":
         return
+    word = "running other code" if found.other_code else found.verdict or "not well"
     raise CheckFailedError(
-        f"{data['url']} is {found.verdict or 'not well'}: {fault_text(found)}",
-        hint=_hint(found.verdict, str(data["url"])),
+        f"{data['url']} is {word}: {fault_text(found)}",
+        hint=_hint(None if found.other_code else found.verdict, str(data["url"])),
         data=data,
     )
 

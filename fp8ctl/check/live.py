@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from fp8ctl import gate
+from fp8ctl.check import code
 from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
 from fp8ctl.engines.base import is_loopback
 
@@ -38,6 +39,8 @@ TIMEOUT: Final = 180.0
 
 STATE_TIMEOUT: Final = 10.0
 _GET_TIMEOUT: Final = 10.0
+CODE_TIMEOUT: Final = 60.0
+"""Seconds for every process of a server to say which code it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class _Look:
     evidence: list[Evidence] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     verdict: Verdict | None = None
+    code: Mapping[str, object] | None = None
 
     def ok(self, check: str, found: str, expected: str = "") -> None:
         self.evidence.append(Evidence(check, "ok", found, expected))
@@ -70,7 +74,12 @@ class _Look:
     def report(self) -> LevelReport:
         bad = self.verdict is not None or any(one.result == "failed" for one in self.evidence)
         return LevelReport(
-            "live", "failed" if bad else "ok", self.verdict, tuple(self.evidence), self.facts
+            "live",
+            "failed" if bad else "ok",
+            self.verdict,
+            tuple(self.evidence),
+            self.facts,
+            self.code,
         )
 
 
@@ -100,6 +109,7 @@ def check(
     with httpx.Client(headers=headers, timeout=timeout, trust_env=trust) as client:
         try:
             _see_state(look, client, url, answer)
+            _see_code(look, client, url, answer)
             model = _see_model(look, client, url)
             _see_quantisation(look, client, url)
             if model is not None:
@@ -127,6 +137,20 @@ def _see_state(look: _Look, client: httpx.Client, url: str, answer: Answer) -> N
     elif answer.state == "failed":
         # An update broke off: what is in memory is neither the old model nor the new one.
         look.verdict = "wrong-weights"
+
+
+def _see_code(look: _Look, client: httpx.Client, url: str, answer: Answer) -> None:
+    """Ask every process of the server which code it runs; a stock server cannot tell."""
+    told = None
+    if answer.gated:
+        reply = _get(client, url, code.PATH, CODE_TIMEOUT)
+        if reply.status == 200:
+            told = reply.body
+        elif reply.status != 404:  # that is an earlier fp8ctl, which has no such route
+            told = {"error": f"HTTP {reply.status}: {_short(reply.text)}"}
+    found = code.judge(told)
+    look.evidence += found.evidence
+    look.code = found.to_json()
 
 
 def _see_model(look: _Look, client: httpx.Client, url: str) -> str | None:
@@ -300,18 +324,23 @@ def _judge_repeat(look: _Look, client: httpx.Client, url: str, model: str) -> No
         look.failed("repeat", f"{_short(texts[1])!r}, then {_short(texts[2])!r}", "one answer")
 
 
-def _get(client: httpx.Client, url: str, path: str) -> Reply:
-    return _reply(client, "GET", url, path, None)
+def _get(client: httpx.Client, url: str, path: str, wait: float = _GET_TIMEOUT) -> Reply:
+    return _reply(client, "GET", url, path, None, wait)
 
 
 def _post(client: httpx.Client, url: str, path: str, body: object) -> Reply:
-    return _reply(client, "POST", url, path, body)
+    return _reply(client, "POST", url, path, body, client.timeout)
 
 
-def _reply(client: httpx.Client, method: str, url: str, path: str, body: object) -> Reply:
+def _reply(
+    client: httpx.Client,
+    method: str,
+    url: str,
+    path: str,
+    body: object,
+    wait: float | httpx.Timeout,
+) -> Reply:
     started = time.monotonic()
-    # Only generation may take long.
-    wait = _GET_TIMEOUT if method == "GET" else client.timeout
     response = client.request(method, url.rstrip("/") + path, json=body, timeout=wait)
     try:
         data = response.json()

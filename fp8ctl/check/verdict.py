@@ -63,6 +63,7 @@ class LevelReport:
         verdict: the word that this level can answer for; None where it proves none.
         evidence: in the order in which it was gathered.
         facts: what the server told of itself, for programs.
+        code: which code its processes run, for programs; None where that was not looked at.
     """
 
     level: str
@@ -70,11 +71,19 @@ class LevelReport:
     verdict: Verdict | None
     evidence: tuple[Evidence, ...]
     facts: Mapping[str, object]
+    code: Mapping[str, object] | None = None
+
+    @property
+    def other_code(self) -> bool:
+        """Whether a process of the server runs other code than it should."""
+        return self.code is not None and self.code["result"] == "failed"
 
     @property
     def fault(self) -> Evidence | None:
         """What the verdict rests on, else the first thing that failed; None where nothing did."""
         failed = [one for one in self.evidence if one.result == "failed"]
+        if self.other_code:  # it may be why anything else is as it is
+            return next(one for one in failed if one.check.startswith("code"))
         if self.verdict == "unreachable":
             # It may have answered something before it fell silent.
             return failed[-1]

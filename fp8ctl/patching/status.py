@@ -114,6 +114,20 @@ class SeriesStatus:
         """Hash of each file that holds a patch, by path: a key for caches of compiled code."""
         return {f.path: f.sha for f in self.files if f.patches and f.sha}
 
+    def expectation(self, root: Path) -> dict[str, object]:
+        """Return what a process finds that imports these files now, as JSON types.
+
+        Args:
+            root: the folder that the paths start from.
+        """
+        return {
+            "schema": 1,
+            "root": str(root),
+            "series": self.series,
+            "patches": [p.id for p in self.patches if p.state == "applied"],
+            "files": {f.path: f.sha for f in self.files},
+        }
+
     @property
     def state(self) -> State:
         """The state that a person should hear about first."""

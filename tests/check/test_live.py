@@ -60,6 +60,7 @@ def test_a_healthy_server_passes_and_is_never_called_fp8_ok(serve: Serve) -> Non
     assert results(found) == {
         "health": "ok",
         "state": "ok",
+        "code": "not visible",
         "model": "ok",
         "quantisation": "ok",
         "chat": "ok",

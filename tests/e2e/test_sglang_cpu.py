@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e.conftest import free_port, logprobs, post
 
 if TYPE_CHECKING:
-    from tests.e2e.conftest import Cli
+    from tests.e2e.conftest import Cli, Json
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
@@ -46,9 +46,11 @@ def test_serve_check_refit_and_find_a_flipped_bit(
     )
     url, name = launched["url"], launched["name"]
     try:
+        assert launched["check"]["code"]["result"] == "ok"
         # The weights in the server are those that the kernel makes of the source.
         found = cli.run("check", url, "--level", "weights")
         assert found["verdict"] == "fp8-ok"
+        _see_the_code(found["code"])
         assert found["weights"]["counts"]["different"] == 0
         assert found["weights"]["counts"]["equal"] >= 420  # 210 codes, 210 scales
         question = {"role": "user", "content": "What is the capital of France?"}
@@ -74,7 +76,16 @@ def test_serve_check_refit_and_find_a_flipped_bit(
         assert update.status_code == 200, update.text
         _, after = logprobs(url, TEXT)
         assert max(abs(x - y) for x, y in zip(before, after, strict=True)) > 0.1
-        assert cli.run("check", url, "--level", "weights", "--model", str(other_model))
+        # Reverted under it, the server goes on with what it imported, and says so.
+        one = ("--python", str(cli.python), "--patch", "block-quant-override", "--allow-running")
+        cli.run("revert", "--backend", "sglang", *one)
+        try:
+            found = cli.run("check", url, "--level", "weights", "--model", str(other_model))
+        finally:
+            cli.run("patch", "--backend", "sglang", *one)
+        assert found["verdict"] == "fp8-ok"
+        assert found["code"]["result"] == "ok"
+        assert found["code"]["changed_on_disk"] == ["sglang/srt/configs/model_config.py"]
         stale = cli.run("check", url, "--level", "weights", expect=8)
         assert stale["data"]["verdict"] == "wrong-weights"
 
@@ -102,6 +113,22 @@ def test_serve_check_refit_and_find_a_flipped_bit(
     finally:
         cli.run("stop", name)
     assert name not in [server["name"] for server in cli.run("ps")["servers"]]
+
+
+def _see_the_code(code: Json) -> None:
+    """Every process runs the patched files."""
+    told = {one["process"]: one for one in code["processes"]}
+    assert set(told) == {"rank 0", "detokenizer", "server"}
+    assert {one["result"] for one in told.values()} == {"ok"}
+    counts = {name: (one["files"], len(one["not_imported"])) for name, one in told.items()}
+    assert counts["rank 0"] == (18, 0), "a scheduler imports every file of the series"
+    assert all(sum(pair) == 18 and pair[0] >= 9 for pair in counts.values()), counts
+    # What fp8ctl wraps in there is its own, and known: the hook, and the trace of this test.
+    at = "sglang.srt.layers.quantization.fp8:Fp8LinearMethod.apply"
+    loading = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
+    assert told["rank 0"]["wrapped"] == [at, loading]
+    assert all(one["cost_ms"] < 50 for one in told.values()), told
+    assert (code["changed_on_disk"], len(code["patches"])) == ([], 4)
 
 
 def _push(cli: Cli, url: str, folder: Path, name: str, tensor: torch.Tensor) -> None:
@@ -184,6 +211,10 @@ def test_two_ranks_are_asked_refitted_and_logged_apart(
         assert update.status_code == 200, update.text
         found = cli.run("check", url, "--level", "weights")
         assert (found["verdict"], found["weights"]["ranks"]) == ("fp8-ok", 2)
+        files = {
+            one["process"]: (one["result"], one["files"]) for one in found["code"]["processes"]
+        }
+        assert files["rank 0"] == files["rank 1"] == ("ok", 18)
         logs = [cli.run("logs", name, "--rank", str(rank))["text"] for rank in (0, 1)]
         assert "TP0]" in logs[0]
         assert "TP1]" in logs[1]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from fp8ctl.engines.hooks import loaded
 from fp8ctl.engines.hooks.gate import Gate
-from fp8ctl.engines.hooks.vllm_server import REPORT, STATE, UPDATE, Control
+from fp8ctl.engines.hooks.vllm_server import CODE, REPORT, STATE, UPDATE, Control
 
 COMPLETE = {
     "rank": 0,
@@ -153,7 +154,9 @@ def test_a_request_that_names_no_folder_changes_nothing(body: object) -> None:
     assert server.state == "ready"
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", STATE), ("POST", REPORT), ("POST", UPDATE)])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", STATE), ("GET", CODE), ("POST", REPORT), ("POST", UPDATE)]
+)
 def test_the_key_guards_every_route_of_fp8ctl(method: str, path: str) -> None:
     workers = Workers(COMPLETE)
     server = Server(workers, key="secret")
@@ -173,6 +176,16 @@ def test_a_report_carries_state_plan_and_ranks() -> None:
     assert answer["ranks"] == [{"rank": 0, "tensors": []}]
     broken = Server(Workers({"rank": 0, "error": "E"}))
     assert broken.ask("POST", REPORT) == (500, {"error": "rank 0: E"})
+
+
+def test_every_process_is_asked_for_its_code_also_while_the_gate_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(Workers())
+    server.gate.ranks = 2
+    monkeypatch.setattr(loaded, "everyone", lambda ranks: {"ranks": ranks})
+    assert server.state == "unpushed"
+    assert server.ask("GET", CODE) == (200, {"ranks": 2})
 
 
 def test_other_routes_of_fp8ctl_do_not_reach_the_engine() -> None:

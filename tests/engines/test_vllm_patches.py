@@ -375,3 +375,13 @@ def test_the_worker_loads_folders_and_reports_what_the_kernels_read(run: Run, mo
     assert torn["broken"]
     assert torn["missing_count"] == loaded["loaded"], "counted from nothing after a broken update"
     assert torn["unfilled"]
+
+
+def test_the_hook_knows_the_patched_modules_after_a_refit_and_sees_a_method_replaced(
+    run: Run,
+) -> None:
+    found = run(ALL, "code", str(FP8), str(W8A8))
+    assert [one["found"] for one in found["before"]["modules"]] == ["ok", "ok"]
+    fp8, w8a8 = found["after"]["modules"]
+    assert (fp8["found"], fp8["names"]) == ("replaced", ["Fp8LinearMethod.apply"])
+    assert w8a8["found"] == "ok"

@@ -743,6 +743,26 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
     return result
 
 
+def code(tree: Path, *files: str) -> dict[str, Any]:
+    """Say what fp8ctl's hook says of the patched modules after a refit under torch.compile.
+
+    Then again with one of their methods replaced, as trainers do.
+    """
+    import hashlib
+
+    from fp8ctl.engines.hooks import imports, loaded
+
+    hashes = {path: hashlib.sha256((tree / path).read_bytes()).hexdigest() for path in files}
+    witness = loaded.Witness({"root": str(tree), "files": hashes})
+    imports.watch(witness.paths, witness)
+    refit(tree, "block", "moe", "compiled")
+    result: dict[str, Any] = {"before": witness.report()}
+    from vllm.model_executor.layers.quantization import fp8
+
+    fp8.Fp8LinearMethod.apply = _refuse
+    return {**result, "after": witness.report()}
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "refit": refit,
     "second-load": second_load,
@@ -752,6 +772,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "await-push": await_push,
     "serialized": serialized,
     "worker": worker,
+    "code": code,
 }
 
 

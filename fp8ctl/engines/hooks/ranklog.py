@@ -15,6 +15,9 @@ from pathlib import Path
 
 RUN_DIR = "FP8CTL_RUN_DIR"
 
+#: Of this process, once it is known to be a worker.
+rank: int | None = None
+
 
 def run_dir() -> Path | None:
     """Return the folder of this server's run, or None when not started by fp8ctl."""
@@ -28,16 +31,18 @@ def run_dir() -> Path | None:
 _COPY = """trap '' PIPE; exec 3<&0; tee -i -a -- "$1" <&3 3<&- &"""
 
 
-def redirect(rank: int) -> None:
-    """Send this process's stdout and stderr to `rank-N.log` and on to where they went.
+def redirect(number: int) -> None:
+    """Send stdout and stderr of this process, a worker, to `rank-N.log` and on to where they went.
 
     Works on file descriptors, so that what C++ and grandchildren print is kept
     as well. Does nothing without a run folder.
     """
+    global rank
     folder = run_dir()
     if folder is None:
         return
-    path = folder / f"rank-{rank}.log"
+    rank = number
+    path = folder / f"rank-{number}.log"
     path.touch(mode=0o600)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,7 +3,8 @@
 Takes the arguments of `sglang.launch_server` and starts that server, with
 
 - the gate of `gate.py` around every route that generates,
-- `GET /fp8ctl/state` and `POST /fp8ctl/report`, behind the API key if there is one,
+- `GET /fp8ctl/state`, `GET /fp8ctl/code` and `POST /fp8ctl/report`, behind the API key if
+  there is one,
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
 - what `sglang_worker` installs in the scheduler processes.
 
@@ -20,7 +21,7 @@ import sys
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import manifest, ranklog, sglang_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, sglang_worker
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -255,6 +256,10 @@ def main(argv: list[str]) -> None:
     async def state() -> Any:
         status, body = gate.answer()
         return http_server.ORJSONResponse(body, status_code=status)
+
+    @app.get("/fp8ctl/code")  # type: ignore[untyped-decorator]
+    async def code() -> Any:
+        return await asyncio.to_thread(loaded.everyone, gate.ranks)
 
     @app.post("/fp8ctl/report")  # type: ignore[untyped-decorator]
     async def report() -> Any:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.engines.hooks import ranklog, shards, trace
+from fp8ctl.engines.hooks import loaded, ranklog, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def install() -> None:
     Called when our entry module is imported: in the server, and again in every
     spawned child before its target is unpickled.
     """
+    loaded.install()
     trace.install()
     after_import("sglang.srt.managers.scheduler", _log_per_rank)
     after_import("sglang.srt.managers.tp_worker", _take_updates_safely)

@@ -4,7 +4,7 @@ Takes the arguments of `vllm.entrypoints.openai.api_server` and starts that
 server, with
 
 - the gate of `gate.py` around every route that generates,
-- `GET /fp8ctl/state`, `POST /fp8ctl/report` and
+- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and
   `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
   key if there is one (vLLM itself asks for it under /v1 only),
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
@@ -23,7 +23,7 @@ import sys
 import time
 from typing import Any, Protocol
 
-from fp8ctl.engines.hooks import manifest, vllm_worker
+from fp8ctl.engines.hooks import loaded, manifest, vllm_worker
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -37,7 +37,8 @@ from fp8ctl.engines.hooks.gate import (
 
 vllm_worker.install()
 
-STATE, REPORT, UPDATE = "/fp8ctl/state", "/fp8ctl/report", "/fp8ctl/update_weights_from_disk"
+STATE, CODE, REPORT = "/fp8ctl/state", "/fp8ctl/code", "/fp8ctl/report"
+UPDATE = "/fp8ctl/update_weights_from_disk"
 #: Seconds that an update waits for the requests that were running when it came.
 DRAIN_WITHIN = 600.0
 _MAX_BODY = 1 << 20
@@ -73,6 +74,7 @@ class Control:
         """Answer, or pass on."""
         routes = {
             ("GET", STATE): self._state,
+            ("GET", CODE): self._code,
             ("POST", REPORT): self._report,
             ("POST", UPDATE): self._update,
         }
@@ -95,6 +97,9 @@ class Control:
 
     async def _state(self, _scope: Scope, _receive: Receive) -> tuple[int, object]:
         return self._gate.answer()
+
+    async def _code(self, _scope: Scope, _receive: Receive) -> tuple[int, object]:
+        return 200, await asyncio.to_thread(loaded.everyone, self._gate.ranks)
 
     async def _report(self, scope: Scope, _receive: Receive) -> tuple[int, object]:
         try:

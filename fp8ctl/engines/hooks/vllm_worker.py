@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import ranklog, shards, trace
+from fp8ctl.engines.hooks import loaded, ranklog, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def install() -> None:
     Called when our entry module is imported: in the server, and again in every
     spawned child before its target is unpickled.
     """
+    loaded.install()
     trace.install()
     after_import("vllm.worker.worker_base", _log_per_rank)
 
