@@ -223,6 +223,9 @@ def plan(
     tp: Tp = 1,
     block_size: BlockSize = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
+    snippet: Annotated[
+        str | None, typer.Option("--snippet", help="Print what to paste into a trainer instead.")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Say which tensors would be quantised, and why; needs no GPU."""
@@ -232,7 +235,14 @@ def plan(
         "plan",
         json_,
         lambda r: m.run(
-            r, model=model, backend=backend, mode=mode, tp=tp, block_size=block_size, out=out
+            r,
+            model=model,
+            backend=backend,
+            mode=mode,
+            tp=tp,
+            block_size=block_size,
+            out=out,
+            snippet=snippet,
         ),
     )
 

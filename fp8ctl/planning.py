@@ -151,16 +151,21 @@ def run(
     tp: int,
     block_size: str | None,
     out: Path | None,
+    snippet: str | None = None,
 ) -> dict[str, object]:
-    """Plan, print a table, write the manifest to `out`; exit 8 if the plan does not fit."""
+    """Plan, print a table or a snippet, write the manifest to `out`; exit 8 if it does not fit."""
+    from fp8ctl import snippets
     from fp8ctl.environment import parse_backend
     from fp8ctl.interpreter import resolve_model
 
     engine = parse_backend(backend)
     form = parse_mode(mode)
     block = None if block_size is None else BlockSize.parse(block_size)
+    if snippet is not None:
+        snippets.engine_of(snippet, engine)
     plan = make_plan(resolve_model(report, model), engine, form, tp, block)
-    show(report, plan)
+    if snippet is None:
+        show(report, plan)
     if out is not None:
         try:
             out.write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
@@ -170,7 +175,15 @@ def run(
             ) from e
         report.say(f"wrote {out}")
     require_fit(plan)
-    return plan.to_json()
+    if snippet is None:
+        return plan.to_json()
+    from fp8ctl.settings import Settings
+
+    text = Settings.from_plan(plan).snippet(snippet)
+    for note in plan.notes:
+        report.warn(note)
+    report.data(text.rstrip("\n"))
+    return {**plan.to_json(), "snippet": text}
 
 
 def show(report: Reporter, plan: Plan) -> None:

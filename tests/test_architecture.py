@@ -48,8 +48,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "installplan"),
         *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
+        *("settings",),
     ),
-    ("checkpoint", "fitting", "gguf", "manifest", "stream"),
+    ("checkpoint", "fitting", "gguf", "hfconfig", "manifest", "snippets", "stream"),
     ("formats", "kernels", "models", "policy"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
 )

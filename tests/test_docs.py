@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import pytest
 import typer
 
-from fp8ctl import cli, diagnosis, errors, gate
+from fp8ctl import cli, diagnosis, errors, gate, snippets
 from fp8ctl.check.verdict import VERDICTS
 from fp8ctl.errors import Fp8ctlError
 from fp8ctl.patching import catalog, status
@@ -26,7 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README, "docs/design.md": DESIGN, "docs/commands.md": COMMANDS}
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+PAGES = {
+    "README.md": README,
+    "docs/design.md": DESIGN,
+    "docs/commands.md": COMMANDS,
+    "docs/library.md": LIBRARY,
+}
 ALL = "\n".join(PAGES.values())
 
 # The demo's transcript is output, not a claim about options.
@@ -344,6 +350,11 @@ def test_the_table_of_verdicts_is_that_of_check() -> None:
     assert [spans(first)[0] for first in rows(section("check"), "Verdict")] == list(VERDICTS)
 
 
+def test_the_table_of_snippets_is_that_of_the_program() -> None:
+    table = rows(section("plan"), "Snippet")
+    assert {span for first in table for span in spans(first)} == set(snippets.KINDS)
+
+
 def test_the_states_of_ps_are_documented() -> None:
     table = rows(section("ps"), "State")
     written = {span for first in table for span in spans(first)}
@@ -373,7 +384,7 @@ def test_every_environment_variable_is_documented_and_no_other() -> None:
 MODULES = {
     "doctor": ["doctor.py", "findings.py"],
     "install": ["install.py"],
-    "plan": ["manifest.py"],
+    "plan": ["manifest.py", "planning.py"],
     "patch": ["patching/commands.py"],
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
@@ -405,7 +416,7 @@ def top_keys(name: str) -> set[str]:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_documented_key_is_one_that_the_command_writes(name: str) -> None:
     known = literals(*(ROOT / "fp8ctl" / module for module in MODULES[name]))
-    known |= {"--list", "levels"}
+    known |= {"--list", "--snippet", "levels"}
     assert set(spans(documented_data(name))) <= known
 
 

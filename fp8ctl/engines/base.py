@@ -321,8 +321,8 @@ def common_env(request: LaunchRequest) -> dict[str, str]:
     return env
 
 
-def override_json(request: LaunchRequest) -> str:
-    """Return the JSON that puts the FP8 configuration over a 16-bit checkpoint."""
+def override_json(config: Mapping[str, object]) -> str:
+    """Return the JSON that puts an FP8 configuration over that of a 16-bit checkpoint."""
     import json
 
-    return json.dumps({"quantization_config": dict(request.override or {})})
+    return json.dumps({"quantization_config": dict(config)})

@@ -189,5 +189,5 @@ def refuse_lost_override(request: LaunchRequest, flag: str) -> None:
         return
     raise ConflictError(
         f"{flag} behind `--` replaces the one that carries the FP8 configuration",
-        hint=f"add this key to your JSON: {override_json(request)[1:-1]}",
+        hint=f"add this key to your JSON: {override_json(request.override or {})[1:-1]}",
     )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 import shlex
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fp8ctl.engines import base, refusals
 from fp8ctl.engines.assembly import assemble
 from fp8ctl.engines.base import LaunchPlan, LaunchRequest, Option
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_PORT: Final = 30000
 ENTRY: Final = "fp8ctl.engines.hooks.sglang_server"
@@ -131,6 +134,15 @@ _OWN: Final = {
     "--torchao-config": "--torchao-config",
 }
 
+KERNELS_FOR_128: Final = (
+    "SGL_ENABLE_JIT_DEEPGEMM",
+    "SGLANG_SUPPORT_CUTLASS_BLOCK_FP8",
+    "SGLANG_ENABLE_FLASHINFER_GEMM",
+    "SGLANG_CUTLASS_MOE",
+)
+"""Variables whose "0" keeps blocks of another size away from kernels made for 128x128:
+DeepGEMM, CUTLASS and FlashInfer look at N and K only; Triton takes any block."""
+
 _UNPROVEN: Final = {
     "--dp": "data parallelism",
     "--dp-size": "data parallelism",
@@ -171,8 +183,7 @@ def build(request: LaunchRequest) -> LaunchPlan:
         Option("--host", (request.host,)),
         Option("--port", (str(request.port),)),
     ]
-    if request.tp > 1:
-        options.append(Option("--tp-size", (str(request.tp),)))
+    options += parallel_options(request.tp)
     if request.device.kind == "cpu":
         env["SGLANG_USE_CPU_ENGINE"] = "1"
         if "OMP_WAIT_POLICY" not in request.environ:
@@ -213,15 +224,25 @@ _CPU_OPTIONS: Final = (
 )
 
 
+def parallel_options(tp: int) -> list[Option]:
+    """Return the options that spread a model over `tp` GPUs."""
+    return [Option("--tp-size", (str(tp),))] if tp > 1 else []
+
+
+def override_options(config: Mapping[str, object]) -> list[Option]:
+    """Return the options that start from 16-bit weights with `quantization_config` put over."""
+    return [
+        Option("--load-format", ("auto",)),
+        Option("--quantization", ("fp8",)),
+        Option("--json-model-override-args", (base.override_json(config),)),
+    ]
+
+
 def _weights(request: LaunchRequest, notes: list[str]) -> list[Option]:
     """Return the options that say where the quantised weights come from."""
     if request.source == "override":
         notes.append("16-bit weights are loaded; the FP8 configuration is put over their config")
-        return [
-            Option("--load-format", ("auto",)),
-            Option("--quantization", ("fp8",)),
-            Option("--json-model-override-args", (base.override_json(request),)),
-        ]
+        return override_options(request.override or {})
     if request.source == "online":
         notes.append("--quantization fp8 alone: SGLang quantises while it loads")
         return [Option("--quantization", ("fp8",))]
@@ -247,14 +268,7 @@ def _blocks(request: LaunchRequest, env: dict[str, str], notes: list[str]) -> No
             env["SGL_ENABLE_JIT_DEEPGEMM"] = "0"
             notes.append("DeepGEMM is switched off: on this GPU it wants power-of-two scales")
         return
-    # DeepGEMM, CUTLASS and FlashInfer look at N and K only; Triton takes any block.
-    for name in (
-        "SGL_ENABLE_JIT_DEEPGEMM",
-        "SGLANG_SUPPORT_CUTLASS_BLOCK_FP8",
-        "SGLANG_ENABLE_FLASHINFER_GEMM",
-        "SGLANG_CUTLASS_MOE",
-    ):
-        env[name] = "0"
+    env.update(dict.fromkeys(KERNELS_FOR_128, "0"))
     notes.append(
         f"blocks of {block[0]}x{block[1]}: DeepGEMM, CUTLASS and FlashInfer are switched off, "
         "which compute with 128x128 whatever the checkpoint says; Triton serves"

@@ -7,13 +7,16 @@ layers/quantization/) and of runs on an H100. Called through `base.builder`.
 from __future__ import annotations
 
 import shlex
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fp8ctl import fitting
 from fp8ctl.engines import base, refusals
 from fp8ctl.engines.assembly import assemble
 from fp8ctl.engines.base import LaunchPlan, LaunchRequest, Option
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 DEFAULT_PORT: Final = 8000
 ENTRY: Final = "fp8ctl.engines.hooks.vllm_server"
@@ -161,8 +164,7 @@ def build(request: LaunchRequest) -> LaunchPlan:
         Option("--host", (request.host,)),
         Option("--port", (str(request.port),)),
     ]
-    if request.tp > 1:
-        options.append(Option("--tensor-parallel-size", (str(request.tp),)))
+    options += parallel_options(request.tp)
     options += _weights(request, notes)
     if request.device.capability and request.device.capability < base.FP8_CAPABILITY:
         notes.append(
@@ -180,15 +182,25 @@ def _long(extra: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(short.get(word, word) for word in extra)
 
 
+def parallel_options(tp: int) -> list[Option]:
+    """Return the options that spread a model over `tp` GPUs."""
+    return [Option("--tensor-parallel-size", (str(tp),))] if tp > 1 else []
+
+
+def override_options(config: Mapping[str, object]) -> list[Option]:
+    """Return the options that start from 16-bit weights with `quantization_config` put over."""
+    return [
+        Option("--load-format", ("auto",)),
+        Option("--quantization", ("fp8",), ("-q",)),
+        Option("--hf-overrides", (base.override_json(config),)),
+    ]
+
+
 def _weights(request: LaunchRequest, notes: list[str]) -> list[Option]:
     """Return the options that say where the quantised weights come from."""
     if request.source == "override":
         notes.append("16-bit weights are loaded; the FP8 configuration is put over their config")
-        return [
-            Option("--load-format", ("auto",)),
-            Option("--quantization", ("fp8",), ("-q",)),
-            Option("--hf-overrides", (base.override_json(request),)),
-        ]
+        return override_options(request.override or {})
     if request.source == "online":
         notes.append("--quantization fp8 alone: vLLM quantises while it loads, per tensor")
         return [Option("--quantization", ("fp8",), ("-q",))]
