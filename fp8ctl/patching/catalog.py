@@ -22,7 +22,7 @@ from fp8ctl.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from fp8ctl.patching import diff
+from fp8ctl.patching import diff, parser
 from fp8ctl.patching.names import RelPath, Sha256, parse_relpath, parse_sha256, sha256_of
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def _patch(raw: dict[str, object], folder: Path, *, verify: bool) -> Patch:
         _texts(raw, "modes", folder, among=_MODES),
         _texts(raw, "devices", folder, among=_DEVICES),
         raw.get("default", True) is True,
-        diff.parse(data, name=name),
+        parser.parse(data, name=name),
     )
 
 
