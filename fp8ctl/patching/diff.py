@@ -193,20 +193,27 @@ def reverse(diff: FileDiff) -> FileDiff:
     return FileDiff(diff.path, kinds[diff.kind], hunks, diff.mode)
 
 
-def render(path: RelPath, old: bytes | None, new: bytes | None, *, mode: int = 0o644) -> bytes:
+def render(
+    path: RelPath, old: bytes | None, new: bytes | None, *, mode: int | None = 0o644
+) -> bytes:
     """Return the git diff from `old` to `new`; empty when they are equal.
 
-    None stands for a file that is not there.
+    Args:
+        path: the file.
+        old: its content before, None if it is not there.
+        new: its content after, None if it is removed.
+        mode: its permission bits; None: they are not known, and an edit does without.
     """
     if old == new:
         return b""
-    git_mode = "100755" if mode & 0o100 else "100644"
+    git_mode = "100755" if (mode or 0) & 0o100 else "100644"
     head = [f"diff --git a/{path} b/{path}\n"]
     if old is None:
         head.append(f"new file mode {git_mode}\n")
     elif new is None:
         head.append(f"deleted file mode {git_mode}\n")
-    suffix = f" {git_mode}" if old is not None and new is not None else ""
+    edited = old is not None and new is not None
+    suffix = f" {git_mode}" if edited and mode is not None else ""
     head.append(f"index {git_blob(old)}..{git_blob(new)}{suffix}\n")
     a = [line.decode("latin-1") for line in split_lines(old or b"")]
     b = [line.decode("latin-1") for line in split_lines(new or b"")]

@@ -124,7 +124,8 @@ def _differential(folder: Path, count: int, seed: int = 0) -> Counter[str]:
         work.mkdir()
         found += _batch(work, cases, rng)
         shutil.rmtree(work)
-    print(f"{count} cases: {dict(found)}")
+        if (number + 1) % 20 == 0 or number + 1 == count // BATCH:
+            print(f"{(number + 1) * BATCH} cases: {dict(found)}", flush=True)
     return found
 
 
