@@ -116,6 +116,9 @@ BlockSize = Annotated[
     str | None, typer.Option("--block-size", help="Block as N,K; chosen to fit if left out.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
+PrintDiff = Annotated[
+    bool, typer.Option("--print-diff", help="Print the change to stdout as one git diff.")
+]
 Strict = Annotated[bool, typer.Option("--strict", help="Exit 8 on a warning.")]
 
 
@@ -257,7 +260,7 @@ def patch(
         bool, typer.Option("--list", help="List the patches and their state.")
     ] = False,
     dry_run: DryRun = False,
-    print_diff: Annotated[bool, typer.Option("--print-diff", help="Print what changes.")] = False,
+    print_diff: PrintDiff = False,
     allow_drift: Annotated[
         bool, typer.Option("--allow-drift", help="Patch a file of another build of this version.")
     ] = False,
@@ -294,6 +297,7 @@ def revert(
     backend: Backends = None,
     patch_: PatchIds = None,
     dry_run: DryRun = False,
+    print_diff: PrintDiff = False,
     allow_running: Annotated[
         bool, typer.Option("--allow-running", help="Go on although a server runs on it.")
     ] = False,
@@ -312,6 +316,7 @@ def revert(
             backends=backend,
             patch_ids=patch_,
             dry_run=dry_run,
+            print_diff=print_diff,
             allow_running=allow_running,
         ),
     )

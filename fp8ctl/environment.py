@@ -25,7 +25,7 @@ from fp8ctl.hardware import Gpu, Hardware
 from fp8ctl.record import RecordReport, is_writable, verify_record
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 BackendName = Literal["vllm", "sglang"]
 Kind = Literal["wheel", "editable", "conda"]
@@ -115,8 +115,14 @@ class Environment:
     duplicates: Mapping[str, tuple[str, ...]] | None = None
     named: bool = False
 
-    def engine(self, backend: BackendName) -> Engine:
+    def engine(
+        self, backend: BackendName, known: Callable[[BackendName, str], bool] | None = None
+    ) -> Engine:
         """Return the engine, in a version that fp8ctl knows.
+
+        Args:
+            backend: which engine.
+            known: says of a version whether it will do; None: the supported one alone does.
 
         Raises:
             NotFoundError: it is not in this environment.
@@ -133,7 +139,7 @@ class Environment:
                 hint=install_hint(backend, stays=self.named),
                 data={"site_packages": str(self.site_packages), "origin": self.origin},
             )
-        if not found.supported:
+        if not (found.supported if known is None else known(backend, found.version)):
             raise UnsupportedError(
                 f"{found.label} in {self.site_packages} is not supported; "
                 f"fp8ctl knows {LABELS[backend]} {wanted}",
@@ -142,20 +148,23 @@ class Environment:
             )
         return found
 
-    def require_patchable(self, backend: BackendName) -> Engine:
-        """Return the engine if its files are fp8ctl's to change.
+    def require_patchable(
+        self, backend: BackendName, known: Callable[[BackendName, str], bool] | None = None
+    ) -> Engine:
+        """Return the engine if its files are fp8ctl's to change; arguments as `engine`.
 
         Raises:
             NotFoundError, UnsupportedError: as `engine`.
             ConflictError: it is an editable install, whose files belong to a work tree.
         """
-        found = self.engine(backend)
+        found = self.engine(backend, known)
         if found.kind == "editable":
             raise ConflictError(
                 f"{found.label} is an editable install: its files are the work tree "
                 f"{found.package_dir}, which is version control's to change",
                 hint=f"{install_hint(backend, stays=self.named)}, "
-                f"or `git apply` in {found.package_dir.parent}",
+                f"or `patch -p1 -d {shlex.quote(str(found.package_dir.parent))}` with what "
+                "`fp8ctl patch --dry-run --print-diff` prints of a plain installation",
                 data={"package_dir": str(found.package_dir), "source": found.source},
             )
         return found

@@ -74,6 +74,19 @@ class Reporter:
         if not self.json_mode:
             self._write(self._out, text + "\n")
 
+    def raw(self, data: bytes) -> None:
+        """Print bytes of the answer to stdout as they are, in no encoding; as `data` otherwise."""
+        if self.json_mode or not data:
+            return
+        binary = getattr(self._out, "buffer", None)
+        if binary is None:  # a stream of text alone, in memory
+            self._write(self._out, data.decode("utf-8", "surrogateescape"))
+            return
+        self._write(self._out, "")
+        with self._guarded(self._out):
+            binary.write(data)
+            binary.flush()
+
     def style(self, text: str, name: str, stream: TextIO | None = None) -> str:
         """Return `text` in a style of this module, or as it is where colour is off."""
         return f"\x1b[{_STYLES[name]}m{text}\x1b[0m" if self._colour(stream or self._out) else text
@@ -201,9 +214,14 @@ class Reporter:
         return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def _write(self, stream: TextIO, text: str) -> None:
-        try:
+        with self._guarded(stream):
             stream.write(_fit(stream, text))
             stream.flush()
+
+    @contextlib.contextmanager
+    def _guarded(self, stream: TextIO) -> Iterator[None]:
+        try:
+            yield
         except OSError as e:
             # What is left in the buffer would fail once more when the interpreter ends.
             with contextlib.suppress(OSError):

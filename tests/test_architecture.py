@@ -62,7 +62,7 @@ IN_ENGINE = (
 )
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy"}
-LATE = {"rich", "httpx", "psutil", "packaging", "unidiff", "pynvml"}
+LATE = {"rich", "httpx", "psutil", "packaging", "pynvml"}
 
 REGISTRIES = ("pypi" + ".org", "pythonhosted" + ".org", "download.pytorch" + ".org")
 
@@ -414,7 +414,7 @@ def test_what_runs_inside_an_engine_takes_nothing_newer_from_the_standard_librar
 
 def test_the_engines_interpreter_can_import_what_runs_in_it_without_our_dependencies() -> None:
     """With typer, rich and the others blocked, as in an engine's environment."""
-    blocked = sorted({"typer", "rich", "httpx", "unidiff", "psutil", "pynvml", "packaging"})
+    blocked = sorted({"typer", "rich", "httpx", "psutil", "pynvml", "packaging"})
     names = [f"fp8ctl.{name}" for name in in_engine()]
     script = (
         "import sys, importlib\n"

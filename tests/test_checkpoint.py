@@ -232,7 +232,7 @@ def test_a_source_that_is_not_the_planned_one_is_refused(source: Path, tmp_path:
 
 _BLOCKED = """
 import sys
-for name in ("typer", "rich", "unidiff", "httpx", "packaging", "psutil", "safetensors", "click"):
+for name in ("typer", "rich", "httpx", "packaging", "psutil", "safetensors", "click"):
     sys.modules[name] = None
 import fp8ctl.worker, fp8ctl.checkpoint, fp8ctl.manifest
 import fp8ctl.kernels.reference, fp8ctl.kernels.digest, fp8ctl.kernels.quantize

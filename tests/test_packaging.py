@@ -206,7 +206,7 @@ def test_the_wheels_metadata_asks_for_no_torch_and_carries_the_licence(wheel: Pa
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     }
     assert {re.split(r"[<>=]", one)[0] for one in always} == {
-        *("typer", "rich", "unidiff", "packaging", "httpx", "psutil", "nvidia-ml-py")
+        *("typer", "rich", "packaging", "httpx", "psutil", "nvidia-ml-py")
     }
     assert {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE"} <= set(names)
     assert "License-Expression: Apache-2.0" in metadata

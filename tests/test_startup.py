@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = ("torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy")
-LATE = ("rich", "httpx", "unidiff", "packaging", "psutil", "pynvml", "importlib.metadata")
+LATE = ("rich", "httpx", "packaging", "psutil", "pynvml", "importlib.metadata")
 
 # Runs the command line and then tells which of the names were imported.
 _SPY = """

@@ -22,7 +22,7 @@ from fp8ctl.errors import (
     NotFoundError,
     UnsupportedError,
 )
-from fp8ctl.patching import diff
+from fp8ctl.patching import diff, parser
 from fp8ctl.patching.names import RelPath, Sha256, parse_relpath, parse_sha256, sha256_of
 
 if TYPE_CHECKING:
@@ -249,24 +249,47 @@ def load(backend: str, version: str, *, root: Path | None = None) -> Series:
         UnsupportedError: no series is for this version; the message lists those there are.
         CatalogError: the series is damaged.
     """
-    from packaging.specifiers import SpecifierSet
+    known: list[str] = []
+    folder = _folder_of(backend, version, root, known)
+    if folder is not None:
+        return load_folder(folder)
+    expected = " or ".join(known) or "nothing: none is bundled"
+    raise UnsupportedError(f"no patches for {backend} {version}, expected {expected}")
+
+
+def _folder_of(
+    backend: str, version: str, root: Path | None = None, known: list[str] | None = None
+) -> Path | None:
+    """Return the folder of the series for an engine version; add what there is to `known`."""
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
     from packaging.version import InvalidVersion, Version
 
     try:
         public = Version(Version(version).public)
     except InvalidVersion:
         public = None
-    known: list[str] = []
     for folder in folders(root):
         head = _read(folder / "series.toml")
         if head.get("backend") != backend:
             continue
-        specifier = _text(head, "version", folder)
-        known.append(specifier)
-        if public is not None and SpecifierSet(specifier).contains(public, prereleases=True):
-            return load_folder(folder)
-    expected = " or ".join(known) or "nothing: none is bundled"
-    raise UnsupportedError(f"no patches for {backend} {version}, expected {expected}")
+        text = _text(head, "version", folder)
+        try:
+            specifier = SpecifierSet(text)
+        except InvalidSpecifier as e:
+            raise _damaged(folder, f"version = {text!r}, expected a specifier") from e
+        if known is not None:
+            known.append(text)
+        if public is not None and specifier.contains(public, prereleases=True):
+            return folder
+    return None
+
+
+def covers(backend: str, version: str) -> bool:
+    """Tell whether a series is for this engine version; a new folder in patches/ is enough."""
+    try:
+        return _folder_of(backend, version) is not None
+    except CatalogError:
+        return True  # `load` then says what is damaged
 
 
 def folders(root: Path | None = None) -> tuple[Path, ...]:
@@ -335,7 +358,7 @@ def _patch(raw: dict[str, object], folder: Path, *, verify: bool) -> Patch:
         _texts(raw, "modes", folder, among=_MODES),
         _texts(raw, "devices", folder, among=_DEVICES),
         raw.get("default", True) is True,
-        diff.parse(data, name=name),
+        parser.parse(data, name=name),
     )
 
 

@@ -117,6 +117,7 @@ def revert(
     backends: Sequence[str] | None = None,
     patch_ids: Sequence[str] | None = None,
     dry_run: bool = False,
+    print_diff: bool = False,
     allow_running: bool = False,
 ) -> dict[str, object]:
     """Take patches back, byte for byte; arguments and result as `patch`."""
@@ -142,7 +143,7 @@ def revert(
         plans,
         started=started,
         dry_run=dry_run,
-        print_diff=False,
+        print_diff=print_diff,
         allow_running=allow_running,
     )
 
@@ -157,16 +158,16 @@ def _target(
     env = environment.find(python, site_packages, wanted[0] if wanted else None)
     report.say(f"environment: {env.site_packages} ({env.origin})")
     if wanted:
-        engines = [env.require_patchable(b) for b in wanted]
+        engines = [env.require_patchable(b, catalog.covers) for b in wanted]
     else:
-        engines = [env.require_patchable(b) for b in _supported(env)]
+        engines = [env.require_patchable(b, catalog.covers) for b in _supported(env)]
     options = environment.target_options(python, site_packages)
     return Target(env, tuple((e, catalog.load(e.backend, e.version)) for e in engines), options)
 
 
 def _supported(env: Environment) -> list[BackendName]:
     """Return the engines to patch when none was named; an unsupported one alone is an error."""
-    supported = [e.backend for e in env.engines if e.supported]
+    supported = [e.backend for e in env.engines if catalog.covers(e.backend, e.version)]
     if supported:
         return supported
     if env.engines:
@@ -225,8 +226,8 @@ def _run(
         changes = any(not p.empty for p in plans)
         for (engine, _), plan in zip(target.engines, plans, strict=True):
             _show(report, verb, engine, plan)
-        if print_diff:
-            _print_diff(report, plans)
+        text = _diff(plans) if print_diff else b""
+        report.raw(text)
         if changes and not dry_run:
             transaction.check_permitted(root, [op for p in plans for op in p.ops])
             _check_servers(report, env, allow_running=allow_running)
@@ -251,6 +252,7 @@ def _run(
         "changed": changes and not dry_run,
         "dry_run": dry_run,
         "elapsed_s": round(elapsed, 4),
+        **({"diff": text.decode("utf-8", "surrogateescape")} if print_diff else {}),
         "engines": [
             _engine_data(engine, series, plan, status)
             for (engine, series), plan, status in zip(target.engines, plans, statuses, strict=True)
@@ -278,11 +280,16 @@ def _show(report: Reporter, verb: Verb, engine: Engine, plan: PatchPlan) -> None
         report.warn(note)
 
 
-def _print_diff(report: Reporter, plans: Sequence[PatchPlan]) -> None:
-    for plan in plans:
-        for op in plan.ops:
-            text = diff.render(op.path, op.old_bytes, op.new_bytes, mode=op.mode)
-            report.data(text.decode("utf-8", "backslashreplace").removesuffix("\n"))
+def _diff(plans: Sequence[PatchPlan]) -> bytes:
+    """Return the whole change as one git diff."""
+    return b"".join(
+        # What is edited keeps its mode, whatever that is.
+        diff.render(
+            op.path, op.old_bytes, op.new_bytes, mode=None if op.action == "modify" else op.mode
+        )
+        for plan in plans
+        for op in plan.ops
+    )
 
 
 def _list(report: Reporter, target: Target) -> dict[str, object]:

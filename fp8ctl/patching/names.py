@@ -16,9 +16,10 @@ RelPath = NewType("RelPath", str)
 Sha256 = NewType("Sha256", str)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-# Printable ASCII without the quote and the backslash: what git writes unquoted.
-# A name outside of it would be read differently by different tools (CVE-2014-3227).
-_NAME = re.compile(r"[!#-\[\]-~]+(?: +[!#-\[\]-~]+)*")
+# Printable ASCII without the quote, the backslash and the space. A name outside of it would be
+# read differently by different tools (CVE-2014-3227): git quotes it, or GNU patch, where the
+# file is empty and the diff has no `+++`, ends it at the space.
+_NAME = re.compile(r"[!#-\[\]-~]+")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _MAX_PATH = 1024
 _MAX_COMPONENT = 200  # a staged name adds its own prefix and suffix; NAME_MAX is 255
@@ -49,7 +50,7 @@ def _path_fault(text: str) -> str | None:
         if component == ".fp8ctl":
             return "lies in fp8ctl's own folder"
         if not _NAME.fullmatch(component):
-            return "has a control, quote, backslash or non-ASCII character, or an edge space"
+            return "has a control, space, quote, backslash or non-ASCII character"
         if len(component) > _MAX_COMPONENT:
             return f"has a component of {len(component)} characters, limit {_MAX_COMPONENT}"
     return None

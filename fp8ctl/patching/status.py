@@ -148,10 +148,13 @@ def inspect(
     Args:
         site_packages: where it is installed.
         backend: which engine.
-        series: instead of the bundled series of the supported version.
+        series: instead of the bundled series of the installed version.
     """
-    series = series or catalog.load(backend, environment.SUPPORTED[backend])
     with Root(site_packages) as root:
+        version = verify.installed_version(root, backend)
+        if version is None or not catalog.covers(backend, version):
+            version = environment.SUPPORTED[backend]
+        series = series or catalog.load(backend, version)
         return judge(series, take(root, series))
 
 

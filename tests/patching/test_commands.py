@@ -170,7 +170,7 @@ def test_an_editable_install_is_refused_with_the_reason(bundled: Any) -> None:
     (info / "direct_url.json").write_text(json.dumps(url))
     with pytest.raises(ConflictError, match="editable") as e:
         run(commands.patch, bundled)
-    assert "git" in (e.value.hint or "")
+    assert "patch -p1 -d " in (e.value.hint or "")
     (info / "direct_url.json").unlink()
     assert bundled.tree() == before
 

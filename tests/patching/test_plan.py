@@ -6,8 +6,6 @@ import shutil
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fp8ctl.errors import ConflictError, DriftError, NotFoundError
 from fp8ctl.patching.names import RelPath, sha256_of
@@ -121,32 +119,6 @@ class TestImages:
             assert sha256_of(lab.read(path)) == want
         for patch_id in order:
             lab.revert(patch_id)
-        assert lab.tree() == pristine
-
-    @settings(
-        max_examples=12,
-        deadline=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
-    )
-    @given(data=st.data())
-    def test_any_walk_over_permitted_sets_leaves_the_table_s_bytes(
-        self, lab: Any, data: st.DataObject
-    ) -> None:
-        lab.revert()
-        pristine = lab.tree()
-        for _ in range(4):
-            wanted = data.draw(st.sampled_from(list(lab.series.permitted())))
-            present = lab.status().applied
-            if present - wanted:
-                lab.revert(*(present - wanted))
-            if wanted:
-                lab.patch(*wanted)
-            assert lab.status().applied == wanted
-            for path, table in lab.series.images.items():
-                file = lab.site / path
-                found = sha256_of(file.read_bytes()) if file.exists() else None
-                assert found == table[lab.series.touching(path) & wanted]
-        lab.revert()
         assert lab.tree() == pristine
 
     def test_an_offset_that_an_earlier_patch_makes_is_no_drift(self, lab: Any) -> None:
