@@ -312,6 +312,9 @@ def common_env(request: LaunchRequest) -> dict[str, str]:
         "SPT_NOENV": "1",
         RUN_DIR_VARIABLE: str(request.run_dir),
     }
+    if request.environ.get("PYTHONPYCACHEPREFIX"):
+        # Bytecode outside of the environment: `patch` cannot drop what is stale there.
+        env["PYTHONPYCACHEPREFIX"] = ""
     if "HF_HUB_OFFLINE" not in request.environ:
         env["HF_HUB_OFFLINE"] = "1"
     if request.trace:
