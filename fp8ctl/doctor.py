@@ -6,6 +6,7 @@ engine, starts no server, writes nothing, needs no network.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -141,6 +142,15 @@ def _patches(found: Environment) -> dict[BackendName, SeriesStatus | str]:
             states[engine.backend] = e.message
         except OSError as e:
             states[engine.backend] = str(e)
+    for backend in SUPPORTED:
+        if backend in states:
+            continue
+        from fp8ctl.patching import status
+
+        with contextlib.suppress(Fp8ctlError, OSError):
+            left = status.leftover(found.site_packages, backend)
+            if left is not None:
+                states[backend] = left
     return states
 
 

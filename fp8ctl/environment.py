@@ -142,6 +142,23 @@ class Environment:
             )
         return found
 
+    @property
+    def pip(self) -> str:
+        """The start of a command that installs into this environment."""
+        if self.python is None:
+            # Without --upgrade pip leaves a folder alone that is there already.
+            return f"pip install --upgrade --target {shlex.quote(str(self.site_packages))}"
+        python = shlex.quote(str(self.python))
+        if "pip" not in self.packages and any(e.installer == "uv" for e in self.engines):
+            return f"uv pip install --python {python}"
+        return f"{python} -m pip install"
+
+    def reinstall(self, requirement: str) -> str:
+        """Return the command that installs a package anew, as it was released."""
+        # uv would take the file from its cache, which an editor may have written to.
+        fresh = " --no-cache" if self.pip.startswith("uv ") else ""
+        return f"{self.pip}{fresh} --force-reinstall --no-deps {requirement}"
+
     def require_patchable(self, backend: BackendName) -> Engine:
         """Return the engine if its files are fp8ctl's to change.
 

@@ -70,6 +70,4 @@ class Facts:
     @property
     def pip(self) -> str:
         """The start of a command that installs into the environment."""
-        if self.environment.python:
-            return f"{self.environment.python} -m pip install"
-        return f"pip install --target {self.environment.site_packages}"
+        return self.environment.pip

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fp8ctl import host_rules
 from fp8ctl.environment import LABELS, SUPPORTED, install_hint
 from fp8ctl.findings import Facts, Finding
+from fp8ctl.patching.status import MEANING, way_out
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
         if engine.supported and engine.kind != "editable":
             found += _files(facts, engine)
             found += _patches(facts, engine)
+    found += _orphans(facts)
     found += _neighbours(facts)
     found += host_rules.packages(facts)
     found += host_rules.gpus(facts)
@@ -103,7 +105,7 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
     record = engine.record
     check = f"{LABELS[engine.backend]} files"
     pin = f"{engine.backend}=={SUPPORTED[engine.backend]}"
-    again = f"{facts.pip} --force-reinstall --no-deps {pin}"
+    again = facts.environment.reinstall(pin)
     if not record.present:
         yield Finding("engine-files", check, "warn", "no RECORD to verify the files against", again)
         return
@@ -161,7 +163,6 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
 def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
     status = facts.patches.get(engine.backend)
     check = f"{LABELS[engine.backend]} patches"
-    command = f"fp8ctl patch --backend {engine.backend}{facts.target}"
     if status is None or isinstance(status, str):
         yield Finding("patches", check, "warn", f"cannot be told: {status or 'not asked'}")
         return
@@ -171,20 +172,52 @@ def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
         "applied": applied,
         "files": {str(f.path): f.state for f in status.files},
     }
+    command = way_out(
+        status,
+        site_packages=facts.environment.site_packages,
+        target=facts.target,
+        reinstall=facts.environment.reinstall(f"{engine.backend}=={engine.version}"),
+    )
     torn = [p.id for p in status.patches if p.state == "partial"]
+    again = [str(f.path) for f in status.files if f.state == "superseded"]
+    since = f"; {MEANING['superseded']}: {_some(again)}" if again else ""
     if status.interrupted or torn:
         what = "an earlier command was cut short" if status.interrupted else ", ".join(torn)
-        yield Finding("patches", check, "fail", f"applied in part: {what}", command, data)
+        yield Finding("patches", check, "fail", f"applied in part: {what}{since}", command, data)
     elif status.state in ("drifted", "missing"):
         bad = [str(f.path) for f in status.files if f.state == status.state]
-        yield Finding(
-            "patches", check, "warn", f"{status.state}: {_some(bad)}", f"{command} --dry-run", data
-        )
+        what = f"{status.state}, {MEANING[status.state]}: {_some(bad)}"
+        yield Finding("patches", check, "warn", what, command, data)
+    elif again:
+        yield Finding("patches", check, "warn", f"superseded{since}", command, data)
     elif applied:
         yield Finding("patches", check, "ok", f"applied: {', '.join(applied)}", None, data)
     else:
         known = plural(len(status.patches), "patch", "patches")
         yield Finding("patches", check, "info", f"pristine, {known} known", command, data)
+
+
+def _orphans(facts: Facts) -> Iterator[Finding]:
+    """Name what fp8ctl left of engines that are gone."""
+    for backend, status in facts.patches.items():
+        if isinstance(status, str) or not status.orphan:
+            continue
+        files = {str(f.path): f.state for f in status.files}
+        ours = [path for path, state in files.items() if state == "orphan"]
+        what = f"{plural(len(ours), 'file')} ({_some(ours)}), " if ours else ""
+        yield Finding(
+            "orphan",
+            f"{LABELS[backend]} patches",
+            "warn",
+            f"the engine that was patched is no longer installed: {what}.fp8ctl is left",
+            way_out(
+                status,
+                site_packages=facts.environment.site_packages,
+                target=facts.target,
+                reinstall="",
+            ),
+            {"state": status.state, "files": files},
+        )
 
 
 def _neighbours(facts: Facts) -> Iterator[Finding]:

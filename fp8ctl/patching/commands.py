@@ -6,22 +6,24 @@ changes files through `transaction` alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import environment
-from fp8ctl.errors import BusyError, Fp8ctlError, NotFoundError
+from fp8ctl.environment import LABELS, SUPPORTED
+from fp8ctl.errors import BusyError, ConflictError, DriftError, Fp8ctlError, NotFoundError
 from fp8ctl.patching import catalog, diff, store, transaction
 from fp8ctl.patching.fsops import Root
 from fp8ctl.patching.names import short
 from fp8ctl.patching.plan import plan_patch, plan_revert
-from fp8ctl.patching.status import judge, take
+from fp8ctl.patching.status import MEANING, judge, leftover, take, way_out
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from fp8ctl.environment import BackendName, Engine, Environment
@@ -34,17 +36,36 @@ Verb = Literal["patch", "revert"]
 
 
 @dataclass(frozen=True, slots=True)
+class Subject:
+    """An engine to work on, or what fp8ctl left of one that is gone.
+
+    Attributes:
+        backend: which engine.
+        version: as installed, None where it is not.
+        label: name and version, for a person.
+        series: the patches for it.
+        gone: the engine is no longer there; what fp8ctl left of it is.
+    """
+
+    backend: BackendName
+    version: str | None
+    label: str
+    series: Series
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """The engines to work on.
 
     Attributes:
         env: the environment.
-        engines: with the series of each.
+        subjects: the engines.
         options: that name it again in a hint, with a leading space.
     """
 
     env: Environment
-    engines: tuple[tuple[Engine, Series], ...]
+    subjects: tuple[Subject, ...]
     options: str
 
 
@@ -94,7 +115,7 @@ def patch(
                 allow_drift=allow_drift,
                 target=target.options,
             )
-            for _, series in target.engines
+            for series in (subject.series for subject in target.subjects)
         ]
 
     return _run(
@@ -121,12 +142,12 @@ def revert(
 ) -> dict[str, object]:
     """Take patches back, byte for byte; arguments and result as `patch`."""
     started = time.monotonic()
-    target = _target(report, python, site_packages, backends)
+    target = _target(report, python, site_packages, backends, reverting=True)
     _check_ids(target, patch_ids, reverting=True)
 
     def plans(root: Root) -> list[PatchPlan]:
         result = []
-        for _, series in target.engines:
+        for series in (subject.series for subject in target.subjects):
             snapshot = take(root, series)
             known = {p.id for p in series.patches} | set(
                 snapshot.ledger.patches if snapshot.ledger else ()
@@ -152,42 +173,95 @@ def _target(
     python: Path | None,
     site_packages: Path | None,
     backends: Sequence[str] | None,
+    *,
+    reverting: bool = False,
 ) -> Target:
     wanted = [environment.parse_backend(b) for b in dict.fromkeys(backends or ())]
     env = environment.find(python, site_packages, wanted[0] if wanted else None)
     report.say(f"environment: {env.site_packages} ({env.origin})")
-    if wanted:
-        engines = [env.require_patchable(b) for b in wanted]
-    else:
-        engines = [env.require_patchable(b) for b in _supported(env)]
+    gone = _leftovers(env, wanted or tuple(SUPPORTED))
     options = environment.target_options(python, site_packages)
-    return Target(env, tuple((e, catalog.load(e.backend, e.version)) for e in engines), options)
+    if reverting:
+        left = {subject.backend for subject, _ in gone}
+        names = [b for b in wanted or _supported(env) if b not in left]
+        if not names and not left and not _has_store(env):
+            names = _expected(env)
+        subjects = [_subject(env.require_patchable(b)) for b in names]
+        subjects += [subject for subject, _ in gone]
+        return Target(env, tuple(subjects), options)
+    for _, words in gone:
+        report.warn(words)
+    try:
+        names = wanted or _supported(env) or _expected(env)
+        subjects = [_subject(env.require_patchable(b)) for b in names]
+    except NotFoundError as e:
+        if gone:
+            raise NotFoundError(f"{e.message}; {gone[0][1]}", hint=_revert(env), data=e.data) from e
+        raise
+    return Target(env, tuple(subjects), options)
+
+
+def _subject(engine: Engine) -> Subject:
+    return Subject(
+        engine.backend, engine.version, engine.label, catalog.load(engine.backend, engine.version)
+    )
+
+
+def _leftovers(env: Environment, wanted: Sequence[BackendName]) -> list[tuple[Subject, str]]:
+    """Return what fp8ctl left of engines that are gone, each with a sentence about it."""
+    found = []
+    for backend in wanted:
+        engine = next((e for e in env.engines if e.backend == backend), None)
+        if engine is not None and engine.supported and engine.kind != "editable":
+            continue
+        left = leftover(env.site_packages, backend)
+        if left is None:
+            continue
+        series = catalog.load(backend, SUPPORTED[backend])
+        label = f"{LABELS[backend]} {SUPPORTED[backend]}, no longer installed"
+        files = sum(f.state == "orphan" for f in left.files)
+        words = (
+            f"{label}: {plural(files, 'file')} and the store that fp8ctl made are left in "
+            f"{env.site_packages}"
+        )
+        found.append((Subject(backend, left.version, label, series, gone=True), words))
+    return found
+
+
+def _has_store(env: Environment) -> bool:
+    with Root(env.site_packages) as root:
+        return root.has_folder(store.FOLDER)
+
+
+def _revert(env: Environment) -> str:
+    return f"fp8ctl revert{environment.target_options(None, env.site_packages)}"
 
 
 def _supported(env: Environment) -> list[BackendName]:
-    """Return the engines to patch when none was named; an unsupported one alone is an error."""
-    supported = [e.backend for e in env.engines if e.supported]
-    if supported:
-        return supported
+    return [e.backend for e in env.engines if e.supported]
+
+
+def _expected(env: Environment) -> list[BackendName]:
+    """Say why there is no engine to work on."""
     if env.engines:
         env.engine(env.engines[0].backend)  # raises, with the versions in the message
     raise NotFoundError(
         f"no engine in {env.site_packages} ({env.origin}), expected vLLM "
-        f"{environment.SUPPORTED['vllm']} or SGLang {environment.SUPPORTED['sglang']}",
+        f"{SUPPORTED['vllm']} or SGLang {SUPPORTED['sglang']}",
         hint=environment.install_hint("sglang", stays=env.named),
     )
 
 
 def _check_ids(target: Target, patch_ids: Sequence[str] | None, *, reverting: bool = False) -> None:
     """Refuse an id that none of the engines knows."""
-    known = {p.id for _, series in target.engines for p in series.patches}
+    known = {p.id for subject in target.subjects for p in subject.series.patches}
     if reverting:
         with Root(target.env.site_packages) as root:
             for entry in store.read_ledger(root).entries.values():
                 known |= set(entry.patches)
     for patch_id in patch_ids or ():
         if patch_id not in known:
-            names = ", ".join(series.name for _, series in target.engines)
+            names = ", ".join(subject.series.name for subject in target.subjects)
             raise NotFoundError(
                 f"no patch {patch_id!r} in {names}, expected one of: {', '.join(sorted(known))}",
                 hint=f"fp8ctl patch{target.options} --list",
@@ -214,17 +288,20 @@ def _run(
     allow_running: bool,
 ) -> dict[str, object]:
     env = target.env
-    with Root(env.site_packages) as root:
+    with Root(env.site_packages) as root, _installer_named(env):
         interrupted = store.needs_recovery(root)
         if interrupted and not dry_run:
             _check_servers(report, env, allow_running=allow_running)
             with transaction.begin(root) as mended:
                 if mended:
                     report.warn(mended)
+        elif verb == "revert" and not target.subjects and not dry_run:
+            with transaction.begin(root):
+                pass  # an empty store goes with the lock
         plans = make(root)
         changes = any(not p.empty for p in plans)
-        for (engine, _), plan in zip(target.engines, plans, strict=True):
-            _show(report, verb, engine, plan)
+        for subject, plan in zip(target.subjects, plans, strict=True):
+            _show(report, verb, subject, plan)
         if print_diff:
             _print_diff(report, plans)
         if changes and not dry_run:
@@ -234,7 +311,7 @@ def _run(
                 # Once more under the lock: what was shown is what is done, or it fails.
                 plans = make(root)
                 transaction.run(root, plans, python_version=env.python_version)
-        statuses = [judge(series, take(root, series)) for _, series in target.engines]
+        statuses = [judge(s.series, take(root, s.series)) for s in target.subjects]
     elapsed = time.monotonic() - started
     files = sum(len(p.ops) for p in plans)
     if not changes and verb == "patch" and not any(p.after for p in plans):
@@ -245,6 +322,9 @@ def _run(
         report.say(f"{plural(files, 'file')} would change; --dry-run changes nothing")
     else:
         report.say(f"{plural(files, 'file')} changed in {elapsed:.2f} s")
+        for subject in target.subjects:
+            if subject.gone and not dry_run:
+                report.say(f"nothing of fp8ctl's for {LABELS[subject.backend]} is left there")
     return {
         "site_packages": str(env.site_packages),
         "origin": env.origin,
@@ -252,14 +332,26 @@ def _run(
         "dry_run": dry_run,
         "elapsed_s": round(elapsed, 4),
         "engines": [
-            _engine_data(engine, series, plan, status)
-            for (engine, series), plan, status in zip(target.engines, plans, statuses, strict=True)
+            _engine_data(subject, plan, status)
+            for subject, plan, status in zip(target.subjects, plans, statuses, strict=True)
         ],
     }
 
 
-def _show(report: Reporter, verb: Verb, engine: Engine, plan: PatchPlan) -> None:
-    report.say(f"{engine.label}, series {plan.series}:")
+@contextlib.contextmanager
+def _installer_named(env: Environment) -> Iterator[None]:
+    """Have hints name the installer of this environment: plans know of `pip install` alone."""
+    try:
+        yield
+    except (DriftError, ConflictError) as e:
+        head, words, requirement = (e.hint or "").partition(" --force-reinstall --no-deps ")
+        if head == "pip install" and words:
+            e.hint = env.reinstall(requirement)
+        raise
+
+
+def _show(report: Reporter, verb: Verb, subject: Subject, plan: PatchPlan) -> None:
+    report.say(f"{subject.label}, series {plan.series}:")
     for choice in plan.choices:
         was = choice.id in plan.before
         if choice.taken:
@@ -287,20 +379,30 @@ def _print_diff(report: Reporter, plans: Sequence[PatchPlan]) -> None:
 
 def _list(report: Reporter, target: Target) -> dict[str, object]:
     data: list[dict[str, object]] = []
-    with Root(target.env.site_packages) as root:
-        statuses = [judge(series, take(root, series)) for _, series in target.engines]
+    env = target.env
+    with Root(env.site_packages) as root:
+        statuses = [judge(s.series, take(root, s.series)) for s in target.subjects]
     rows = []
-    for (engine, series), status in zip(target.engines, statuses, strict=True):
-        data.append(_engine_data(engine, series, None, status))
-        for one, state in zip(series.patches, status.patches, strict=True):
+    for subject, status in zip(target.subjects, statuses, strict=True):
+        data.append(_engine_data(subject, None, status))
+        for one, state in zip(subject.series.patches, status.patches, strict=True):
             devices = "any" if len(one.devices) > 1 else one.devices[0]
             default = "yes" if one.default else "no"
-            rows.append((series.name, one.id, state.state, default, devices, one.title))
+            rows.append((subject.series.name, one.id, state.state, default, devices, one.title))
         if status.interrupted:
             report.warn("an earlier command was cut short; the next patch or revert mends it")
-        for file in status.files:
-            if file.state not in ("pristine", "applied"):
-                report.warn(f"{file.path} is {file.state}")
+        odd = [f for f in status.files if f.state in MEANING]
+        for file in odd:
+            report.warn(f"{file.path} is {file.state}: {MEANING[file.state]}")
+        if odd:
+            requirement = f"{subject.series.distribution}=={subject.version}"
+            out = way_out(
+                status,
+                site_packages=env.site_packages,
+                target=target.options,
+                reinstall=env.reinstall(requirement),
+            )
+            report.warn(f"the way out: {out}")
     report.table(("series", "patch", "state", "default", "device", "title"), rows)
     return {
         "site_packages": str(target.env.site_packages),
@@ -310,12 +412,13 @@ def _list(report: Reporter, target: Target) -> dict[str, object]:
 
 
 def _engine_data(
-    engine: Engine, series: Series, plan: PatchPlan | None, status: SeriesStatus
+    subject: Subject, plan: PatchPlan | None, status: SeriesStatus
 ) -> dict[str, object]:
+    series = subject.series
     reasons = {c.id: c.reason for c in plan.choices} if plan else {}
     result: dict[str, object] = {
-        "backend": engine.backend,
-        "version": engine.version,
+        "backend": subject.backend,
+        "version": subject.version,
         "series": series.name,
         "state": status.state,
         "interrupted": status.interrupted,

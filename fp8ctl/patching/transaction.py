@@ -191,8 +191,9 @@ def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
             if op.action == "create":
                 made += [f for f in _folders(op.path) if f not in made and not root.has_folder(f)]
             elif op.action == "delete":
-                # No wheel holds an empty folder: one that is left empty was made for our file.
-                dropped.update(_folders(op.path)[1:])
+                # No wheel holds an empty folder: one that is left empty was made for our file,
+                # or an installer could not remove it because our file was in it.
+                dropped.update(_folders(op.path))
     deepest_first = tuple(sorted(dropped, key=lambda f: (-f.count("/"), f)))
     return Journal(tx, False, tuple(ops), tuple(made), deepest_first, before, Ledger(entries))
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.patching.conftest import PRISTINE, write_engine
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 _FICLONE = 0x40049409
 
 DATA = "sglang/configs/table.json"
-RELEASED = {**PRISTINE, DATA: b'{"a": 1}\n'}
+RELEASED: dict[str, bytes] = {**dict(PRISTINE.items()), DATA: b'{"a": 1}\n'}
 
 
 def write_wheel(folder: Path, version: str, files: Mapping[str, bytes] | None = None) -> Path:
@@ -43,7 +44,7 @@ def write_wheel(folder: Path, version: str, files: Mapping[str, bytes] | None = 
 
 @dataclass(frozen=True)
 class Venv:
-    """A virtual environment without pip, and the installers that work on it from outside.
+    """A virtual environment, and the installers that work on it.
 
     Attributes:
         folder: where it is.
@@ -66,36 +67,52 @@ class Venv:
         [found] = self.folder.glob("lib/python3*/site-packages")
         return found
 
-    def make(self) -> Venv:
+    def make(self, *, pip: bool = False) -> Venv:
+        """Make it; with pip inside, as users have it, by links to the pip that runs the tests."""
         argv = [sys.executable, "-m", "venv", "--without-pip", str(self.folder)]
         subprocess.run(argv, check=True, timeout=60)
+        if pip:
+            [found] = importlib.metadata.distributions(name="pip")
+            for name in ("pip", f"pip-{found.version}.dist-info"):
+                (self.site / name).symlink_to(str(found.locate_file(name)))
         return self
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Variables that give pip and uv the wheels of the test, and nothing else."""
+        found = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)}
+        found |= {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        found |= {"UV_NO_INDEX": "1", "UV_FIND_LINKS": str(self.wheels), "UV_OFFLINE": "1"}
+        return found | {"UV_CACHE_DIR": str(self.cache), "UV_NO_CONFIG": "1"}
 
     def pip(self, *words: str) -> None:
         """Run pip on it, with nothing but the wheels of the test to install from."""
         argv = [sys.executable, "-m", "pip", "--python", str(self.python), *words]
-        _run(argv, {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(self.wheels)})
+        _run(argv, self.settings)
 
     def uv_pip(self, *words: str) -> None:
         """Run uv on it, with a cache of the test's own."""
         assert self.uv is not None
         argv = [str(self.uv), "pip", words[0], "--python", str(self.python), *words[1:]]
-        settings = {"UV_NO_INDEX": "1", "UV_FIND_LINKS": str(self.wheels), "UV_OFFLINE": "1"}
-        _run(argv, settings | {"UV_CACHE_DIR": str(self.cache), "UV_NO_CONFIG": "1"})
+        _run(argv, self.settings)
 
 
 def _run(argv: list[str], settings: dict[str, str]) -> None:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "UV_", "PYTHON"))}
-    quiet = {"PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     done = subprocess.run(
         argv,
-        env={**kept, **quiet, **settings},
+        env={**plain_environment(), **settings},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, f"{argv}\n{done.stdout}{done.stderr}"
+
+
+def plain_environment() -> dict[str, str]:
+    """Return the caller's environment without what changes pip, uv or Python."""
+    foreign = ("PIP_", "UV_", "PYTHON", "FP8CTL_", "VIRTUAL_ENV", "CONDA_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
 
 
 def photograph(*folders: Path) -> dict[str, tuple[object, ...]]:
