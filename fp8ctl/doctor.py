@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fp8ctl import environment, hardware, rules
 from fp8ctl.environment import LABELS, SUPPORTED
 from fp8ctl.errors import CheckFailedError, Fp8ctlError, NotFoundError, UnsupportedError
-from fp8ctl.findings import Facts
+from fp8ctl.findings import Facts, Layer
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
@@ -41,9 +41,14 @@ _MARKS = {"ok": ("✓", "ok"), "info": ("·", "dim"), "warn": ("!", "warn"), "fa
 
 
 def run(
-    report: Reporter, *, python: Path | None, site_packages: Path | None, strict: bool
+    report: Reporter,
+    *,
+    python: Path | None,
+    site_packages: Path | None,
+    strict: bool,
+    front: Path | None = None,
 ) -> JsonObject:
-    """Run `fp8ctl doctor`.
+    """Run `fp8ctl doctor`; `front` is the folder of an overlay to look at.
 
     Raises:
         NotFoundError: no engine is here.
@@ -51,8 +56,17 @@ def run(
         CheckFailedError: under `strict`, a finding is a warning or a failure.
     """
     target = environment.target_options(python, site_packages)
-    found = environment.find(python, site_packages)
-    facts = Facts(found, hardware.detect(), os.environ, _patches(found), target)
+    if front is None:
+        found, layer = environment.find(python, site_packages), None
+    else:
+        from fp8ctl.patching import overlay
+
+        front = overlay.parse(front)
+        made = overlay.require(front)
+        found = overlay.overlaid(overlay.source(front, python, site_packages, None), front)
+        target += overlay.option(front)
+        layer = Layer(front, overlay.describe(made), overlay.stale(made))
+    facts = Facts(found, hardware.detect(), os.environ, _patches(found), target, layer)
     findings = rules.examine(facts)
     following = _next(found, facts, target)
     data: JsonObject = {

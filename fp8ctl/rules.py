@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fp8ctl.environment import Engine
+    from fp8ctl.patching.status import State
 
 
 def examine(facts: Facts) -> tuple[Finding, ...]:
@@ -33,6 +34,7 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
                 install_hint("sglang", stays=facts.environment.named),
             )
         )
+    found += _layer(facts)
     for engine in facts.environment.engines:
         found += _engine(facts, engine)
         if engine.supported and engine.kind != "editable":
@@ -60,6 +62,18 @@ def _python(facts: Facts) -> Iterator[Finding]:
             f"{text}; the engines with fp8ctl's hooks need 3.10 to 3.12",
             "python3.12 -m venv NEW, and install the engine there",
         )
+
+
+def _layer(facts: Facts) -> Iterator[Finding]:
+    layer = facts.layer
+    if layer is None:
+        return
+    data: dict[str, object] = {"folder": str(layer.folder), "stale": layer.stale}
+    if layer.stale is None:
+        yield Finding("overlay", "overlay", "ok", f"overlay of {layer.made_of}", None, data)
+    else:
+        fix = f"fp8ctl patch{facts.target}"
+        yield Finding("overlay", "overlay", "fail", f"overlay is stale: {layer.stale}", fix, data)
 
 
 def _engine(facts: Facts, engine: Engine) -> Iterator[Finding]:
@@ -145,9 +159,9 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
             "engine-writable",
             check,
             "warn",
-            f"{facts.environment.site_packages} is not writable for you: it cannot be patched",
-            # Supported and not editable, it stays the one that is found first.
-            install_hint(engine.backend, stays=True),
+            f"{facts.environment.site_packages} is not writable for you: only an overlay of it "
+            "can be patched",
+            f"fp8ctl patch --backend {engine.backend}{facts.target} --overlay ./fp8ctl-overlay",
             {"folders": list(record.read_only_dirs)},
         )
     if record.linked:
@@ -179,17 +193,15 @@ def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
         reinstall=facts.environment.reinstall(f"{engine.backend}=={engine.version}"),
     )
     torn = [p.id for p in status.patches if p.state == "partial"]
-    again = [str(f.path) for f in status.files if f.state == "superseded"]
-    since = f"; {MEANING['superseded']}: {_some(again)}" if again else ""
+    bad = {state: [str(f.path) for f in status.files if f.state == state] for state in MEANING}
+    told: tuple[State, ...] = ("missing", "drifted", "superseded")
+    odd = [f"{state}, {MEANING[state]}: {_some(bad[state])}" for state in told if bad[state]]
     if status.interrupted or torn:
         what = "an earlier command was cut short" if status.interrupted else ", ".join(torn)
-        yield Finding("patches", check, "fail", f"applied in part: {what}{since}", command, data)
-    elif status.state in ("drifted", "missing"):
-        bad = [str(f.path) for f in status.files if f.state == status.state]
-        what = f"{status.state}, {MEANING[status.state]}: {_some(bad)}"
-        yield Finding("patches", check, "warn", what, command, data)
-    elif again:
-        yield Finding("patches", check, "warn", f"superseded{since}", command, data)
+        message = "; ".join([f"applied in part: {what}", *odd])
+        yield Finding("patches", check, "fail", message, command, data)
+    elif odd:
+        yield Finding("patches", check, "warn", "; ".join(odd), command, data)
     elif applied:
         yield Finding("patches", check, "ok", f"applied: {', '.join(applied)}", None, data)
     else:

@@ -9,13 +9,20 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import environment
 from fp8ctl.environment import LABELS, SUPPORTED
-from fp8ctl.errors import BusyError, ConflictError, DriftError, Fp8ctlError, NotFoundError
-from fp8ctl.patching import catalog, diff, store, transaction
+from fp8ctl.errors import (
+    BusyError,
+    ConflictError,
+    DriftError,
+    Fp8ctlError,
+    NotFoundError,
+    NotPermittedError,
+)
+from fp8ctl.patching import catalog, diff, overlay, store, transaction
 from fp8ctl.patching.fsops import Root
 from fp8ctl.patching.names import short
 from fp8ctl.patching.plan import plan_patch, plan_revert
@@ -62,11 +69,13 @@ class Target:
         env: the environment.
         subjects: the engines.
         options: that name it again in a hint, with a leading space.
+        front: folder of the overlay that is worked on, None for the environment itself.
     """
 
     env: Environment
     subjects: tuple[Subject, ...]
     options: str
+    front: Path | None = None
 
 
 def patch(
@@ -81,6 +90,7 @@ def patch(
     print_diff: bool = False,
     allow_drift: bool = False,
     allow_running: bool = False,
+    front: Path | None = None,
 ) -> dict[str, object]:
     """Apply patches to the engines of an environment.
 
@@ -88,6 +98,7 @@ def patch(
         report: where to say what happens.
         python: interpreter of the environment.
         site_packages: or its folder.
+        front: folder of an overlay to make, and to patch in the environment's place.
         backends: engines; None for every supported one that is there.
         patch_ids: patches; None for every default one that fits this host.
         list_only: list the patches and their state, and stop.
@@ -100,10 +111,14 @@ def patch(
         Environment, engines with patches and files, and the time it took.
     """
     started = time.monotonic()
-    target = _target(report, python, site_packages, backends)
+    if front is not None:
+        front = overlay.parse(front)
+        if list_only:
+            overlay.require(front)
+    target = _target(report, python, site_packages, backends, front=front)
     _check_ids(target, patch_ids)
     if list_only:
-        return _list(report, target)
+        return _list(report, _in_front(target) if front is not None else target)
 
     def plans(root: Root) -> list[PatchPlan]:
         return [
@@ -118,7 +133,13 @@ def patch(
             for series in (subject.series for subject in target.subjects)
         ]
 
-    return _run(
+    made = False
+    if front is not None:
+        # What cannot be patched is refused before anything is made.
+        with Root(target.env.site_packages) as root, _installer_named(target.env):
+            plans(root)
+        made, target = _overlay(report, target, front, dry_run=dry_run, running=allow_running)
+    data = _run(
         report,
         "patch",
         target,
@@ -128,6 +149,9 @@ def patch(
         print_diff=print_diff,
         allow_running=allow_running,
     )
+    if front is not None:
+        data |= {"overlay": str(front), "changed": made or data["changed"]}
+    return data
 
 
 def revert(
@@ -139,10 +163,21 @@ def revert(
     patch_ids: Sequence[str] | None = None,
     dry_run: bool = False,
     allow_running: bool = False,
+    front: Path | None = None,
 ) -> dict[str, object]:
-    """Take patches back, byte for byte; arguments and result as `patch`."""
+    """Take patches back, byte for byte; arguments and result as `patch`.
+
+    Of an overlay, with no patch and no engine named, all is removed.
+    """
     started = time.monotonic()
-    target = _target(report, python, site_packages, backends, reverting=True)
+    if front is not None:
+        front = overlay.parse(front)
+        overlay.require(front)
+        if patch_ids is None and not backends:
+            return _remove(report, front, dry_run=dry_run, running=allow_running, started=started)
+        target = _in_front(_target(report, python, site_packages, backends, front=front))
+    else:
+        target = _target(report, python, site_packages, backends, reverting=True)
     _check_ids(target, patch_ids, reverting=True)
 
     def plans(root: Root) -> list[PatchPlan]:
@@ -175,12 +210,18 @@ def _target(
     backends: Sequence[str] | None,
     *,
     reverting: bool = False,
+    front: Path | None = None,
 ) -> Target:
     wanted = [environment.parse_backend(b) for b in dict.fromkeys(backends or ())]
-    env = environment.find(python, site_packages, wanted[0] if wanted else None)
+    first = wanted[0] if wanted else None
+    options = environment.target_options(python, site_packages)
+    if front is None:
+        env = environment.find(python, site_packages, first)
+    else:
+        env = overlay.source(front, python, site_packages, first)
+        options += overlay.option(front)
     report.say(f"environment: {env.site_packages} ({env.origin})")
     gone = _leftovers(env, wanted or tuple(SUPPORTED))
-    options = environment.target_options(python, site_packages)
     if reverting:
         left = {subject.backend for subject, _ in gone}
         names = [b for b in wanted or _supported(env) if b not in left]
@@ -198,7 +239,98 @@ def _target(
         if gone:
             raise NotFoundError(f"{e.message}; {gone[0][1]}", hint=_revert(env), data=e.data) from e
         raise
-    return Target(env, tuple(subjects), options)
+    return Target(env, tuple(subjects), options, front)
+
+
+def _in_front(target: Target) -> Target:
+    """Return the engines as they are in the overlay."""
+    assert target.front is not None
+    held = overlay.require(target.front).engines
+    env = overlay.overlaid(target.env, target.front)
+    subjects = tuple(s for s in target.subjects if s.backend in held)
+    return replace(target, env=env, subjects=subjects)
+
+
+def _overlay(
+    report: Reporter, target: Target, front: Path, *, dry_run: bool, running: bool
+) -> tuple[bool, Target]:
+    """Make the overlay where it is not there, or not that of its environment any more.
+
+    Returns whether it was made, and what to patch then: in a dry run of an overlay that has
+    to be made, the environment stands for it.
+    """
+    old = overlay.read(front)
+    if old is None:
+        overlay.check_free(front)
+    site = target.env.site_packages
+    backends = dict.fromkeys([s.backend for s in target.subjects])
+    for backend in old.engines if old else ():
+        if any(e.backend == backend and e.supported for e in target.env.engines):
+            backends.setdefault(backend)
+    # The same environment by another path, or another name of its interpreter, is the same.
+    if old is not None:
+        site = old.site_packages
+    wanted = overlay.survey(site, (old.python if old else None) or target.env.python, backends)
+    if old == wanted:
+        return False, _in_front(target)
+    if old is not None:
+        why = overlay.stale(old) or "another engine is asked for"
+        report.say(f"the overlay {front} is made anew: {why}")
+    if dry_run:
+        report.say(f"{front} would be made: {overlay.describe(wanted)}")
+        return False, target
+    if old is not None:
+        _check_servers(report, front, allow_running=running)
+    else:
+        with Root(front.parent) as above:
+            above.make_folder(front.name)
+    with Root(front) as root, transaction.begin(root):
+        carried: dict[str, list[str]] = {}
+        if old is not None:
+            for series in (catalog.load(b, SUPPORTED[b]) for b in old.engines):
+                present = judge(series, take(root, series)).present
+                carried[series.backend] = list(series.ordered(present))
+            overlay.check_own(root, old)
+        overlay.build(root, wanted, old)
+        plans = [
+            plan_patch(series, take(root, series), asked=carried[backend])
+            for backend in backends
+            if carried.get(backend)
+            for series in (catalog.load(backend, SUPPORTED[backend]),)
+        ]
+        if plans:
+            transaction.run(root, plans, python_version=target.env.python_version)
+    report.say(f"overlay {front}: {overlay.describe(wanted)}")
+    return True, _in_front(target)
+
+
+def _remove(
+    report: Reporter, front: Path, *, dry_run: bool, running: bool, started: float
+) -> dict[str, object]:
+    """Remove an overlay: what fp8ctl made of it, and nothing else."""
+    old = overlay.require(front)
+    _check_servers(report, front, allow_running=running)
+    with Root(front) as root:
+        overlay.check_own(root, old)
+        if not dry_run:
+            with transaction.begin(root):
+                overlay.check_own(root, old)
+                overlay.remove(root, old)
+    if dry_run:
+        report.say(f"{front} would be removed: {overlay.describe(old)}")
+    else:
+        with Root(front.parent) as above:
+            above.remove_folder(front.name)
+        report.say(f"{front} is removed; {old.site_packages} was never changed")
+    return {
+        "site_packages": str(front),
+        "origin": f"overlay of {old.site_packages}",
+        "overlay": str(front),
+        "changed": not dry_run,
+        "dry_run": dry_run,
+        "elapsed_s": round(time.monotonic() - started, 4),
+        "engines": [],
+    }
 
 
 def _subject(engine: Engine) -> Subject:
@@ -291,7 +423,7 @@ def _run(
     with Root(env.site_packages) as root, _installer_named(env):
         interrupted = store.needs_recovery(root)
         if interrupted and not dry_run:
-            _check_servers(report, env, allow_running=allow_running)
+            _check_servers(report, env.site_packages, allow_running=allow_running)
             with transaction.begin(root) as mended:
                 if mended:
                     report.warn(mended)
@@ -305,8 +437,8 @@ def _run(
         if print_diff:
             _print_diff(report, plans)
         if changes and not dry_run:
-            transaction.check_permitted(root, [op for p in plans for op in p.ops])
-            _check_servers(report, env, allow_running=allow_running)
+            _check_permitted(root, plans, target)
+            _check_servers(report, env.site_packages, allow_running=allow_running)
             with transaction.begin(root):
                 # Once more under the lock: what was shown is what is done, or it fails.
                 plans = make(root)
@@ -336,6 +468,19 @@ def _run(
             for subject, plan, status in zip(target.subjects, plans, statuses, strict=True)
         ],
     }
+
+
+def _check_permitted(root: Root, plans: Sequence[PatchPlan], target: Target) -> None:
+    """Refuse what may not be written, with the way round it."""
+    try:
+        transaction.check_permitted(root, [op for p in plans for op in p.ops])
+    except NotPermittedError as e:
+        if target.front is None and any(p.after for p in plans):
+            e.hint = (
+                f"fp8ctl patch{target.options} --overlay ./fp8ctl-overlay, which leaves the "
+                f"environment as it is; or {e.hint}"
+            )
+        raise
 
 
 @contextlib.contextmanager
@@ -465,15 +610,15 @@ def _engine_data(
     return result
 
 
-def _check_servers(report: Reporter, env: Environment, *, allow_running: bool) -> None:
+def _check_servers(report: Reporter, folder: Path, *, allow_running: bool) -> None:
     """Refuse, or only warn, when a server of fp8ctl runs on this environment."""
-    servers = live_servers(env.site_packages)
+    servers = live_servers(folder)
     if not servers:
         return
     names = ", ".join(servers)
     if not allow_running:
         raise BusyError(
-            f"{names} runs on {env.site_packages}: it would go on with the old code",
+            f"{names} runs on {folder}: it would go on with the old code",
             hint=f"fp8ctl stop {next(iter(servers))}, or --allow-running",
             data={"servers": servers},
         )

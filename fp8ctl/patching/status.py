@@ -198,7 +198,8 @@ def take(root: Root, series: Series) -> Snapshot:
     """Read everything that the series and the ledger know about an engine."""
     entry = store.read_ledger(root).entries.get(series.backend)
     paths = sorted({*series.pristine, *(entry.files if entry else ())})
-    contents = {p: root.read(p) for p in paths}
+    # An installer may have made links into its cache (`uv pip install --link-mode symlink`).
+    contents = {p: root.read(p, through=True) for p in paths}
     wanted = {f.pre for f in entry.files.values() if f.pre} if entry else set()
     blobs = {sha: store.read_blob(root, sha) for sha in wanted}
     return Snapshot(
