@@ -158,6 +158,14 @@ class Root:
         except FileNotFoundError:
             return None
 
+    def leads_to(self, path: str, link: str) -> bytes | None:
+        """Return what a link in the place of a file would lead to, None if to no readable file."""
+        try:
+            target = (self.path / path).parent / link
+            return target.read_bytes() if target.stat().st_size <= MAX_FILE_BYTES else None
+        except OSError:
+            return None
+
     @staticmethod
     def _open(name: str, fd: int, *, through: bool) -> tuple[int, str | None]:
         try:

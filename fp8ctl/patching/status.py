@@ -6,7 +6,7 @@ commands of this package; changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import environment
@@ -46,6 +46,7 @@ class Snapshot:
         ledger: what fp8ctl did, None if it did nothing or has lost it.
         blobs: the stored pre-images that the ledger names.
         interrupted: an earlier command was cut short.
+        links: where the name of a file leads, of those that are links.
     """
 
     version: str | None
@@ -54,6 +55,7 @@ class Snapshot:
     ledger: LedgerEntry | None
     blobs: Mapping[Sha256, bytes]
     interrupted: bool
+    links: Mapping[RelPath, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +211,7 @@ def take(root: Root, series: Series) -> Snapshot:
         entry,
         {sha: data for sha, data in blobs.items() if data is not None},
         store.needs_recovery(root),
+        {p: f.link for p, f in contents.items() if f is not None and f.link is not None},
     )
 
 

@@ -199,13 +199,24 @@ def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
 
 
 def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
-    file = root.read(op.path)
+    file = root.read(op.path, through=True)
     if sha256_or_none(file.data if file else None) != op.old_sha:
         raise _changed(root, op.path)
     name = op.path.rpartition("/")[2]
-    mode, owner = (file.mode, (file.uid, file.gid)) if file else (op.mode, _owner(root, op.path))
+    mode = file.mode if file else op.mode
+    # What a link leads to may be another user's.
+    plain = file is not None and file.link is None
+    owner = (file.uid, file.gid) if file and plain else _owner(root, op.path)
     return JournalOp(
-        op.path, f".{name}.fp8ctl-{tx}" if op.new_sha else "", op.old_sha, op.new_sha, mode, owner
+        op.path,
+        f".{name}.fp8ctl-{tx}" if op.new_sha else "",
+        op.old_sha,
+        op.new_sha,
+        mode,
+        owner,
+        file.link if file else None,
+        # Not where the cache was cleaned meanwhile: then the stored content is put back.
+        op.link if op.link and root.leads_to(op.path, op.link) == op.new_bytes else None,
     )
 
 
@@ -228,7 +239,7 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
         root.make_folder(folder)
     for op, entry in zip(ops, journal.ops, strict=True):
         if op.new_bytes is not None:
-            _write(root, entry, op.new_bytes, root.read(op.path))
+            _write(root, entry, op.new_bytes, root.read(op.path, through=True), entry.new_link)
     for parent in _parents(journal.ops, journal.made):
         root.sync_folder(parent)
     for entry in journal.ops:
@@ -237,7 +248,11 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
             raise _changed(root, entry.path)
 
 
-def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None) -> None:
+def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None, link: str | None) -> None:
+    if link is not None:
+        root.unlink(op.staged_path)
+        root.link(op.staged_path, link)
+        return
     mtime = max(time.time_ns(), old.mtime_ns + _MTIME_STEP_NS if old else 0)
     root.stage(op.staged_path, data, mode=op.mode, owner=op.owner, mtime_ns=mtime)
 
@@ -282,7 +297,8 @@ def _roll_back(root: Root, journal: Journal) -> None:
         for folder in _folders(op.path):
             root.make_folder(folder)  # gone with the last file in it
         way_back = replace(op, staged=op.staged or f".{op.path.rpartition('/')[2]}.fp8ctl-back")
-        _write(root, way_back, data, root.read(op.path))
+        link = op.old_link if op.old_link and root.leads_to(op.path, op.old_link) == data else None
+        _write(root, way_back, data, root.read(op.path, through=True), link)
         root.rename(way_back.staged_path, op.path.rpartition("/")[2])
     _settle(root, changed, journal.made[::-1])
     if store.read_ledger(root) != journal.before:
@@ -306,7 +322,7 @@ def _parents(ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> list[str]:
 
 
 def _sha(root: Root, path: str) -> Sha256 | None:
-    file = root.read(path)
+    file = root.read(path, through=True)
     return sha256_or_none(file.data if file else None)
 
 
