@@ -374,7 +374,7 @@ MODULES = {
     "doctor": ["doctor.py", "findings.py"],
     "install": ["install.py"],
     "plan": ["manifest.py"],
-    "patch": ["patching/commands.py"],
+    "patch": ["patching/commands.py", "patching/account.py"],
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
     "check": ["check/command.py", "check/verdict.py", "check/weights.py"],

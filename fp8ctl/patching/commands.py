@@ -9,73 +9,32 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from fp8ctl import environment
 from fp8ctl.environment import LABELS, SUPPORTED
 from fp8ctl.errors import (
     BusyError,
     ConflictError,
     DriftError,
     Fp8ctlError,
-    NotFoundError,
     NotPermittedError,
 )
-from fp8ctl.patching import catalog, diff, overlay, store, transaction
+from fp8ctl.patching import account, catalog, overlay, store, targets, transaction
 from fp8ctl.patching.fsops import Root
-from fp8ctl.patching.names import short
 from fp8ctl.patching.plan import plan_patch, plan_revert
-from fp8ctl.patching.status import MEANING, judge, leftover, take, way_out
+from fp8ctl.patching.status import judge, take
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from fp8ctl.environment import BackendName, Engine, Environment
+    from fp8ctl.environment import Environment
+    from fp8ctl.patching.account import Verb
     from fp8ctl.patching.catalog import Series
     from fp8ctl.patching.plan import PatchPlan
-    from fp8ctl.patching.status import SeriesStatus
+    from fp8ctl.patching.targets import Target
     from fp8ctl.render import Reporter
-
-Verb = Literal["patch", "revert"]
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """An engine to work on, or what fp8ctl left of one that is gone.
-
-    Attributes:
-        backend: which engine.
-        version: as installed, None where it is not.
-        label: name and version, for a person.
-        series: the patches for it.
-        gone: the engine is no longer there; what fp8ctl left of it is.
-    """
-
-    backend: BackendName
-    version: str | None
-    label: str
-    series: Series
-    gone: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The engines to work on.
-
-    Attributes:
-        env: the environment.
-        subjects: the engines.
-        options: that name it again in a hint, with a leading space.
-        front: folder of the overlay that is worked on, None for the environment itself.
-    """
-
-    env: Environment
-    subjects: tuple[Subject, ...]
-    options: str
-    front: Path | None = None
 
 
 def patch(
@@ -115,10 +74,12 @@ def patch(
         front = overlay.parse(front)
         if list_only:
             overlay.require(front)
-    target = _target(report, python, site_packages, backends, front=front)
-    _check_ids(target, patch_ids)
+    target = targets.find(report, python, site_packages, backends, front=front)
+    targets.check_ids(target, patch_ids)
     if list_only:
-        return _list(report, _in_front(target) if front is not None else target)
+        return account.list_patches(
+            report, targets.in_front(target) if front is not None else target
+        )
 
     def plans(root: Root) -> list[PatchPlan]:
         return [
@@ -175,10 +136,12 @@ def revert(
         overlay.require(front)
         if patch_ids is None and not backends:
             return _remove(report, front, dry_run=dry_run, running=allow_running, started=started)
-        target = _in_front(_target(report, python, site_packages, backends, front=front))
+        target = targets.in_front(
+            targets.find(report, python, site_packages, backends, front=front)
+        )
     else:
-        target = _target(report, python, site_packages, backends, reverting=True)
-    _check_ids(target, patch_ids, reverting=True)
+        target = targets.find(report, python, site_packages, backends, reverting=True)
+    targets.check_ids(target, patch_ids, reverting=True)
 
     def plans(root: Root) -> list[PatchPlan]:
         result = []
@@ -203,54 +166,6 @@ def revert(
     )
 
 
-def _target(
-    report: Reporter,
-    python: Path | None,
-    site_packages: Path | None,
-    backends: Sequence[str] | None,
-    *,
-    reverting: bool = False,
-    front: Path | None = None,
-) -> Target:
-    wanted = [environment.parse_backend(b) for b in dict.fromkeys(backends or ())]
-    first = wanted[0] if wanted else None
-    options = environment.target_options(python, site_packages)
-    if front is None:
-        env = environment.find(python, site_packages, first)
-    else:
-        env = overlay.source(front, python, site_packages, first)
-        options += overlay.option(front)
-    report.say(f"environment: {env.site_packages} ({env.origin})")
-    gone = _leftovers(env, wanted or tuple(SUPPORTED))
-    if reverting:
-        left = {subject.backend for subject, _ in gone}
-        names = [b for b in wanted or _supported(env) if b not in left]
-        if not names and not left and not _has_store(env):
-            names = _expected(env)
-        subjects = [_subject(env.require_patchable(b)) for b in names]
-        subjects += [subject for subject, _ in gone]
-        return Target(env, tuple(subjects), options)
-    for _, words in gone:
-        report.warn(words)
-    try:
-        names = wanted or _supported(env) or _expected(env)
-        subjects = [_subject(env.require_patchable(b)) for b in names]
-    except NotFoundError as e:
-        if gone:
-            raise NotFoundError(f"{e.message}; {gone[0][1]}", hint=_revert(env), data=e.data) from e
-        raise
-    return Target(env, tuple(subjects), options, front)
-
-
-def _in_front(target: Target) -> Target:
-    """Return the engines as they are in the overlay."""
-    assert target.front is not None
-    held = overlay.require(target.front).engines
-    env = overlay.overlaid(target.env, target.front)
-    subjects = tuple(s for s in target.subjects if s.backend in held)
-    return replace(target, env=env, subjects=subjects)
-
-
 def _overlay(
     report: Reporter, target: Target, front: Path, *, dry_run: bool, running: bool
 ) -> tuple[bool, Target]:
@@ -272,7 +187,7 @@ def _overlay(
         site = old.site_packages
     wanted = overlay.survey(site, (old.python if old else None) or target.env.python, backends)
     if old == wanted:
-        return False, _in_front(target)
+        return False, targets.in_front(target)
     if old is not None:
         why = overlay.stale(old) or "another engine is asked for"
         report.say(f"the overlay {front} is made anew: {why}")
@@ -301,7 +216,7 @@ def _overlay(
         if plans:
             transaction.run(root, plans, python_version=target.env.python_version)
     report.say(f"overlay {front}: {overlay.describe(wanted)}")
-    return True, _in_front(target)
+    return True, targets.in_front(target)
 
 
 def _remove(
@@ -331,73 +246,6 @@ def _remove(
         "elapsed_s": round(time.monotonic() - started, 4),
         "engines": [],
     }
-
-
-def _subject(engine: Engine) -> Subject:
-    return Subject(
-        engine.backend, engine.version, engine.label, catalog.load(engine.backend, engine.version)
-    )
-
-
-def _leftovers(env: Environment, wanted: Sequence[BackendName]) -> list[tuple[Subject, str]]:
-    """Return what fp8ctl left of engines that are gone, each with a sentence about it."""
-    found = []
-    for backend in wanted:
-        engine = next((e for e in env.engines if e.backend == backend), None)
-        if engine is not None and engine.supported and engine.kind != "editable":
-            continue
-        left = leftover(env.site_packages, backend)
-        if left is None:
-            continue
-        series = catalog.load(backend, SUPPORTED[backend])
-        label = f"{LABELS[backend]} {SUPPORTED[backend]}, no longer installed"
-        files = sum(f.state == "orphan" for f in left.files)
-        words = (
-            f"{label}: {plural(files, 'file')} and the store that fp8ctl made are left in "
-            f"{env.site_packages}"
-        )
-        found.append((Subject(backend, left.version, label, series, gone=True), words))
-    return found
-
-
-def _has_store(env: Environment) -> bool:
-    with Root(env.site_packages) as root:
-        return root.has_folder(store.FOLDER)
-
-
-def _revert(env: Environment) -> str:
-    return f"fp8ctl revert{environment.target_options(None, env.site_packages)}"
-
-
-def _supported(env: Environment) -> list[BackendName]:
-    return [e.backend for e in env.engines if e.supported]
-
-
-def _expected(env: Environment) -> list[BackendName]:
-    """Say why there is no engine to work on."""
-    if env.engines:
-        env.engine(env.engines[0].backend)  # raises, with the versions in the message
-    raise NotFoundError(
-        f"no engine in {env.site_packages} ({env.origin}), expected vLLM "
-        f"{SUPPORTED['vllm']} or SGLang {SUPPORTED['sglang']}",
-        hint=environment.install_hint("sglang", stays=env.named),
-    )
-
-
-def _check_ids(target: Target, patch_ids: Sequence[str] | None, *, reverting: bool = False) -> None:
-    """Refuse an id that none of the engines knows."""
-    known = {p.id for subject in target.subjects for p in subject.series.patches}
-    if reverting:
-        with Root(target.env.site_packages) as root:
-            for entry in store.read_ledger(root).entries.values():
-                known |= set(entry.patches)
-    for patch_id in patch_ids or ():
-        if patch_id not in known:
-            names = ", ".join(subject.series.name for subject in target.subjects)
-            raise NotFoundError(
-                f"no patch {patch_id!r} in {names}, expected one of: {', '.join(sorted(known))}",
-                hint=f"fp8ctl patch{target.options} --list",
-            )
 
 
 def _asked(series: Series, patch_ids: Sequence[str] | None) -> list[str] | None:
@@ -433,9 +281,9 @@ def _run(
         plans = make(root)
         changes = any(not p.empty for p in plans)
         for subject, plan in zip(target.subjects, plans, strict=True):
-            _show(report, verb, subject, plan)
+            account.show(report, verb, subject, plan)
         if print_diff:
-            _print_diff(report, plans)
+            account.print_diff(report, plans)
         if changes and not dry_run:
             _check_permitted(root, plans, target)
             _check_servers(report, env.site_packages, allow_running=allow_running)
@@ -464,7 +312,7 @@ def _run(
         "dry_run": dry_run,
         "elapsed_s": round(elapsed, 4),
         "engines": [
-            _engine_data(subject, plan, status)
+            account.engine_data(subject, plan, status)
             for subject, plan, status in zip(target.subjects, plans, statuses, strict=True)
         ],
     }
@@ -493,121 +341,6 @@ def _installer_named(env: Environment) -> Iterator[None]:
         if head == "pip install" and words:
             e.hint = env.reinstall(requirement)
         raise
-
-
-def _show(report: Reporter, verb: Verb, subject: Subject, plan: PatchPlan) -> None:
-    report.say(f"{subject.label}, series {plan.series}:")
-    for choice in plan.choices:
-        was = choice.id in plan.before
-        if choice.taken:
-            mark = "+" if not was and verb == "patch" else "="
-        else:
-            mark = "-" if was else " "
-        report.say(f"  {mark} {choice.id}: {choice.reason}")
-    for op in plan.ops:
-        report.say(f"    {op.action} {op.path}  {short(op.old_sha)} -> {short(op.new_sha)}")
-        for patch_id, offsets in op.offsets if op.path in plan.drifted else ():
-            lines = ", ".join(f"{o:+d}" for o in offsets)
-            report.warn(f"{op.path}: {patch_id} applied at an offset of {lines} lines")
-    for path in plan.drifted:
-        report.warn(f"{path} is of another build; it is patched where the context fits")
-    for note in plan.notes:
-        report.warn(note)
-
-
-def _print_diff(report: Reporter, plans: Sequence[PatchPlan]) -> None:
-    for plan in plans:
-        for op in plan.ops:
-            text = diff.render(op.path, op.old_bytes, op.new_bytes, mode=op.mode)
-            report.data(text.decode("utf-8", "backslashreplace").removesuffix("\n"))
-
-
-def _list(report: Reporter, target: Target) -> dict[str, object]:
-    data: list[dict[str, object]] = []
-    env = target.env
-    with Root(env.site_packages) as root:
-        statuses = [judge(s.series, take(root, s.series)) for s in target.subjects]
-    rows = []
-    for subject, status in zip(target.subjects, statuses, strict=True):
-        data.append(_engine_data(subject, None, status))
-        for one, state in zip(subject.series.patches, status.patches, strict=True):
-            devices = "any" if len(one.devices) > 1 else one.devices[0]
-            default = "yes" if one.default else "no"
-            rows.append((subject.series.name, one.id, state.state, default, devices, one.title))
-        if status.interrupted:
-            report.warn("an earlier command was cut short; the next patch or revert mends it")
-        odd = [f for f in status.files if f.state in MEANING]
-        for file in odd:
-            report.warn(f"{file.path} is {file.state}: {MEANING[file.state]}")
-        if odd:
-            requirement = f"{subject.series.distribution}=={subject.version}"
-            out = way_out(
-                status,
-                site_packages=env.site_packages,
-                target=target.options,
-                reinstall=env.reinstall(requirement),
-            )
-            report.warn(f"the way out: {out}")
-    report.table(("series", "patch", "state", "default", "device", "title"), rows)
-    return {
-        "site_packages": str(target.env.site_packages),
-        "origin": target.env.origin,
-        "engines": data,
-    }
-
-
-def _engine_data(
-    subject: Subject, plan: PatchPlan | None, status: SeriesStatus
-) -> dict[str, object]:
-    series = subject.series
-    reasons = {c.id: c.reason for c in plan.choices} if plan else {}
-    result: dict[str, object] = {
-        "backend": subject.backend,
-        "version": subject.version,
-        "series": series.name,
-        "state": status.state,
-        "interrupted": status.interrupted,
-        "patches": [
-            {
-                "id": one.id,
-                "title": one.title,
-                "why": one.why,
-                "upstream": one.upstream,
-                "state": state.state,
-                "default": one.default,
-                "devices": list(one.devices),
-                "modes": list(one.modes),
-                "requires": list(one.requires),
-                "conflicts": list(one.conflicts),
-                **({"reason": reasons[one.id]} if one.id in reasons else {}),
-            }
-            for one, state in zip(series.patches, status.patches, strict=True)
-        ],
-        "files": [
-            {
-                "path": f.path,
-                "state": f.state,
-                "sha256": f.sha,
-                "pristine": f.pristine,
-                "patches": list(series.ordered(f.patches)),
-            }
-            for f in status.files
-        ],
-    }
-    if plan is not None:
-        result["before"], result["after"] = list(plan.before), list(plan.after)
-        result["changes"] = [
-            {
-                "path": op.path,
-                "action": op.action,
-                "old": op.old_sha,
-                "new": op.new_sha,
-                "offsets": {p: list(o) for p, o in op.offsets},
-            }
-            for op in plan.ops
-        ]
-        result["drifted"], result["notes"] = list(plan.drifted), list(plan.notes)
-    return result
 
 
 def _check_servers(report: Reporter, folder: Path, *, allow_running: bool) -> None:

@@ -106,14 +106,16 @@ def recover(root: Root) -> str | None:
         return "an interrupted command was undone: it had changed no file"
     present = {op.path: _sha(root, op.path) for op in journal.ops}
     for op in journal.ops:
-        if present[op.path] not in (op.old, op.new):
+        # One that is gone by now, with its engine perhaps, is nobody's content to lose.
+        if present[op.path] not in (op.old, op.new, None):
             raise DriftError(
                 f"{root.path / op.path} has sha256 {short(present[op.path])}, the interrupted "
                 f"command knows {short(op.old)} and {short(op.new)}",
                 hint=f"put one of them back, or remove {root.path / journal.path}",
             )
     ready = all(
-        present[op.path] == op.new or op.new is None or _sha(root, op.staged_path) == op.new
+        present[op.path] == op.new
+        or (present[op.path] == op.old and (not op.staged or _sha(root, op.staged_path) == op.new))
         for op in journal.ops
     )
     if ready:
@@ -300,7 +302,10 @@ def _roll_back(root: Root, journal: Journal) -> None:
         link = op.old_link if op.old_link and root.leads_to(op.path, op.old_link) == data else None
         _write(root, way_back, data, root.read(op.path, through=True), link)
         root.rename(way_back.staged_path, op.path.rpartition("/")[2])
-    _settle(root, changed, journal.made[::-1])
+    # Folders of files that went with their engine: an installer leaves those with a staged file.
+    gone = [op.path for op in journal.ops if op.old is not None and _sha(root, op.path) is None]
+    folders = {*journal.made, *(f for path in gone for f in _folders(path))}
+    _settle(root, changed, sorted(folders, key=lambda f: (-f.count("/"), f)))
     if store.read_ledger(root) != journal.before:
         store.write_ledger(root, journal.before)
     store.end_journal(root, journal)
