@@ -99,6 +99,9 @@ Python = Annotated[
 SitePackages = Annotated[
     Path | None, typer.Option("--site-packages", help="Its site-packages folder instead.")
 ]
+Overlay = Annotated[
+    Path | None, typer.Option("--overlay", help="Folder of a patched copy, in front of it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Backends = Annotated[
     list[str] | None, typer.Option("--backend", help="vllm or sglang; may be repeated.")
@@ -187,6 +190,7 @@ def _root(
 def doctor(
     python: Python = None,
     site_packages: SitePackages = None,
+    overlay: Overlay = None,
     strict: Strict = False,
     json_: Json = False,
 ) -> None:
@@ -196,7 +200,9 @@ def doctor(
     _run(
         "doctor",
         json_,
-        lambda r: m.run(r, python=python, site_packages=site_packages, strict=strict),
+        lambda r: m.run(
+            r, python=python, site_packages=site_packages, front=overlay, strict=strict
+        ),
     )
 
 
@@ -254,6 +260,7 @@ def plan(
 def patch(
     python: Python = None,
     site_packages: SitePackages = None,
+    overlay: Overlay = None,
     backend: Backends = None,
     patch_: PatchIds = None,
     list_: Annotated[
@@ -279,6 +286,7 @@ def patch(
             r,
             python=python,
             site_packages=site_packages,
+            front=overlay,
             backends=backend,
             patch_ids=patch_,
             list_only=list_,
@@ -294,6 +302,7 @@ def patch(
 def revert(
     python: Python = None,
     site_packages: SitePackages = None,
+    overlay: Overlay = None,
     backend: Backends = None,
     patch_: PatchIds = None,
     dry_run: DryRun = False,
@@ -313,6 +322,7 @@ def revert(
             r,
             python=python,
             site_packages=site_packages,
+            front=overlay,
             backends=backend,
             patch_ids=patch_,
             dry_run=dry_run,
@@ -360,6 +370,7 @@ def launch(
     backend: Backend,
     python: Python = None,
     site_packages: SitePackages = None,
+    overlay: Overlay = None,
     model: OptionalModel = None,
     mode: LaunchMode = "block",
     block_size: BlockSize = None,
@@ -398,6 +409,7 @@ def launch(
             backend=backend,
             python=python,
             site_packages=site_packages,
+            front=overlay,
             model=model,
             mode=mode,
             block_size=block_size,

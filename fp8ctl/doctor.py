@@ -6,13 +6,14 @@ engine, starts no server, writes nothing, needs no network.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 from fp8ctl import environment, hardware, rules
 from fp8ctl.environment import LABELS, SUPPORTED
 from fp8ctl.errors import CheckFailedError, Fp8ctlError, NotFoundError, UnsupportedError
-from fp8ctl.findings import Facts
+from fp8ctl.findings import Facts, Layer
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ _MARKS = {"ok": ("✓", "ok"), "info": ("·", "dim"), "warn": ("!", "warn"), "fa
 
 
 def run(
-    report: Reporter, *, python: Path | None, site_packages: Path | None, strict: bool
+    report: Reporter,
+    *,
+    python: Path | None,
+    site_packages: Path | None,
+    strict: bool,
+    front: Path | None = None,
 ) -> JsonObject:
-    """Run `fp8ctl doctor`.
+    """Run `fp8ctl doctor`; `front` is the folder of an overlay to look at.
 
     Raises:
         NotFoundError: no engine is here.
@@ -50,8 +56,17 @@ def run(
         CheckFailedError: under `strict`, a finding is a warning or a failure.
     """
     target = environment.target_options(python, site_packages)
-    found = environment.find(python, site_packages)
-    facts = Facts(found, hardware.detect(), os.environ, _patches(found), target)
+    if front is None:
+        found, layer = environment.find(python, site_packages), None
+    else:
+        from fp8ctl.patching import overlay
+
+        front = overlay.parse(front)
+        made = overlay.require(front)
+        found = overlay.overlaid(overlay.source(front, python, site_packages, None), front)
+        target += overlay.option(front)
+        layer = Layer(front, overlay.describe(made), overlay.stale(made))
+    facts = Facts(found, hardware.detect(), os.environ, _patches(found), target, layer)
     findings = rules.examine(facts)
     following = _next(found, facts, target)
     data: JsonObject = {
@@ -141,6 +156,15 @@ def _patches(found: Environment) -> dict[BackendName, SeriesStatus | str]:
             states[engine.backend] = e.message
         except OSError as e:
             states[engine.backend] = str(e)
+    for backend in SUPPORTED:
+        if backend in states:
+            continue
+        from fp8ctl.patching import status
+
+        with contextlib.suppress(Fp8ctlError, OSError):
+            left = status.leftover(found.site_packages, backend)
+            if left is not None:
+                states[backend] = left
     return states
 
 

@@ -100,6 +100,7 @@ class Environment:
         cuda: CUDA version that its torch was built for, such as "12.6", or None.
         duplicates: distributions with several metadata folders, and their versions.
         named: the user named it, so that it is taken again whatever else is made.
+        front: options that make its overlay anew, where site_packages is that of an overlay.
     """
 
     python: Path | None
@@ -114,6 +115,7 @@ class Environment:
     cuda: str | None = None
     duplicates: Mapping[str, tuple[str, ...]] | None = None
     named: bool = False
+    front: str | None = None
 
     def engine(
         self, backend: BackendName, known: Callable[[BackendName, str], bool] | None = None
@@ -147,6 +149,25 @@ class Environment:
                 data={"found": found.version, "expected": wanted},
             )
         return found
+
+    @property
+    def pip(self) -> str:
+        """The start of a command that installs into this environment."""
+        if self.python is None:
+            # Without --upgrade pip leaves a folder alone that is there already.
+            return f"pip install --upgrade --target {shlex.quote(str(self.site_packages))}"
+        python = shlex.quote(str(self.python))
+        if "pip" not in self.packages and any(e.installer == "uv" for e in self.engines):
+            return f"uv pip install --python {python}"
+        return f"{python} -m pip install"
+
+    def reinstall(self, requirement: str) -> str:
+        """Return the command that installs a package anew, as it was released."""
+        if self.front is not None:
+            return f"rm -r {shlex.quote(str(self.site_packages))} && fp8ctl patch{self.front}"
+        # uv would take the file from its cache, which an editor may have written to.
+        fresh = " --no-cache" if self.pip.startswith("uv ") else ""
+        return f"{self.pip}{fresh} --force-reinstall --no-deps {requirement}"
 
     def require_patchable(
         self, backend: BackendName, known: Callable[[BackendName, str], bool] | None = None

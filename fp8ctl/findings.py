@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from fp8ctl.environment import BackendName, Environment
     from fp8ctl.hardware import Hardware
@@ -47,6 +48,21 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class Layer:
+    """The overlay that is looked at.
+
+    Attributes:
+        folder: where it is.
+        made_of: in words.
+        stale: why it is no longer that of its environment, None where it is.
+    """
+
+    folder: Path
+    made_of: str
+    stale: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """Everything the rules look at.
 
@@ -55,6 +71,7 @@ class Facts:
         variables: the environment variables of the caller.
         patches: per engine what is applied, or why that cannot be said.
         target: the options that name the environment, for commands in a fix.
+        layer: the overlay in front of the environment, if one is looked at.
     """
 
     environment: Environment
@@ -62,6 +79,7 @@ class Facts:
     variables: Mapping[str, str]
     patches: Mapping[BackendName, SeriesStatus | str]
     target: str = ""
+    layer: Layer | None = None
 
     def has(self, backend: BackendName) -> bool:
         """Say whether the environment holds the engine in its supported version."""
@@ -70,6 +88,4 @@ class Facts:
     @property
     def pip(self) -> str:
         """The start of a command that installs into the environment."""
-        if self.environment.python:
-            return f"{self.environment.python} -m pip install"
-        return f"pip install --target {self.environment.site_packages}"
+        return self.environment.pip

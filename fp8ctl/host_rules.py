@@ -235,7 +235,8 @@ def variables(facts: Facts) -> Iterator[Finding]:
         (
             "PYTHONPYCACHEPREFIX",
             True,
-            "compiled files lie elsewhere, and a patch cannot drop the stale ones",
+            "compiled files lie elsewhere, and a patch cannot drop the stale ones; "
+            "only servers of `fp8ctl launch` do without them",
         ),
         (
             "VLLM_USE_V1",

@@ -21,7 +21,7 @@ from fp8ctl.engines import base, sglang, vllm
 from fp8ctl.engines.base import CPU, Device, LaunchRequest, ModelFacts, Source
 from fp8ctl.errors import ConflictError, UsageError
 from fp8ctl.formats import BlockSize, parse_mode
-from fp8ctl.patching import status
+from fp8ctl.patching import overlay, status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,11 +83,13 @@ def run(
     dry_run: bool = False,
     extra: Sequence[str] = (),
     expect: str | None = None,
+    front: Path | None = None,
 ) -> dict[str, object]:
     """Start a server in FP8; arguments are those of `fp8ctl launch`.
 
     Args:
         expect: text that the answer of the closing check must contain.
+        front: folder of the overlay that the engine is imported from.
 
     Raises:
         UsageError, NotFoundError, UnsupportedError, ConflictError, PlanDoesNotFitError: it was
@@ -111,7 +113,12 @@ def run(
         raise UsageError("--no-wait leaves the server alone, so it needs --detach", hint="--detach")
     point = base.parse_trace(trace) if trace is not None else None
 
-    found = environment.find(python, site_packages, name)
+    if front is None:
+        found = environment.find(python, site_packages, name)
+    else:
+        front = overlay.parse(front)
+        overlay.require_current(front)
+        found = overlay.overlaid(overlay.source(front, python, site_packages, name), front)
     engine = found.engine(name)
     if found.python is None:
         raise UsageError(
@@ -125,7 +132,8 @@ def run(
             hint=f"take {shlex.quote(str(engine.shadowed_by.parent))} out of PYTHONPATH",
         )
     report.say(f"{engine.label} in {found.site_packages} ({found.origin})")
-    patches = _patches(report, found, name)
+    target = environment.target_options(found.python, None)
+    patches = _patches(report, found, name, overlay.option(front) if front else target)
 
     folder, shown = _model(report, name, model, found.python, fetch=not dry_run)
     facts = read_facts(folder, shown, tp)
@@ -141,6 +149,7 @@ def run(
         port=port,
         run_dir=registry.servers_dir() / registry.free_name(name, port),
         hook_path=interpreter.hook_path(),
+        overlay=front,
         applied=patches.applied,
         present=patches.present,
         installed=frozenset(p for p in _OPTIONAL_PACKAGES if p in found.packages),
@@ -295,14 +304,16 @@ def _model(
     return folder, folder.name
 
 
-def _patches(report: Reporter, found: Environment, backend: BackendName) -> SeriesStatus:
+def _patches(
+    report: Reporter, found: Environment, backend: BackendName, target: str
+) -> SeriesStatus:
     """Return what is applied; refuse a tree that is half one thing and half another."""
     state = status.inspect(found.site_packages, backend)
     if state.interrupted or state.state == "partial":
         raise ConflictError(
             f"{found.site_packages} is partly patched: a command of fp8ctl was cut short there, "
             "or its files were changed since",
-            hint=f"fp8ctl patch --python {shlex.quote(str(found.python))} --backend {backend}",
+            hint=f"fp8ctl patch --backend {backend}{target}",
         )
     drifted = [f.path for f in state.files if f.state == "drifted"]
     if drifted:
@@ -362,6 +373,8 @@ def _build(request: LaunchRequest, found: Environment, backend: BackendName) -> 
     except ConflictError as e:
         if "missing_patch" in e.data:
             found.require_patchable(backend)
+            if request.overlay is not None:
+                e.hint = f"fp8ctl patch --backend {backend}{overlay.option(request.overlay)}"
         raise
 
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 from fp8ctl import host_rules
 from fp8ctl.environment import LABELS, SUPPORTED, install_hint
 from fp8ctl.findings import Facts, Finding
+from fp8ctl.patching.status import MEANING, way_out
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fp8ctl.environment import Engine
+    from fp8ctl.patching.status import State
 
 
 def examine(facts: Facts) -> tuple[Finding, ...]:
@@ -32,11 +34,13 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
                 install_hint("sglang", stays=facts.environment.named),
             )
         )
+    found += _layer(facts)
     for engine in facts.environment.engines:
         found += _engine(facts, engine)
         if engine.supported and engine.kind != "editable":
             found += _files(facts, engine)
             found += _patches(facts, engine)
+    found += _orphans(facts)
     found += _neighbours(facts)
     found += host_rules.packages(facts)
     found += host_rules.gpus(facts)
@@ -58,6 +62,18 @@ def _python(facts: Facts) -> Iterator[Finding]:
             f"{text}; the engines with fp8ctl's hooks need 3.10 to 3.12",
             "python3.12 -m venv NEW, and install the engine there",
         )
+
+
+def _layer(facts: Facts) -> Iterator[Finding]:
+    layer = facts.layer
+    if layer is None:
+        return
+    data: dict[str, object] = {"folder": str(layer.folder), "stale": layer.stale}
+    if layer.stale is None:
+        yield Finding("overlay", "overlay", "ok", f"overlay of {layer.made_of}", None, data)
+    else:
+        fix = f"fp8ctl patch{facts.target}"
+        yield Finding("overlay", "overlay", "fail", f"overlay is stale: {layer.stale}", fix, data)
 
 
 def _engine(facts: Facts, engine: Engine) -> Iterator[Finding]:
@@ -103,7 +119,7 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
     record = engine.record
     check = f"{LABELS[engine.backend]} files"
     pin = f"{engine.backend}=={SUPPORTED[engine.backend]}"
-    again = f"{facts.pip} --force-reinstall --no-deps {pin}"
+    again = facts.environment.reinstall(pin)
     if not record.present:
         yield Finding("engine-files", check, "warn", "no RECORD to verify the files against", again)
         return
@@ -143,9 +159,9 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
             "engine-writable",
             check,
             "warn",
-            f"{facts.environment.site_packages} is not writable for you: it cannot be patched",
-            # Supported and not editable, it stays the one that is found first.
-            install_hint(engine.backend, stays=True),
+            f"{facts.environment.site_packages} is not writable for you: only an overlay of it "
+            "can be patched",
+            f"fp8ctl patch --backend {engine.backend}{facts.target} --overlay ./fp8ctl-overlay",
             {"folders": list(record.read_only_dirs)},
         )
     if record.linked:
@@ -161,7 +177,6 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
 def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
     status = facts.patches.get(engine.backend)
     check = f"{LABELS[engine.backend]} patches"
-    command = f"fp8ctl patch --backend {engine.backend}{facts.target}"
     if status is None or isinstance(status, str):
         yield Finding("patches", check, "warn", f"cannot be told: {status or 'not asked'}")
         return
@@ -171,20 +186,50 @@ def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
         "applied": applied,
         "files": {str(f.path): f.state for f in status.files},
     }
+    command = way_out(
+        status,
+        site_packages=facts.environment.site_packages,
+        target=facts.target,
+        reinstall=facts.environment.reinstall(f"{engine.backend}=={engine.version}"),
+    )
     torn = [p.id for p in status.patches if p.state == "partial"]
+    bad = {state: [str(f.path) for f in status.files if f.state == state] for state in MEANING}
+    told: tuple[State, ...] = ("missing", "drifted", "superseded")
+    odd = [f"{state}, {MEANING[state]}: {_some(bad[state])}" for state in told if bad[state]]
     if status.interrupted or torn:
         what = "an earlier command was cut short" if status.interrupted else ", ".join(torn)
-        yield Finding("patches", check, "fail", f"applied in part: {what}", command, data)
-    elif status.state in ("drifted", "missing"):
-        bad = [str(f.path) for f in status.files if f.state == status.state]
-        yield Finding(
-            "patches", check, "warn", f"{status.state}: {_some(bad)}", f"{command} --dry-run", data
-        )
+        message = "; ".join([f"applied in part: {what}", *odd])
+        yield Finding("patches", check, "fail", message, command, data)
+    elif odd:
+        yield Finding("patches", check, "warn", "; ".join(odd), command, data)
     elif applied:
         yield Finding("patches", check, "ok", f"applied: {', '.join(applied)}", None, data)
     else:
         known = plural(len(status.patches), "patch", "patches")
         yield Finding("patches", check, "info", f"pristine, {known} known", command, data)
+
+
+def _orphans(facts: Facts) -> Iterator[Finding]:
+    """Name what fp8ctl left of engines that are gone."""
+    for backend, status in facts.patches.items():
+        if isinstance(status, str) or not status.orphan:
+            continue
+        files = {str(f.path): f.state for f in status.files}
+        ours = [path for path, state in files.items() if state == "orphan"]
+        what = f"{plural(len(ours), 'file')} ({_some(ours)}), " if ours else ""
+        yield Finding(
+            "orphan",
+            f"{LABELS[backend]} patches",
+            "warn",
+            f"the engine that was patched is no longer installed: {what}.fp8ctl is left",
+            way_out(
+                status,
+                site_packages=facts.environment.site_packages,
+                target=facts.target,
+                reinstall="",
+            ),
+            {"state": status.state, "files": files},
+        )
 
 
 def _neighbours(facts: Facts) -> Iterator[Finding]:

@@ -385,7 +385,7 @@ MODULES = {
     "doctor": ["doctor.py", "findings.py"],
     "install": ["install.py"],
     "plan": ["manifest.py", "planning.py"],
-    "patch": ["patching/commands.py"],
+    "patch": ["patching/commands.py", "patching/account.py"],
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
     "check": [

@@ -193,12 +193,13 @@ def test_one_is_not_several() -> None:
 
 def test_an_environment_that_stays_first_is_left_by_name() -> None:
     for id_, given in (
-        ("engine-writable", facts(writable=False)),
         ("both-engines", facts(engine(), engine("vllm", "0.9.1"))),
         ("engine-version", facts(engine(version="0.4.9", supported=False), named=True)),
     ):
         fix = found(given)[id_].fix or ""
         assert fix.startswith("fp8ctl install sglang && fp8ctl doctor --python /")
+    closed = found(facts(writable=False))["engine-writable"].fix
+    assert closed == "fp8ctl patch --backend sglang --overlay ./fp8ctl-overlay"
     other = facts(engine("vllm", "0.9.2", supported=False))
     assert found(other)["engine-version"].fix == "fp8ctl install sglang"  # no GPU for vLLM
 

@@ -34,7 +34,7 @@ from fp8ctl.errors import (
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.hardware import Gpu
 from fp8ctl.patching import status
-from fp8ctl.patching.names import parse_relpath, parse_sha256
+from fp8ctl.patching.names import RelPath, parse_relpath, parse_sha256, sha256_of
 from fp8ctl.patching.status import FileStatus, PatchStatus, SeriesStatus
 from fp8ctl.planning import make_plan
 from fp8ctl.process import free_port
@@ -819,14 +819,21 @@ def test_vllm_compiles_apart_for_each_state_of_its_patches(
 ) -> None:
     model = write_model(tmp_path / "tiny")
     options = engine("vllm", "refit", gpu=(9, 0))
-    roots = set()
-    for applied in ((), ("refit",), ("refit", "unscaled-guard")):
+    roots: dict[object, set[str]] = {}
+    # The same ids on other text, as a newer fp8ctl or another build has it, are another state.
+    cases = [((), ""), (("refit",), "a"), (("refit",), "b"), (("refit", "unscaled-guard"), "a")]
+    for applied, text in cases * 2:
+        held = frozenset(applied)
+        file = FileStatus(
+            RelPath("vllm/x.py"), "applied", sha256_of(text.encode()), None, held, None, None
+        )
         patches = tuple(PatchStatus(one, one, "applied") for one in applied)
-        state = SeriesStatus("vllm", "series", "0.9.1", (), patches, interrupted=False)
+        state = SeriesStatus("vllm", "series", "0.9.1", (file,), patches, interrupted=False)
         monkeypatch.setattr(status, "inspect", lambda *_, state=state: state)
         data = dry_run(options, model=str(model))
-        roots.add(data["launch"]["env"]["VLLM_CACHE_ROOT"])
-    assert len(roots) == 3
+        roots.setdefault((applied, text), set()).add(data["launch"]["env"]["VLLM_CACHE_ROOT"])
+    assert [len(found) for found in roots.values()] == [1] * len(cases)
+    assert len(set().union(*roots.values())) == len(cases)
 
 
 def test_a_half_patched_tree_is_refused(

@@ -103,6 +103,7 @@ class LaunchRequest:
         quantization, torchao_config: as typed (sources method and torchao).
         run_dir: private folder of this server; logs and reports go there.
         hook_path: folder from which the engine's interpreter imports fp8ctl.
+        overlay: folder from which it imports the engine, in front of its environment.
         cache_root: folder for what the engine compiles, apart per patch state (vLLM).
         extra: the user's own engine arguments.
         environ: the environment that the server inherits.
@@ -126,6 +127,7 @@ class LaunchRequest:
     await_push: bool = False
     trace: TracePoint | None = None
     cache_root: Path | None = None
+    overlay: Path | None = None
     extra: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
 
@@ -302,9 +304,10 @@ def merge(ours: Sequence[Option], extra: Sequence[str]) -> tuple[str, ...]:
 def common_env(request: LaunchRequest) -> dict[str, str]:
     """Return the variables that every server of fp8ctl gets."""
     inherited = request.environ.get("PYTHONPATH")
-    path = f"{request.hook_path}:{inherited}" if inherited else str(request.hook_path)
+    front = (request.hook_path, request.overlay, inherited)
     env = {
-        "PYTHONPATH": path,
+        # Workers inherit it, so they import the engine from the overlay, too.
+        "PYTHONPATH": ":".join(str(part) for part in front if part),
         # `-m` would put the current folder first: a folder called `sglang` there would win.
         "PYTHONSAFEPATH": "1",
         "PYTHONUNBUFFERED": "1",
@@ -312,6 +315,9 @@ def common_env(request: LaunchRequest) -> dict[str, str]:
         "SPT_NOENV": "1",
         RUN_DIR_VARIABLE: str(request.run_dir),
     }
+    if request.environ.get("PYTHONPYCACHEPREFIX"):
+        # Bytecode outside of the environment: `patch` cannot drop what is stale there.
+        env["PYTHONPYCACHEPREFIX"] = ""
     if "HF_HUB_OFFLINE" not in request.environ:
         env["HF_HUB_OFFLINE"] = "1"
     if request.trace:

@@ -6,46 +6,35 @@ changes files through `transaction` alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from fp8ctl import environment
-from fp8ctl.errors import BusyError, Fp8ctlError, NotFoundError
-from fp8ctl.patching import catalog, diff, store, transaction
+from fp8ctl.environment import LABELS, SUPPORTED
+from fp8ctl.errors import (
+    BusyError,
+    ConflictError,
+    DriftError,
+    Fp8ctlError,
+    NotPermittedError,
+)
+from fp8ctl.patching import account, catalog, overlay, store, targets, transaction
 from fp8ctl.patching.fsops import Root
-from fp8ctl.patching.names import short
 from fp8ctl.patching.plan import plan_patch, plan_revert
 from fp8ctl.patching.status import judge, take
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from fp8ctl.environment import BackendName, Engine, Environment
+    from fp8ctl.environment import Environment
+    from fp8ctl.patching.account import Verb
     from fp8ctl.patching.catalog import Series
     from fp8ctl.patching.plan import PatchPlan
-    from fp8ctl.patching.status import SeriesStatus
+    from fp8ctl.patching.targets import Target
     from fp8ctl.render import Reporter
-
-Verb = Literal["patch", "revert"]
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The engines to work on.
-
-    Attributes:
-        env: the environment.
-        engines: with the series of each.
-        options: that name it again in a hint, with a leading space.
-    """
-
-    env: Environment
-    engines: tuple[tuple[Engine, Series], ...]
-    options: str
 
 
 def patch(
@@ -60,6 +49,7 @@ def patch(
     print_diff: bool = False,
     allow_drift: bool = False,
     allow_running: bool = False,
+    front: Path | None = None,
 ) -> dict[str, object]:
     """Apply patches to the engines of an environment.
 
@@ -67,6 +57,7 @@ def patch(
         report: where to say what happens.
         python: interpreter of the environment.
         site_packages: or its folder.
+        front: folder of an overlay to make, and to patch in the environment's place.
         backends: engines; None for every supported one that is there.
         patch_ids: patches; None for every default one that fits this host.
         list_only: list the patches and their state, and stop.
@@ -79,10 +70,16 @@ def patch(
         Environment, engines with patches and files, and the time it took.
     """
     started = time.monotonic()
-    target = _target(report, python, site_packages, backends)
-    _check_ids(target, patch_ids)
+    if front is not None:
+        front = overlay.parse(front)
+        if list_only:
+            overlay.require(front)
+    target = targets.find(report, python, site_packages, backends, front=front)
+    targets.check_ids(target, patch_ids)
     if list_only:
-        return _list(report, target)
+        return account.list_patches(
+            report, targets.in_front(target) if front is not None else target
+        )
 
     def plans(root: Root) -> list[PatchPlan]:
         return [
@@ -94,10 +91,16 @@ def patch(
                 allow_drift=allow_drift,
                 target=target.options,
             )
-            for _, series in target.engines
+            for series in (subject.series for subject in target.subjects)
         ]
 
-    return _run(
+    made = False
+    if front is not None:
+        # What cannot be patched is refused before anything is made.
+        with Root(target.env.site_packages) as root, _installer_named(target.env):
+            plans(root)
+        made, target = _overlay(report, target, front, dry_run=dry_run, running=allow_running)
+    data = _run(
         report,
         "patch",
         target,
@@ -107,6 +110,9 @@ def patch(
         print_diff=print_diff,
         allow_running=allow_running,
     )
+    if front is not None:
+        data |= {"overlay": str(front), "changed": made or data["changed"]}
+    return data
 
 
 def revert(
@@ -119,15 +125,28 @@ def revert(
     dry_run: bool = False,
     print_diff: bool = False,
     allow_running: bool = False,
+    front: Path | None = None,
 ) -> dict[str, object]:
-    """Take patches back, byte for byte; arguments and result as `patch`."""
+    """Take patches back, byte for byte; arguments and result as `patch`.
+
+    Of an overlay, with no patch and no engine named, all is removed.
+    """
     started = time.monotonic()
-    target = _target(report, python, site_packages, backends)
-    _check_ids(target, patch_ids, reverting=True)
+    if front is not None:
+        front = overlay.parse(front)
+        overlay.require(front)
+        if patch_ids is None and not backends:
+            return _remove(report, front, dry_run=dry_run, running=allow_running, started=started)
+        target = targets.in_front(
+            targets.find(report, python, site_packages, backends, front=front)
+        )
+    else:
+        target = targets.find(report, python, site_packages, backends, reverting=True)
+    targets.check_ids(target, patch_ids, reverting=True)
 
     def plans(root: Root) -> list[PatchPlan]:
         result = []
-        for _, series in target.engines:
+        for series in (subject.series for subject in target.subjects):
             snapshot = take(root, series)
             known = {p.id for p in series.patches} | set(
                 snapshot.ledger.patches if snapshot.ledger else ()
@@ -148,51 +167,86 @@ def revert(
     )
 
 
-def _target(
-    report: Reporter,
-    python: Path | None,
-    site_packages: Path | None,
-    backends: Sequence[str] | None,
-) -> Target:
-    wanted = [environment.parse_backend(b) for b in dict.fromkeys(backends or ())]
-    env = environment.find(python, site_packages, wanted[0] if wanted else None)
-    report.say(f"environment: {env.site_packages} ({env.origin})")
-    if wanted:
-        engines = [env.require_patchable(b, catalog.covers) for b in wanted]
+def _overlay(
+    report: Reporter, target: Target, front: Path, *, dry_run: bool, running: bool
+) -> tuple[bool, Target]:
+    """Make the overlay where it is not there, or not that of its environment any more.
+
+    Returns whether it was made, and what to patch then: in a dry run of an overlay that has
+    to be made, the environment stands for it.
+    """
+    old = overlay.read(front)
+    if old is None:
+        overlay.check_free(front)
+    site = target.env.site_packages
+    backends = dict.fromkeys([s.backend for s in target.subjects])
+    for backend in old.engines if old else ():
+        if any(e.backend == backend and e.supported for e in target.env.engines):
+            backends.setdefault(backend)
+    # The same environment by another path, or another name of its interpreter, is the same.
+    if old is not None:
+        site = old.site_packages
+    wanted = overlay.survey(site, (old.python if old else None) or target.env.python, backends)
+    if old == wanted:
+        return False, targets.in_front(target)
+    if old is not None:
+        why = overlay.stale(old) or "another engine is asked for"
+        report.say(f"the overlay {front} is made anew: {why}")
+    if dry_run:
+        report.say(f"{front} would be made: {overlay.describe(wanted)}")
+        return False, target
+    if old is not None:
+        _check_servers(report, front, allow_running=running)
     else:
-        engines = [env.require_patchable(b, catalog.covers) for b in _supported(env)]
-    options = environment.target_options(python, site_packages)
-    return Target(env, tuple((e, catalog.load(e.backend, e.version)) for e in engines), options)
+        with Root(front.parent) as above:
+            above.make_folder(front.name)
+    with Root(front) as root, transaction.begin(root):
+        carried: dict[str, list[str]] = {}
+        if old is not None:
+            for series in (catalog.load(b, SUPPORTED[b]) for b in old.engines):
+                present = judge(series, take(root, series)).present
+                carried[series.backend] = list(series.ordered(present))
+            overlay.check_own(root, old)
+        overlay.build(root, wanted, old)
+        plans = [
+            plan_patch(series, take(root, series), asked=carried[backend])
+            for backend in backends
+            if carried.get(backend)
+            for series in (catalog.load(backend, SUPPORTED[backend]),)
+        ]
+        if plans:
+            transaction.run(root, plans, python_version=target.env.python_version)
+    report.say(f"overlay {front}: {overlay.describe(wanted)}")
+    return True, targets.in_front(target)
 
 
-def _supported(env: Environment) -> list[BackendName]:
-    """Return the engines to patch when none was named; an unsupported one alone is an error."""
-    supported = [e.backend for e in env.engines if catalog.covers(e.backend, e.version)]
-    if supported:
-        return supported
-    if env.engines:
-        env.engine(env.engines[0].backend)  # raises, with the versions in the message
-    raise NotFoundError(
-        f"no engine in {env.site_packages} ({env.origin}), expected vLLM "
-        f"{environment.SUPPORTED['vllm']} or SGLang {environment.SUPPORTED['sglang']}",
-        hint=environment.install_hint("sglang", stays=env.named),
-    )
-
-
-def _check_ids(target: Target, patch_ids: Sequence[str] | None, *, reverting: bool = False) -> None:
-    """Refuse an id that none of the engines knows."""
-    known = {p.id for _, series in target.engines for p in series.patches}
-    if reverting:
-        with Root(target.env.site_packages) as root:
-            for entry in store.read_ledger(root).entries.values():
-                known |= set(entry.patches)
-    for patch_id in patch_ids or ():
-        if patch_id not in known:
-            names = ", ".join(series.name for _, series in target.engines)
-            raise NotFoundError(
-                f"no patch {patch_id!r} in {names}, expected one of: {', '.join(sorted(known))}",
-                hint=f"fp8ctl patch{target.options} --list",
-            )
+def _remove(
+    report: Reporter, front: Path, *, dry_run: bool, running: bool, started: float
+) -> dict[str, object]:
+    """Remove an overlay: what fp8ctl made of it, and nothing else."""
+    old = overlay.require(front)
+    _check_servers(report, front, allow_running=running)
+    with Root(front) as root:
+        overlay.check_own(root, old)
+        if not dry_run:
+            with transaction.begin(root):
+                overlay.check_own(root, old)
+                overlay.remove(root, old)
+    if dry_run:
+        report.say(f"{front} would be removed: {overlay.describe(old)}")
+    else:
+        with Root(front.parent) as above:
+            above.remove_folder(front.name)
+        report.say(f"{front} is removed; {old.site_packages} was never changed")
+    return {
+        "site_packages": str(front),
+        "origin": f"overlay of {old.site_packages}",
+        "overlay": str(front),
+        "changed": not dry_run,
+        "dry_run": dry_run,
+        "elapsed_s": round(time.monotonic() - started, 4),
+        "engines": [],
+    }
 
 
 def _asked(series: Series, patch_ids: Sequence[str] | None) -> list[str] | None:
@@ -215,27 +269,30 @@ def _run(
     allow_running: bool,
 ) -> dict[str, object]:
     env = target.env
-    with Root(env.site_packages) as root:
+    with Root(env.site_packages) as root, _installer_named(env):
         interrupted = store.needs_recovery(root)
         if interrupted and not dry_run:
-            _check_servers(report, env, allow_running=allow_running)
+            _check_servers(report, env.site_packages, allow_running=allow_running)
             with transaction.begin(root) as mended:
                 if mended:
                     report.warn(mended)
+        elif verb == "revert" and not target.subjects and not dry_run:
+            with transaction.begin(root):
+                pass  # an empty store goes with the lock
         plans = make(root)
         changes = any(not p.empty for p in plans)
-        for (engine, _), plan in zip(target.engines, plans, strict=True):
-            _show(report, verb, engine, plan)
-        text = _diff(plans) if print_diff else b""
+        for subject, plan in zip(target.subjects, plans, strict=True):
+            account.show(report, verb, subject, plan)
+        text = account.diff_of(plans) if print_diff else b""
         report.raw(text)
         if changes and not dry_run:
-            transaction.check_permitted(root, [op for p in plans for op in p.ops])
-            _check_servers(report, env, allow_running=allow_running)
+            _check_permitted(root, plans, target)
+            _check_servers(report, env.site_packages, allow_running=allow_running)
             with transaction.begin(root):
                 # Once more under the lock: what was shown is what is done, or it fails.
                 plans = make(root)
                 transaction.run(root, plans, python_version=env.python_version)
-        statuses = [judge(series, take(root, series)) for _, series in target.engines]
+        statuses = [judge(s.series, take(root, s.series)) for s in target.subjects]
     elapsed = time.monotonic() - started
     files = sum(len(p.ops) for p in plans)
     if not changes and verb == "patch" and not any(p.after for p in plans):
@@ -246,6 +303,9 @@ def _run(
         report.say(f"{plural(files, 'file')} would change; --dry-run changes nothing")
     else:
         report.say(f"{plural(files, 'file')} changed in {elapsed:.2f} s")
+        for subject in target.subjects:
+            if subject.gone and not dry_run:
+                report.say(f"nothing of fp8ctl's for {LABELS[subject.backend]} is left there")
     return {
         "site_packages": str(env.site_packages),
         "origin": env.origin,
@@ -254,130 +314,46 @@ def _run(
         "elapsed_s": round(elapsed, 4),
         **({"diff": text.decode("utf-8", "surrogateescape")} if print_diff else {}),
         "engines": [
-            _engine_data(engine, series, plan, status)
-            for (engine, series), plan, status in zip(target.engines, plans, statuses, strict=True)
+            account.engine_data(subject, plan, status)
+            for subject, plan, status in zip(target.subjects, plans, statuses, strict=True)
         ],
     }
 
 
-def _show(report: Reporter, verb: Verb, engine: Engine, plan: PatchPlan) -> None:
-    report.say(f"{engine.label}, series {plan.series}:")
-    for choice in plan.choices:
-        was = choice.id in plan.before
-        if choice.taken:
-            mark = "+" if not was and verb == "patch" else "="
-        else:
-            mark = "-" if was else " "
-        report.say(f"  {mark} {choice.id}: {choice.reason}")
-    for op in plan.ops:
-        report.say(f"    {op.action} {op.path}  {short(op.old_sha)} -> {short(op.new_sha)}")
-        for patch_id, offsets in op.offsets if op.path in plan.drifted else ():
-            lines = ", ".join(f"{o:+d}" for o in offsets)
-            report.warn(f"{op.path}: {patch_id} applied at an offset of {lines} lines")
-    for path in plan.drifted:
-        report.warn(f"{path} is of another build; it is patched where the context fits")
-    for note in plan.notes:
-        report.warn(note)
+def _check_permitted(root: Root, plans: Sequence[PatchPlan], target: Target) -> None:
+    """Refuse what may not be written, with the way round it."""
+    try:
+        transaction.check_permitted(root, [op for p in plans for op in p.ops])
+    except NotPermittedError as e:
+        if target.front is None and any(p.after for p in plans):
+            e.hint = (
+                f"fp8ctl patch{target.options} --overlay ./fp8ctl-overlay, which leaves the "
+                f"environment as it is; or {e.hint}"
+            )
+        raise
 
 
-def _diff(plans: Sequence[PatchPlan]) -> bytes:
-    """Return the whole change as one git diff."""
-    return b"".join(
-        # What is edited keeps its mode, whatever that is.
-        diff.render(
-            op.path, op.old_bytes, op.new_bytes, mode=None if op.action == "modify" else op.mode
-        )
-        for plan in plans
-        for op in plan.ops
-    )
+@contextlib.contextmanager
+def _installer_named(env: Environment) -> Iterator[None]:
+    """Have hints name the installer of this environment: plans know of `pip install` alone."""
+    try:
+        yield
+    except (DriftError, ConflictError) as e:
+        head, words, requirement = (e.hint or "").partition(" --force-reinstall --no-deps ")
+        if head == "pip install" and words:
+            e.hint = env.reinstall(requirement)
+        raise
 
 
-def _list(report: Reporter, target: Target) -> dict[str, object]:
-    data: list[dict[str, object]] = []
-    with Root(target.env.site_packages) as root:
-        statuses = [judge(series, take(root, series)) for _, series in target.engines]
-    rows = []
-    for (engine, series), status in zip(target.engines, statuses, strict=True):
-        data.append(_engine_data(engine, series, None, status))
-        for one, state in zip(series.patches, status.patches, strict=True):
-            devices = "any" if len(one.devices) > 1 else one.devices[0]
-            default = "yes" if one.default else "no"
-            rows.append((series.name, one.id, state.state, default, devices, one.title))
-        if status.interrupted:
-            report.warn("an earlier command was cut short; the next patch or revert mends it")
-        for file in status.files:
-            if file.state not in ("pristine", "applied"):
-                report.warn(f"{file.path} is {file.state}")
-    report.table(("series", "patch", "state", "default", "device", "title"), rows)
-    return {
-        "site_packages": str(target.env.site_packages),
-        "origin": target.env.origin,
-        "engines": data,
-    }
-
-
-def _engine_data(
-    engine: Engine, series: Series, plan: PatchPlan | None, status: SeriesStatus
-) -> dict[str, object]:
-    reasons = {c.id: c.reason for c in plan.choices} if plan else {}
-    result: dict[str, object] = {
-        "backend": engine.backend,
-        "version": engine.version,
-        "series": series.name,
-        "state": status.state,
-        "interrupted": status.interrupted,
-        "patches": [
-            {
-                "id": one.id,
-                "title": one.title,
-                "why": one.why,
-                "upstream": one.upstream,
-                "state": state.state,
-                "default": one.default,
-                "devices": list(one.devices),
-                "modes": list(one.modes),
-                "requires": list(one.requires),
-                "conflicts": list(one.conflicts),
-                **({"reason": reasons[one.id]} if one.id in reasons else {}),
-            }
-            for one, state in zip(series.patches, status.patches, strict=True)
-        ],
-        "files": [
-            {
-                "path": f.path,
-                "state": f.state,
-                "sha256": f.sha,
-                "pristine": f.pristine,
-                "patches": list(series.ordered(f.patches)),
-            }
-            for f in status.files
-        ],
-    }
-    if plan is not None:
-        result["before"], result["after"] = list(plan.before), list(plan.after)
-        result["changes"] = [
-            {
-                "path": op.path,
-                "action": op.action,
-                "old": op.old_sha,
-                "new": op.new_sha,
-                "offsets": {p: list(o) for p, o in op.offsets},
-            }
-            for op in plan.ops
-        ]
-        result["drifted"], result["notes"] = list(plan.drifted), list(plan.notes)
-    return result
-
-
-def _check_servers(report: Reporter, env: Environment, *, allow_running: bool) -> None:
+def _check_servers(report: Reporter, folder: Path, *, allow_running: bool) -> None:
     """Refuse, or only warn, when a server of fp8ctl runs on this environment."""
-    servers = live_servers(env.site_packages)
+    servers = live_servers(folder)
     if not servers:
         return
     names = ", ".join(servers)
     if not allow_running:
         raise BusyError(
-            f"{names} runs on {env.site_packages}: it would go on with the old code",
+            f"{names} runs on {folder}: it would go on with the old code",
             hint=f"fp8ctl stop {next(iter(servers))}, or --allow-running",
             data={"servers": servers},
         )

@@ -31,13 +31,18 @@ _PERMISSIONS = 0o7777
 
 @dataclass(frozen=True, slots=True)
 class FileData:
-    """A file as it was read: content, permission bits, owner, times in nanoseconds."""
+    """A file as it was read: content, permission bits, owner, times in nanoseconds.
+
+    Attributes:
+        link: where the name leads, if it is a link that was read through; else None.
+    """
 
     data: bytes
     mode: int
     uid: int
     gid: int
     mtime_ns: int
+    link: str | None = None
 
 
 class Syscalls:
@@ -65,6 +70,10 @@ class Syscalls:
     def unlink(self, name: str, *, dir_fd: int) -> None:
         """Remove a file."""
         os.unlink(name, dir_fd=dir_fd)
+
+    def symlink(self, target: str, name: str, *, dir_fd: int) -> None:
+        """Make a symbolic link."""
+        os.symlink(target, name, dir_fd=dir_fd)
 
     def mkdir(self, name: str, mode: int, *, dir_fd: int) -> None:
         """Make a folder."""
@@ -113,8 +122,15 @@ class Root:
 
     # Reading.
 
-    def read(self, path: str, *, limit: int = MAX_FILE_BYTES) -> FileData | None:
+    def read(
+        self, path: str, *, limit: int = MAX_FILE_BYTES, through: bool = False
+    ) -> FileData | None:
         """Return a regular file, None if it or its folder is not there.
+
+        Args:
+            path: the file.
+            limit: bytes that it may have.
+            through: the file itself, not its folder, may be a link.
 
         Raises:
             ConflictError: it is a link, lies behind one, is no regular file or is too large.
@@ -122,7 +138,7 @@ class Root:
         """
         try:
             with self.folder(path) as (fd, name), self._named(path):
-                file = os.open(name, _READ | os.O_NONBLOCK, dir_fd=fd)
+                file, link = self._open(name, fd, through=through)
                 with open(file, "rb") as stream:
                     info = os.fstat(file)
                     if not stat.S_ISREG(info.st_mode):
@@ -137,9 +153,28 @@ class Root:
                         info.st_uid,
                         info.st_gid,
                         info.st_mtime_ns,
+                        link,
                     )
         except FileNotFoundError:
             return None
+
+    def leads_to(self, path: str, link: str) -> bytes | None:
+        """Return what a link in the place of a file would lead to, None if to no readable file."""
+        try:
+            target = (self.path / path).parent / link
+            return target.read_bytes() if target.stat().st_size <= MAX_FILE_BYTES else None
+        except OSError:
+            return None
+
+    @staticmethod
+    def _open(name: str, fd: int, *, through: bool) -> tuple[int, str | None]:
+        try:
+            return os.open(name, _READ | os.O_NONBLOCK, dir_fd=fd), None
+        except OSError as e:
+            if e.errno != errno.ELOOP or not through:
+                raise
+            link = os.readlink(name, dir_fd=fd)
+            return os.open(name, _READ & ~os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=fd), link
 
     def names(self, path: str) -> tuple[str, ...]:
         """Return the sorted names in a folder; none if it is not there."""
@@ -236,6 +271,11 @@ class Root:
         except FileNotFoundError:
             return False
         return True
+
+    def link(self, path: str, target: str) -> None:
+        """Make a symbolic link; what is there already is an error."""
+        with self.folder(path) as (fd, name), self._named(path):
+            self.calls.symlink(target, name, dir_fd=fd)
 
     def make_folder(self, path: str, mode: int = 0o755) -> bool:
         """Make a folder; False if it was there."""

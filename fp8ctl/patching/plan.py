@@ -39,6 +39,7 @@ class FileOp:
         patches: ids that it then holds, in series order.
         mode: permission bits of a file that is created.
         offsets: per patch id, the line offsets at which its hunks were found.
+        link: where the name led before fp8ctl, if the file becomes a link again.
     """
 
     path: RelPath
@@ -50,6 +51,7 @@ class FileOp:
     patches: tuple[str, ...] = ()
     mode: int = 0o644
     offsets: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    link: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,10 +300,14 @@ def _plan(
         old_bytes = snapshot.files[file.path]
         action: Action = "create" if old_bytes is None else "delete" if data is None else "modify"
         mode = next((c.mode for p in series.patches if (c := p.on(file.path)) and c.mode), 0o644)
-        ops.append(FileOp(file.path, action, file.sha, new, old_bytes, data, ids, mode, offsets))
+        link = _link(snapshot, file)
+        back = None if ids else link
+        ops.append(
+            FileOp(file.path, action, file.sha, new, old_bytes, data, ids, mode, offsets, back)
+        )
         if ids and new is not None:
             pre = sha256_or_none(base)
-            files[file.path] = LedgerFile(pre, new, ids)
+            files[file.path] = LedgerFile(pre, new, ids, link)
             if pre is not None and base is not None:
                 pre_images[pre] = base
     ledger = _entry(series, snapshot, files, wanted)
@@ -332,7 +338,7 @@ def _keep(
     """Carry a file that is as wanted into the new ledger."""
     if file.sha is None or not ids:
         return
-    files[file.path] = LedgerFile(file.base, file.sha, ids)
+    files[file.path] = LedgerFile(file.base, file.sha, ids, _link(snapshot, file))
     if file.base is None:
         return
     # A pre-image that was lost is made again while the patches that lead back to it are at
@@ -341,6 +347,14 @@ def _keep(
         base = base_content(series, snapshot, file)
         if base is not None:
             pre_images[file.base] = base
+
+
+def _link(snapshot: Snapshot, file: FileStatus) -> str | None:
+    """Return where the name of a file led before fp8ctl, if it was a link."""
+    if file.path in snapshot.links:
+        return snapshot.links[file.path]
+    entry = snapshot.ledger.files.get(file.path) if snapshot.ledger else None
+    return entry.link if entry is not None and entry.post == file.sha else None
 
 
 def _base(series: Series, snapshot: Snapshot, file: FileStatus) -> bytes | None:

@@ -6,11 +6,11 @@ commands of this package; changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import environment
-from fp8ctl.errors import HunkError
+from fp8ctl.errors import HunkError, UnsupportedError
 from fp8ctl.patching import catalog, store, verify
 from fp8ctl.patching.fsops import Root
 from fp8ctl.patching.names import RelPath, Sha256, sha256_or_none
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
     from fp8ctl.patching.catalog import Patch, Series
     from fp8ctl.patching.store import LedgerEntry
 
-State = Literal["pristine", "applied", "partial", "superseded", "drifted", "missing"]
+State = Literal["pristine", "applied", "partial", "superseded", "drifted", "missing", "orphan"]
+
+MEANING: dict[State, str] = {
+    "partial": "a patch is in some of its files only",
+    "superseded": "installed anew since it was patched",
+    "drifted": "neither as released nor as fp8ctl left it",
+    "missing": "not there",
+    "orphan": "made or patched by fp8ctl for an engine that is no longer installed",
+}
+"""What a person should know of each state that is not as it should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +46,7 @@ class Snapshot:
         ledger: what fp8ctl did, None if it did nothing or has lost it.
         blobs: the stored pre-images that the ledger names.
         interrupted: an earlier command was cut short.
+        links: where the name of a file leads, of those that are links.
     """
 
     version: str | None
@@ -45,6 +55,7 @@ class Snapshot:
     ledger: LedgerEntry | None
     blobs: Mapping[Sha256, bytes]
     interrupted: bool
+    links: Mapping[RelPath, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +101,8 @@ class SeriesStatus:
         files: in path order.
         patches: in series order.
         interrupted: an earlier command was cut short; the next `patch` or `revert` mends it.
+        orphan: the engine is not there, or in another version, and what fp8ctl left of it is;
+            `files` are then those alone.
     """
 
     backend: str
@@ -98,6 +111,7 @@ class SeriesStatus:
     files: tuple[FileStatus, ...]
     patches: tuple[PatchStatus, ...]
     interrupted: bool
+    orphan: bool = False
 
     @property
     def applied(self) -> frozenset[str]:
@@ -131,6 +145,8 @@ class SeriesStatus:
     @property
     def state(self) -> State:
         """The state that a person should hear about first."""
+        if self.orphan:
+            return "orphan"
         states = {f.state for f in self.files}
         order: tuple[State, ...] = ("missing", "drifted", "partial", "superseded", "applied")
         return next((s for s in order if s in states), "pristine")
@@ -158,11 +174,51 @@ def inspect(
         return judge(series, take(root, series))
 
 
+def leftover(site_packages: Path, backend: BackendName) -> SeriesStatus | None:
+    """Return what fp8ctl left of an engine that is gone, None if nothing; reads only.
+
+    Gone is an engine that was uninstalled, replaced by another version, or by an
+    editable install, whose files lie elsewhere.
+    """
+    with Root(site_packages) as root:
+        known = backend in store.read_ledger(root).entries
+        if not known and not root.has_folder(backend):
+            return None
+        try:
+            series = catalog.load(backend, environment.SUPPORTED[backend])
+        except UnsupportedError:
+            return None
+        status = judge(series, take(root, series))
+        return status if status.orphan else None
+
+
+def way_out(status: SeriesStatus, *, site_packages: Path, target: str, reinstall: str) -> str:
+    """Return the command that leads out of a state that is not as it should be.
+
+    Args:
+        status: of the engine.
+        site_packages: where it is installed.
+        target: the options that name the environment, with a leading space.
+        reinstall: the command that installs the engine anew.
+    """
+    if status.orphan:
+        named = environment.target_options(None, site_packages)
+        return f"fp8ctl revert --backend {status.backend}{named}"
+    patch = f"fp8ctl patch --backend {status.backend}{target}"
+    bad = [f for f in status.files if f.state in ("missing", "drifted")]
+    if not bad or status.interrupted:
+        return patch
+    # As installed, and not as released: another build, which a reinstall would bring again.
+    as_installed = all(f.state == "drifted" and f.matches_record for f in bad)
+    return f"{patch} --allow-drift" if as_installed else reinstall
+
+
 def take(root: Root, series: Series) -> Snapshot:
     """Read everything that the series and the ledger know about an engine."""
     entry = store.read_ledger(root).entries.get(series.backend)
     paths = sorted({*series.pristine, *(entry.files if entry else ())})
-    contents = {p: root.read(p) for p in paths}
+    # An installer may have made links into its cache (`uv pip install --link-mode symlink`).
+    contents = {p: root.read(p, through=True) for p in paths}
     wanted = {f.pre for f in entry.files.values() if f.pre} if entry else set()
     blobs = {sha: store.read_blob(root, sha) for sha in wanted}
     return Snapshot(
@@ -172,21 +228,44 @@ def take(root: Root, series: Series) -> Snapshot:
         entry,
         {sha: data for sha, data in blobs.items() if data is not None},
         store.needs_recovery(root),
+        {p: f.link for p, f in contents.items() if f is not None and f.link is not None},
     )
 
 
 def judge(series: Series, snapshot: Snapshot) -> SeriesStatus:
     """Say what a snapshot means."""
-    files = tuple(_file(series, snapshot, path) for path in sorted(snapshot.files))
+    gone = not _is_for(series, snapshot.version)
+    files = tuple(_file(series, snapshot, path, gone=gone) for path in sorted(snapshot.files))
+    if gone:
+        listed = snapshot.ledger.files if snapshot.ledger else ()
+        files = tuple(f for f in files if f.patches or f.path in listed)
     patches = tuple(_patch(p, files) for p in series.patches)
     torn = {p.id for p in patches if p.state == "partial"}
     files = tuple(_mark(f, torn) for f in files)
     return SeriesStatus(
-        series.backend, series.name, snapshot.version, files, patches, snapshot.interrupted
+        series.backend,
+        series.name,
+        snapshot.version,
+        files,
+        patches,
+        snapshot.interrupted,
+        orphan=gone and bool(files),
     )
 
 
-def _file(series: Series, snapshot: Snapshot, path: RelPath) -> FileStatus:
+def _is_for(series: Series, version: str | None) -> bool:
+    """Tell whether a series is for the version that is installed; a local part is ignored."""
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        public = Version(Version(version or "").public)
+    except InvalidVersion:
+        return False
+    return SpecifierSet(series.version).contains(public, prereleases=True)
+
+
+def _file(series: Series, snapshot: Snapshot, path: RelPath, *, gone: bool) -> FileStatus:
     sha = sha256_or_none(snapshot.files[path])
     known = path in series.pristine
     pristine = series.pristine.get(path)
@@ -198,7 +277,10 @@ def _file(series: Series, snapshot: Snapshot, path: RelPath) -> FileStatus:
     state: State
     patches: frozenset[str] = frozenset()
     base: Sha256 | None = None
-    if entry is not None and sha == entry.post:
+    if gone and sha is not None and sha == record:
+        # Another release's own file, even where it has the very bytes that fp8ctl once made.
+        state, base = "superseded", sha
+    elif entry is not None and sha == entry.post:
         state, patches, base = "applied", frozenset(entry.patches), entry.pre
     elif known and sha == pristine:
         state, base = ("superseded" if entry else "pristine"), sha
@@ -210,6 +292,8 @@ def _file(series: Series, snapshot: Snapshot, path: RelPath) -> FileStatus:
         state = "missing"
     else:
         state, base = "drifted", sha
+    if gone and patches:
+        state = "orphan"
     matches = None if record is None else sha == record
     return FileStatus(path, state, sha, pristine, patches, base, matches)
 

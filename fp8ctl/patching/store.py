@@ -44,11 +44,13 @@ class LedgerFile:
         pre: hash of the content that revert puts back; None: fp8ctl made the file.
         post: hash of the content that fp8ctl left.
         patches: ids that the file holds, in series order.
+        link: where the name led before, if an installer had made it a link into its cache.
     """
 
     pre: Sha256 | None
     post: Sha256
     patches: tuple[str, ...]
+    link: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class LedgerEntry:
             "patches": dict(self.patches),
             "files": {
                 path: {"pre": f.pre, "post": f.post, "patches": list(f.patches)}
+                | ({} if f.link is None else {"link": f.link})
                 for path, f in self.files.items()
             },
         }
@@ -90,6 +93,7 @@ class LedgerEntry:
                 None if pre is None else parse_sha256(pre),
                 parse_sha256(file["post"]),
                 _strings(file["patches"]),
+                _text_or_none(file.get("link")),
             )
         patches = {k: parse_sha256(v) for k, v in _mapping(raw["patches"]).items()}
         return LedgerEntry(str(raw["version"]), str(raw["series"]), patches, files)
@@ -127,6 +131,8 @@ class JournalOp:
         new: hash after.
         mode: permission bits of either.
         owner: user and group of either.
+        old_link: where the name led before, if it was a link.
+        new_link: where it leads after, if it becomes one again.
     """
 
     path: RelPath
@@ -135,6 +141,8 @@ class JournalOp:
     new: Sha256 | None
     mode: int
     owner: tuple[int, int]
+    old_link: str | None = None
+    new_link: str | None = None
 
     @property
     def staged_path(self) -> str:
@@ -183,6 +191,8 @@ class Journal:
                     "new": op.new,
                     "mode": op.mode,
                     "owner": list(op.owner),
+                    "old_link": op.old_link,
+                    "new_link": op.new_link,
                 }
                 for op in self.ops
             ],
@@ -212,6 +222,8 @@ class Journal:
                     None if op["new"] is None else parse_sha256(op["new"]),
                     _integers([op["mode"]])[0],
                     (uid, gid),
+                    _text_or_none(op.get("old_link")),
+                    _text_or_none(op.get("new_link")),
                 )
             )
         return Journal(
@@ -398,6 +410,12 @@ def _dump(body: dict[str, object]) -> bytes:
 def _mapping(raw: object) -> dict[str, object]:
     if not isinstance(raw, dict):
         raise TypeError(f"{type(raw).__name__} where an object was expected")
+    return raw
+
+
+def _text_or_none(raw: object) -> str | None:
+    if raw is not None and not isinstance(raw, str):
+        raise TypeError(f"{raw!r} where a string was expected")
     return raw
 
 

@@ -106,14 +106,16 @@ def recover(root: Root) -> str | None:
         return "an interrupted command was undone: it had changed no file"
     present = {op.path: _sha(root, op.path) for op in journal.ops}
     for op in journal.ops:
-        if present[op.path] not in (op.old, op.new):
+        # One that is gone by now, with its engine perhaps, is nobody's content to lose.
+        if present[op.path] not in (op.old, op.new, None):
             raise DriftError(
                 f"{root.path / op.path} has sha256 {short(present[op.path])}, the interrupted "
                 f"command knows {short(op.old)} and {short(op.new)}",
                 hint=f"put one of them back, or remove {root.path / journal.path}",
             )
     ready = all(
-        present[op.path] == op.new or op.new is None or _sha(root, op.staged_path) == op.new
+        present[op.path] == op.new
+        or (present[op.path] == op.old and (not op.staged or _sha(root, op.staged_path) == op.new))
         for op in journal.ops
     )
     if ready:
@@ -191,20 +193,32 @@ def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
             if op.action == "create":
                 made += [f for f in _folders(op.path) if f not in made and not root.has_folder(f)]
             elif op.action == "delete":
-                # No wheel holds an empty folder: one that is left empty was made for our file.
-                dropped.update(_folders(op.path)[1:])
+                # No wheel holds an empty folder: one that is left empty was made for our file,
+                # or an installer could not remove it because our file was in it.
+                dropped.update(_folders(op.path))
     deepest_first = tuple(sorted(dropped, key=lambda f: (-f.count("/"), f)))
     return Journal(tx, False, tuple(ops), tuple(made), deepest_first, before, Ledger(entries))
 
 
 def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
-    file = root.read(op.path)
+    file = root.read(op.path, through=True)
     if sha256_or_none(file.data if file else None) != op.old_sha:
         raise _changed(root, op.path)
     name = op.path.rpartition("/")[2]
-    mode, owner = (file.mode, (file.uid, file.gid)) if file else (op.mode, _owner(root, op.path))
+    mode = file.mode if file else op.mode
+    # What a link leads to may be another user's.
+    plain = file is not None and file.link is None
+    owner = (file.uid, file.gid) if file and plain else _owner(root, op.path)
     return JournalOp(
-        op.path, f".{name}.fp8ctl-{tx}" if op.new_sha else "", op.old_sha, op.new_sha, mode, owner
+        op.path,
+        f".{name}.fp8ctl-{tx}" if op.new_sha else "",
+        op.old_sha,
+        op.new_sha,
+        mode,
+        owner,
+        file.link if file else None,
+        # Not where the cache was cleaned meanwhile: then the stored content is put back.
+        op.link if op.link and root.leads_to(op.path, op.link) == op.new_bytes else None,
     )
 
 
@@ -227,7 +241,7 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
         root.make_folder(folder)
     for op, entry in zip(ops, journal.ops, strict=True):
         if op.new_bytes is not None:
-            _write(root, entry, op.new_bytes, root.read(op.path))
+            _write(root, entry, op.new_bytes, root.read(op.path, through=True), entry.new_link)
     for parent in _parents(journal.ops, journal.made):
         root.sync_folder(parent)
     for entry in journal.ops:
@@ -236,7 +250,11 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
             raise _changed(root, entry.path)
 
 
-def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None) -> None:
+def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None, link: str | None) -> None:
+    if link is not None:
+        root.unlink(op.staged_path)
+        root.link(op.staged_path, link)
+        return
     mtime = max(time.time_ns(), old.mtime_ns + _MTIME_STEP_NS if old else 0)
     root.stage(op.staged_path, data, mode=op.mode, owner=op.owner, mtime_ns=mtime)
 
@@ -281,9 +299,13 @@ def _roll_back(root: Root, journal: Journal) -> None:
         for folder in _folders(op.path):
             root.make_folder(folder)  # gone with the last file in it
         way_back = replace(op, staged=op.staged or f".{op.path.rpartition('/')[2]}.fp8ctl-back")
-        _write(root, way_back, data, root.read(op.path))
+        link = op.old_link if op.old_link and root.leads_to(op.path, op.old_link) == data else None
+        _write(root, way_back, data, root.read(op.path, through=True), link)
         root.rename(way_back.staged_path, op.path.rpartition("/")[2])
-    _settle(root, changed, journal.made[::-1])
+    # Folders of files that went with their engine: an installer leaves those with a staged file.
+    gone = [op.path for op in journal.ops if op.old is not None and _sha(root, op.path) is None]
+    folders = {*journal.made, *(f for path in gone for f in _folders(path))}
+    _settle(root, changed, sorted(folders, key=lambda f: (-f.count("/"), f)))
     if store.read_ledger(root) != journal.before:
         store.write_ledger(root, journal.before)
     store.end_journal(root, journal)
@@ -305,7 +327,7 @@ def _parents(ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> list[str]:
 
 
 def _sha(root: Root, path: str) -> Sha256 | None:
-    file = root.read(path)
+    file = root.read(path, through=True)
     return sha256_or_none(file.data if file else None)
 
 

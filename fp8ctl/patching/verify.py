@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import json
 import re
 from typing import TYPE_CHECKING
 
@@ -34,9 +35,25 @@ def dist_info(root: Root, distribution: str) -> str | None:
 
 
 def installed_version(root: Root, distribution: str) -> str | None:
-    """Return the installed version of a distribution, None if it is not installed."""
+    """Return the installed version of a distribution, None if its files are not here.
+
+    Those of an editable install lie in a work tree.
+    """
     folder = dist_info(root, distribution)
-    return None if folder is None else folder.removesuffix(".dist-info").rpartition("-")[2]
+    if folder is None or _is_editable(root, folder):
+        return None
+    return folder.removesuffix(".dist-info").rpartition("-")[2]
+
+
+def _is_editable(root: Root, folder: str) -> bool:
+    file = root.read(f"{folder}/direct_url.json")
+    if file is None:
+        return False
+    try:
+        raw = json.loads(file.data)
+        return raw["dir_info"]["editable"] is True
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def record_hashes(root: Root, distribution: str, paths: Iterable[RelPath]) -> dict[RelPath, Sha256]:

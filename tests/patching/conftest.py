@@ -7,18 +7,22 @@ import hashlib
 import importlib.util
 import io
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fp8ctl import hardware
 from fp8ctl.patching import catalog, diff, transaction
 from fp8ctl.patching.fsops import Root, Syscalls
 from fp8ctl.patching.names import RelPath
 from fp8ctl.patching.plan import PatchPlan, plan_patch, plan_revert
 from fp8ctl.patching.status import SeriesStatus, judge, take
 from fp8ctl.render import Reporter
+from tests.conftest import CACHE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -193,6 +197,33 @@ def lab(lab_template: Path, tmp_path: Path) -> Lab:
     shutil.copytree(lab_template / "site", site)
     shutil.copytree(lab_template / "patches", patches)
     return Lab(site, patches, catalog.load("sglang", "0.4.8", root=patches))
+
+
+@pytest.fixture
+def bundled(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    """Make the small series the one that fp8ctl carries, on a host without a GPU."""
+    monkeypatch.setattr(catalog, "ROOT", lab.patches)
+    monkeypatch.setattr(hardware, "detect", lambda: hardware.Hardware())
+    monkeypatch.setenv("FP8CTL_HOME", str(tmp_path / "home"))
+    return lab
+
+
+@pytest.fixture(scope="session")
+def uv() -> Path:
+    """Return the program uv: the user's, else one that pip fetches once."""
+    found = shutil.which("uv")
+    if found:
+        return Path(found)
+    folder = CACHE / "tools"
+    program = folder / "uv" / "bin" / "uv"
+    if not program.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        argv += ["--upgrade", "--target", str(folder / "uv"), "uv"]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False)
+        if done.returncode or not program.exists():
+            pytest.skip("pip could not fetch uv")
+    return program
 
 
 @pytest.fixture

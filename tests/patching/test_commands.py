@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fp8ctl import hardware, process, registry
+from fp8ctl import process, registry
 from fp8ctl.errors import (
     BusyError,
     ConflictError,
@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 A = "sglang/srt/a.py"
-
-
-@pytest.fixture
-def bundled(lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make the small series the one that fp8ctl carries, on a host without a GPU."""
-    monkeypatch.setattr(catalog, "ROOT", lab.patches)
-    monkeypatch.setattr(hardware, "detect", lambda: hardware.Hardware())
-    monkeypatch.setenv("FP8CTL_HOME", str(tmp_path / "home"))
-    return lab
 
 
 def run(

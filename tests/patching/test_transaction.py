@@ -344,18 +344,6 @@ class TestLinksAndModes:
         info = (lab.site / A).stat()
         assert (info.st_uid, info.st_gid) == (12345, 54321)
 
-    def test_a_link_in_the_place_of_a_file_is_refused(self, lab: Any, tmp_path: Path) -> None:
-        outside = tmp_path / "outside.py"
-        (lab.site / A).rename(outside)
-        (lab.site / A).symlink_to(outside)
-        before = outside.read_bytes()
-        with pytest.raises(ConflictError, match="symbolic link"):
-            lab.patch("first")
-        assert outside.read_bytes() == before
-        (lab.site / A).unlink()
-        outside.rename(lab.site / A)
-        assert lab.patch("first").ops
-
     def test_a_link_in_the_place_of_a_folder_is_refused(self, lab: Any, tmp_path: Path) -> None:
         outside = tmp_path / "outside"
         (lab.site / "sglang" / "srt").rename(outside)

@@ -38,3 +38,19 @@ def test_the_installed_version_is_that_of_the_metadata_folder(
     with Root(lab.site) as root:
         assert verify.installed_version(root, "sglang") == version
         assert verify.installed_version(root, "vllm") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "here"),
+    [
+        ('{"url": "file:///w", "dir_info": {"editable": true}}', False),
+        ('{"url": "file:///w", "dir_info": {}}', True),
+        ('{"url": "https://x/w.whl", "archive_info": {}}', True),
+        ("[]", True),
+        ("{", True),
+    ],
+)
+def test_the_files_of_an_editable_install_are_elsewhere(lab: Any, text: str, *, here: bool) -> None:
+    (lab.site / "sglang-0.4.8.dist-info" / "direct_url.json").write_text(text)
+    with Root(lab.site) as root:
+        assert (verify.installed_version(root, "sglang") == "0.4.8") is here
