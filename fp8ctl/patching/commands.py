@@ -218,7 +218,7 @@ def _run(
         interrupted = store.needs_recovery(root)
         if interrupted and not dry_run:
             _check_servers(report, env, allow_running=allow_running)
-            with transaction.begin(root) as mended:
+            with transaction.begin(root, report.warn) as mended:
                 if mended:
                     report.warn(mended)
         plans = make(root)
@@ -230,10 +230,10 @@ def _run(
         if changes and not dry_run:
             transaction.check_permitted(root, [op for p in plans for op in p.ops])
             _check_servers(report, env, allow_running=allow_running)
-            with transaction.begin(root):
+            with transaction.begin(root, report.warn):
                 # Once more under the lock: what was shown is what is done, or it fails.
                 plans = make(root)
-                transaction.run(root, plans, python_version=env.python_version)
+                transaction.run(root, plans, python_version=env.python_version, warn=report.warn)
         statuses = [judge(series, take(root, series)) for _, series in target.engines]
     elapsed = time.monotonic() - started
     files = sum(len(p.ops) for p in plans)
