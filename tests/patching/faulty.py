@@ -7,7 +7,7 @@ import shutil
 import signal
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.patching import transaction
+from fp8ctl.patching import store, transaction
 from fp8ctl.patching.fsops import Root, Syscalls
 
 if TYPE_CHECKING:
@@ -101,3 +101,21 @@ def restore(site: Path, tree: dict[str, tuple[bytes, int]]) -> None:
 def recover(site: Path, calls: Syscalls) -> None:
     with Root(site, calls) as root, transaction.begin(root):
         pass
+
+
+def next_command(site: Path, calls: Syscalls | None = None) -> None:
+    """Do what `patch` and `revert` do first, whatever they were asked for."""
+    with Root(site, calls or Faulty()) as root:
+        if store.needs_recovery(root):
+            with transaction.begin(root):
+                pass
+
+
+def unlocked(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
+    """Leave the lock out of a tree: it comes back by itself, and its content is for people."""
+    return {path: entry for path, entry in tree.items() if path != store.LOCK}
+
+
+def without_store(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
+    """Leave fp8ctl's own folder out of a tree."""
+    return {k: v for k, v in tree.items() if not k.startswith(".fp8ctl")}

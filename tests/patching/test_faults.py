@@ -11,7 +11,15 @@ import pytest
 from fp8ctl.errors import BusyError, Fp8ctlError, NotPermittedError
 from fp8ctl.patching import store, transaction
 from fp8ctl.patching.fsops import Root, Syscalls
-from tests.patching.faulty import Failing, Faulty, recover, restore
+from tests.patching.faulty import (
+    Failing,
+    Faulty,
+    next_command,
+    recover,
+    restore,
+    unlocked,
+    without_store,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,10 +40,6 @@ VERBS: dict[str, tuple[tuple[str, ...], Callable[[Any, Syscalls], object]]] = {
     "revert": (("second", "third"), lambda lab, calls: lab.revert(calls=calls)),
     "rebuild": (("second", "third"), lambda lab, calls: lab.patch("first", calls=calls)),
 }
-
-
-def without_store(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
-    return {k: v for k, v in tree.items() if not k.startswith(".fp8ctl")}
 
 
 @pytest.mark.parametrize("stride", [29, pytest.param(1, marks=pytest.mark.long)])
@@ -78,22 +82,15 @@ def test_at_every_call(lab: Any, verb: str, code: int, for_good: bool, stride: i
                 assert at_once == without_store(old), where
             else:
                 assert for_good, where
-        with Root(lab.site, Faulty()) as root:
-            if store.needs_recovery(root):
-                recover(lab.site, Faulty())
-        found = lab.tree()
-        found.pop(store.LOCK, None)
-        ends["new" if found == _unlocked(new) else "old"] += 1
-        assert found in (_unlocked(old), _unlocked(new)), where
+        next_command(lab.site)
+        found = unlocked(lab.tree())
+        ends["new" if found == unlocked(new) else "old"] += 1
+        assert found in (unlocked(old), unlocked(new)), where
         if error is None:
-            assert found == _unlocked(new), where
+            assert found == unlocked(new), where
     if stride == 1:
         print(f"faults, {verb}, {errno.errorcode[code]}: {probe.count} points, {ends}")
         assert min(ends.values()) > 0
-
-
-def _unlocked(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
-    return {path: entry for path, entry in tree.items() if path != store.LOCK}
 
 
 def last(calls: Faulty, name: str) -> int:

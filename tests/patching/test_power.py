@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl.errors import Fp8ctlError
-from fp8ctl.patching import store, transaction
-from fp8ctl.patching.fsops import Root, Syscalls
+from fp8ctl.patching import store
 from fp8ctl.patching.names import sha256_of
 from tests.patching.conftest import Quick
+from tests.patching.faulty import next_command
 from tests.patching.power import Died, Event, Recorder, State, states_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from fp8ctl.patching.fsops import Syscalls
 
 Tree = dict[str, tuple[bytes | None, int]]
 
@@ -99,14 +101,6 @@ def compile_all(site: Path) -> None:
         cache.mkdir(exist_ok=True)
         compiled = cache / f"{source.stem}.cpython-311.pyc"
         compiled.write_bytes(sha256_of(source.read_bytes()).encode())
-
-
-def next_command(site: Path, calls: Syscalls | None = None) -> None:
-    """Do what `patch` and `revert` do first, whatever they were asked for."""
-    with Root(site, calls or Quick()) as root:
-        if store.needs_recovery(root):
-            with transaction.begin(root):
-                pass
 
 
 class Judge:

@@ -25,7 +25,7 @@ from fp8ctl.errors import (
 )
 from fp8ctl.patching import store, transaction
 from fp8ctl.patching.fsops import Root
-from tests.patching.faulty import Faulty, killed_at, recover, restore
+from tests.patching.faulty import Faulty, killed_at, recover, restore, without_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,10 +36,6 @@ A = "sglang/srt/a.py"
 B = "sglang/srt/b.py"
 C = "sglang/c.py"
 NEW = "sglang/added/d.py"
-
-
-def without_store(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
-    return {k: v for k, v in tree.items() if not k.startswith(".fp8ctl")}
 
 
 class TestDeath:
