@@ -221,7 +221,7 @@ def _run(
             with transaction.begin(root, report.warn) as mended:
                 if mended:
                     report.warn(mended)
-        plans = make(root)
+        plans = _plans(report, root, make, dry_run=dry_run)
         changes = any(not p.empty for p in plans)
         for (engine, _), plan in zip(target.engines, plans, strict=True):
             _show(report, verb, engine, plan)
@@ -256,6 +256,19 @@ def _run(
             for (engine, series), plan, status in zip(target.engines, plans, statuses, strict=True)
         ],
     }
+
+
+def _plans(
+    report: Reporter, root: Root, make: Callable[[Root], list[PatchPlan]], *, dry_run: bool
+) -> list[PatchPlan]:
+    """Plan without the lock, and with it where somebody else was at work meanwhile."""
+    try:
+        return make(root)
+    except Fp8ctlError:
+        if dry_run or not store.needs_recovery(root):
+            raise
+    with transaction.begin(root, report.warn):
+        return make(root)
 
 
 def _show(report: Reporter, verb: Verb, engine: Engine, plan: PatchPlan) -> None:
