@@ -143,7 +143,7 @@ class Root:
         try:
             with self.folder(path) as (fd, name), self._named(path):
                 file = os.open(name, _READ | os.O_NONBLOCK, dir_fd=fd)
-                with open(file, "rb") as stream:
+                try:
                     info = os.fstat(file)
                     if not stat.S_ISREG(info.st_mode):
                         raise ConflictError(f"{self.path / path} is not a regular file")
@@ -151,13 +151,16 @@ class Root:
                         raise ConflictError(
                             f"{self.path / path} has {info.st_size} bytes, expected at most {limit}"
                         )
-                    return FileData(
-                        stream.read(),
-                        info.st_mode & _PERMISSIONS,
-                        info.st_uid,
-                        info.st_gid,
-                        info.st_mtime_ns,
-                    )
+                    with open(file, "rb", closefd=False) as stream:
+                        return FileData(
+                            stream.read(),
+                            info.st_mode & _PERMISSIONS,
+                            info.st_uid,
+                            info.st_gid,
+                            info.st_mtime_ns,
+                        )
+                finally:
+                    os.close(file)
         except FileNotFoundError:
             return None
 
@@ -324,7 +327,7 @@ class Root:
     def remove_folder(self, path: str) -> None:
         """Remove a folder if it is there and empty."""
         with contextlib.suppress(FileNotFoundError):
-            if self.names(path):
+            if not self.has_folder(path) or self.names(path):
                 return
             with self.folder(path) as (fd, name), self._named(path):
                 try:

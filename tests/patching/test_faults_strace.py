@@ -157,6 +157,8 @@ def test_a_kill_at_a_call_that_changes_something(
     old = unlocked(tree(lab.site))
     start = tmp_path / "start"
     shutil.copytree(lab.site, start)
+    traced.calls(words)  # which makes its folders in the home, once
+    lay(lab.site, start)
     points = [c for c in traced.calls(words) if c.mutates]
     new = unlocked(tree(lab.site))
     ends = {"old": 0, "new": 0}
@@ -185,6 +187,8 @@ def test_an_error_at_any_call_is_told_and_mended(
     old = unlocked(tree(lab.site))
     start = tmp_path / "start"
     shutil.copytree(lab.site, start)
+    traced.calls(words)
+    lay(lab.site, start)
     calls = traced.calls(words, f"{MUTATING},{READING}")
     # Those that only read are many, and much alike.
     points = [c for c in calls if c.mutates] + [c for c in calls if not c.mutates][::9]
