@@ -251,7 +251,9 @@ def start(folder: Path, tests: Sequence[str]) -> int:
         import pytest
 
         options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "--basetemp", ".tmp"]
-        os._exit(int(pytest.main([*options, *tests])))
+        code = int(pytest.main([*options, *tests]))
+        sys.stdout.flush()
+        os._exit(code)
     finally:
         os._exit(99)
 
