@@ -167,7 +167,7 @@ class Root:
     def names(self, path: str) -> tuple[str, ...]:
         """Return the sorted names in a folder; none if it is not there."""
         try:
-            with self.folder(path + "/.") as (fd, _), self._named(path):
+            with self.folder(f"{path}/.") as (fd, _), self._named(path):
                 return tuple(sorted(os.listdir(fd)))
         except FileNotFoundError:
             return ()
@@ -175,7 +175,7 @@ class Root:
     def has_folder(self, path: str) -> bool:
         """Tell whether a folder is there."""
         try:
-            with self.folder(path + "/."):
+            with self.folder(f"{path}/."):
                 return True
         except FileNotFoundError:
             return False
@@ -340,7 +340,7 @@ class Root:
         """Make the names in a folder durable."""
         with (
             contextlib.suppress(FileNotFoundError),
-            self.folder(path + "/." if path else ".") as (fd, _),
+            self.folder(f"{path}/." if path else ".") as (fd, _),
             self._named(path),
         ):
             self.calls.fsync(fd)
