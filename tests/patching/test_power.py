@@ -245,3 +245,14 @@ class TestCut:
             tree = {path: (data, mode) for path, data, mode in state}
             bench.check(calls.log, limit=min(limit, 32), tree=tree)
         print(f"power, twice, {name}: {len(bench.judge.seen)} states")
+
+
+@pytest.mark.parametrize("forgets", ["files", "folders"])
+def test_without_a_flush_of_either_kind_the_model_finds_bad_ends(
+    lab: Any, scratch: Path, forgets: str
+) -> None:
+    bench = Bench(lab, scratch, "patch")
+    log = bench.log(forgets=forgets).log
+    # The last cut: all is done, and nothing is certain.
+    ends = {end for _, end, _ in bench.ends(log, first=len(log) - 20, limit=8)}
+    assert ends - {"old", "new"}
