@@ -345,8 +345,10 @@ def _roll_back(root: Root, journal: Journal) -> None:
         _write(root, op.back_path, op, data)
         root.rename(op.back_path, op.path.rpartition("/")[2])
     _settle(root, journal, journal.made[::-1])
-    # Written though it may look right: what an earlier way back wrote need not be on the disk.
-    store.write_ledger(root, journal.before)
+    if store.read_ledger(root) != journal.before:
+        store.write_ledger(root, journal.before)
+    else:
+        root.sync_folder(store.FOLDER)  # what an earlier way back wrote need not be on the disk
     store.end_journal(root, journal)
 
 

@@ -44,8 +44,9 @@ def bundled(lab: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 class Worker:
     """One process: does random things, and notes what should not have happened."""
 
-    def __init__(self, lab: Any, seed: int, pids: set[int]) -> None:
-        self.lab, self.pids, self.chance = lab, pids, random.Random(seed)
+    def __init__(self, lab: Any, seed: int, dead: Path) -> None:
+        self.lab, self.dead, self.chance = lab, dead, random.Random(seed)
+        self.holders: set[int | None] = set()
         self.counts: dict[str, int] = {}
         self.waits: list[float] = []
         self.wrong: list[str] = []
@@ -62,13 +63,18 @@ class Worker:
             except BusyError as e:
                 name = "busy"
                 self.waits.append(time.monotonic() - started)
-                if e.data["pid"] not in self.pids or e.data["pid"] == os.getpid():
-                    self.wrong.append(f"the holder is {e.data['pid']}: {e.message}")
+                pid = e.data["pid"]
+                assert isinstance(pid, int | None)
+                self.holders.add(pid)
+                if pid == os.getpid():
+                    self.wrong.append(f"held by itself: {e.message}")
             except Exception as e:  # noqa: BLE001 - whatever it is, it is a finding
                 name = "error"
                 self.wrong.append(f"{act.__name__}: {type(e).__name__}: {e}")
             self.counts[name] = self.counts.get(name, 0) + 1
-        return {"counts": self.counts, "waits": self.waits, "wrong": self.wrong}
+        holders = sorted(self.holders, key=str)
+        told = {"counts": self.counts, "waits": self.waits, "wrong": self.wrong}
+        return told | {"holders": holders}
 
     def _command(self, body: Any, **options: Any) -> None:
         report = Reporter(out=io.StringIO(), err=io.StringIO())
@@ -94,7 +100,12 @@ class Worker:
         if self.chance.random() < 0.25:
             step = self.chance.randrange(1, 90)
             ids = self.chance.choice([("second", "third"), ("first",)])
-            killed_at(step, lambda calls: _busy_or_not(lambda: self.lab.patch(*ids, calls=calls)))
+            killed_at(step, lambda calls: self._patch_or_not(ids, calls))
+
+    def _patch_or_not(self, ids: tuple[str, ...], calls: Syscalls) -> None:
+        (self.dead / str(os.getpid())).touch()
+        with contextlib.suppress(BusyError):
+            self.lab.patch(*ids, calls=calls)
 
     def _judge(self, *, holding: bool) -> None:
         with Root(self.lab.site) as root:
@@ -108,14 +119,11 @@ class Worker:
             self.wrong.append(f"{'held' if holding else 'seen'}: {files}, ledger {listed}")
 
 
-def _busy_or_not(body: Any) -> None:
-    with contextlib.suppress(BusyError):
-        body()
-
-
 @pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.long)])
 def test_eight_processes_see_whole_changes_only(bundled: Any, tmp_path: Path, count: int) -> None:
     pristine = bundled.tree()
+    dead = tmp_path / "dead"
+    dead.mkdir()
     gate, open_gate = os.pipe()
     children: list[int] = []
     for seed in range(8):
@@ -124,16 +132,15 @@ def test_eight_processes_see_whole_changes_only(bundled: Any, tmp_path: Path, co
             code = 1
             try:
                 os.close(open_gate)
-                pids = json.loads(os.read(gate, 4096).decode())
-                result = Worker(bundled, seed, set(pids)).run(count)
+                os.read(gate, 1)
+                result = Worker(bundled, seed, dead).run(count)
                 (tmp_path / f"told-{seed}").write_text(json.dumps(result))
                 code = 0
             finally:
                 os._exit(code)
         children.append(child)
     started = time.monotonic()
-    for _ in children:
-        os.write(open_gate, json.dumps(children).encode().ljust(4096))
+    os.write(open_gate, bytes(len(children)))
     os.close(open_gate)
     os.close(gate)
     left = set(children)
@@ -150,6 +157,9 @@ def test_eight_processes_see_whole_changes_only(bundled: Any, tmp_path: Path, co
     told: list[dict[str, Any]] = [json.loads(file.read_text()) for file in files]
     wrong = [w for one in told for w in one["wrong"]]
     assert not wrong, wrong[:5]
+    # Who is named is one of us, or a child that was killed.
+    known = {*children, *(int(name) for name in os.listdir(dead))}
+    assert {h for one in told for h in one["holders"]} <= known
     counts: dict[str, int] = {}
     for one in told:
         for name, number in one["counts"].items():

@@ -180,6 +180,22 @@ class TestHalfWay:
         recover(lab.site, Faulty())
         assert lab.tree() in (old, new)
 
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE])
+    def test_a_full_disk_never_stands_in_the_way_of_undoing_what_was_staged(
+        self, lab: Any, code: int
+    ) -> None:
+        lab.patch("second", "third")
+        old = lab.tree()
+        probe = Faulty()
+        lab.patch("first", calls=probe)
+        commit = [n for n, name in enumerate(probe.names, 1) if name == "rename"][-3]
+        for step in (n for n, name in enumerate(probe.names, 1) if name == "open" and n < commit):
+            restore(lab.site, old)
+            with pytest.raises(NotPermittedError) as e:
+                lab.patch("first", calls=Failing(step, code, for_good=True, spared=SPARED[code]))
+            assert "some files" not in (e.value.hint or ""), step
+            assert unlocked(lab.tree()) == unlocked(old), step
+
     def test_a_way_back_that_dies_leaves_no_stray(self, lab: Any) -> None:
         # Found: the old content of a deleted file lay beside it for ever.
         lab.patch("second", "third")
