@@ -18,7 +18,7 @@ STAMP := $(shell cat pyproject.toml constraints.txt | cksum | tr ' ' -)
 BASE := $(VENV)/.base-$(STAMP)
 DEV := $(VENV)/.dev-$(STAMP)
 
-.PHONY: demo test test-all lint conformance clean
+.PHONY: demo test test-all lint mutate conformance clean
 
 demo: $(BASE)
 	$(BIN)/fp8ctl demo
@@ -28,6 +28,10 @@ test: $(DEV) lint
 
 test-all: $(DEV) lint
 	$(BIN)/python -m pytest
+
+# Hours; `python tools/mutate.py store` is one module.
+mutate: $(DEV)
+	$(BIN)/python tools/mutate.py diff plan store fsops transaction
 
 lint: $(DEV)
 	$(BIN)/ruff check .

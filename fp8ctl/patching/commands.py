@@ -200,7 +200,7 @@ def _overlay(
     else:
         with Root(front.parent) as above:
             above.make_folder(front.name)
-    with Root(front) as root, transaction.begin(root):
+    with Root(front) as root, transaction.begin(root, report.warn):
         carried: dict[str, list[str]] = {}
         if old is not None:
             for series in (catalog.load(b, SUPPORTED[b]) for b in old.engines):
@@ -215,7 +215,7 @@ def _overlay(
             for series in (catalog.load(backend, SUPPORTED[backend]),)
         ]
         if plans:
-            transaction.run(root, plans, python_version=target.env.python_version)
+            transaction.run(root, plans, python_version=target.env.python_version, warn=report.warn)
     report.say(f"overlay {front}: {overlay.describe(wanted)}")
     return True, targets.in_front(target)
 
@@ -229,7 +229,7 @@ def _remove(
     with Root(front) as root:
         overlay.check_own(root, old)
         if not dry_run:
-            with transaction.begin(root):
+            with transaction.begin(root, report.warn):
                 overlay.check_own(root, old)
                 overlay.remove(root, old)
     if dry_run:
@@ -273,13 +273,13 @@ def _run(
         interrupted = store.needs_recovery(root)
         if interrupted and not dry_run:
             _check_servers(report, env.site_packages, allow_running=allow_running)
-            with transaction.begin(root) as mended:
+            with transaction.begin(root, report.warn) as mended:
                 if mended:
                     report.warn(mended)
         elif verb == "revert" and not target.subjects and not dry_run:
-            with transaction.begin(root):
+            with transaction.begin(root, report.warn):
                 pass  # an empty store goes with the lock
-        plans = make(root)
+        plans = _plans(report, root, make, dry_run=dry_run)
         changes = any(not p.empty for p in plans)
         for subject, plan in zip(target.subjects, plans, strict=True):
             account.show(report, verb, subject, plan)
@@ -288,10 +288,10 @@ def _run(
         if changes and not dry_run:
             _check_permitted(root, plans, target)
             _check_servers(report, env.site_packages, allow_running=allow_running)
-            with transaction.begin(root):
+            with transaction.begin(root, report.warn):
                 # Once more under the lock: what was shown is what is done, or it fails.
                 plans = make(root)
-                transaction.run(root, plans, python_version=env.python_version)
+                transaction.run(root, plans, python_version=env.python_version, warn=report.warn)
         statuses = [judge(s.series, take(root, s.series)) for s in target.subjects]
     elapsed = time.monotonic() - started
     files = sum(len(p.ops) for p in plans)
@@ -331,6 +331,19 @@ def _check_permitted(root: Root, plans: Sequence[PatchPlan], target: Target) -> 
                 f"environment as it is; or {e.hint}"
             )
         raise
+
+
+def _plans(
+    report: Reporter, root: Root, make: Callable[[Root], list[PatchPlan]], *, dry_run: bool
+) -> list[PatchPlan]:
+    """Plan without the lock, and with it where somebody else was at work meanwhile."""
+    try:
+        return make(root)
+    except Fp8ctlError:
+        if dry_run or not store.needs_recovery(root):
+            raise
+    with transaction.begin(root, report.warn):
+        return make(root)
 
 
 @contextlib.contextmanager

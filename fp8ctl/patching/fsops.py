@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 from dataclasses import dataclass
@@ -27,6 +28,17 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _PERMISSIONS = 0o7777
+_HINTS = {
+    errno.ENOSPC: "free some space and run it again",
+    errno.EDQUOT: "free some of your quota and run it again",
+    errno.EIO: "the disk fails: see dmesg",
+    errno.EMFILE: "ulimit -n 1024, and run it again",
+}
+_ACL = "system.posix_acl_access"
+# Of the rest, `trusted` is the kernel's, and IMA's and EVM's are signatures of the old content.
+_XATTRS = ("user.", "security.", _ACL)
+_SIGNATURES = ("security.ima", "security.evm")
+_NO_XATTRS = (errno.ENOTSUP, errno.EPERM, errno.EACCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +106,17 @@ class Syscalls:
         """Set access and modification time of an open file."""
         os.utime(fd, ns=(mtime_ns, mtime_ns))
 
+    def xattr(self, fd: int, name: str, value: bytes) -> None:
+        """Set an extended attribute of an open file."""
+        os.setxattr(fd, name, value)
+
     def truncate(self, fd: int) -> None:
         """Empty an open file."""
         os.ftruncate(fd, 0)
+
+    def lock(self, fd: int) -> None:
+        """Lock an open file for this process alone, or fail at once."""
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Root:
@@ -139,7 +159,7 @@ class Root:
         try:
             with self.folder(path) as (fd, name), self._named(path):
                 file, link = self._open(name, fd, through=through)
-                with open(file, "rb") as stream:
+                try:
                     info = os.fstat(file)
                     if not stat.S_ISREG(info.st_mode):
                         raise ConflictError(f"{self.path / path} is not a regular file")
@@ -147,14 +167,17 @@ class Root:
                         raise ConflictError(
                             f"{self.path / path} has {info.st_size} bytes, expected at most {limit}"
                         )
-                    return FileData(
-                        stream.read(),
-                        info.st_mode & _PERMISSIONS,
-                        info.st_uid,
-                        info.st_gid,
-                        info.st_mtime_ns,
-                        link,
-                    )
+                    with open(file, "rb", closefd=False) as stream:
+                        return FileData(
+                            stream.read(),
+                            info.st_mode & _PERMISSIONS,
+                            info.st_uid,
+                            info.st_gid,
+                            info.st_mtime_ns,
+                            link,
+                        )
+                finally:
+                    os.close(file)
         except FileNotFoundError:
             return None
 
@@ -179,7 +202,7 @@ class Root:
     def names(self, path: str) -> tuple[str, ...]:
         """Return the sorted names in a folder; none if it is not there."""
         try:
-            with self.folder(path + "/.") as (fd, _), self._named(path):
+            with self.folder(f"{path}/.") as (fd, _), self._named(path):
                 return tuple(sorted(os.listdir(fd)))
         except FileNotFoundError:
             return ()
@@ -187,7 +210,7 @@ class Root:
     def has_folder(self, path: str) -> bool:
         """Tell whether a folder is there."""
         try:
-            with self.folder(path + "/."):
+            with self.folder(f"{path}/."):
                 return True
         except FileNotFoundError:
             return False
@@ -202,14 +225,48 @@ class Root:
 
     def owner(self, path: str) -> tuple[int, int]:
         """Return user and group of the folder that a file lies in."""
-        with self.folder(path) as (fd, _):
+        with self.folder(path) as (fd, _), self._named(path):
             info = os.fstat(fd)
             return info.st_uid, info.st_gid
 
     def free_bytes(self) -> int:
         """Return how many bytes this user may still write here."""
-        info = os.fstatvfs(self._fd)
+        with self._named(""):
+            info = os.fstatvfs(self._fd)
         return info.f_bavail * info.f_frsize
+
+    def identity(self, path: str) -> tuple[int, ...] | None:
+        """Return what changes whenever a file is replaced, or a name in a folder; None: not there.
+
+        "" is the folder itself.
+        """
+        try:
+            with self.folder(path) as (fd, name), self._named(path):
+                info = os.stat(name or ".", dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        return info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns
+
+    def xattrs(self, path: str) -> tuple[tuple[str, bytes], ...]:
+        """Return the extended attributes that a new version of a file must keep, ACL included.
+
+        Empty where the file is not there, or where its file system has none.
+        """
+        try:
+            with self.folder(path) as (fd, name), self._named(path):
+                file = os.open(name, _READ | os.O_NONBLOCK, dir_fd=fd)
+                try:
+                    names = [n for n in os.listxattr(file) if n.startswith(_XATTRS)]
+                    kept = sorted(n for n in names if n not in _SIGNATURES)
+                    return tuple((n, os.getxattr(file, n)) for n in kept)
+                except OSError as e:
+                    if e.errno in _NO_XATTRS:
+                        return ()
+                    raise
+                finally:
+                    os.close(file)
+        except FileNotFoundError:
+            return ()
 
     @contextlib.contextmanager
     def folder(self, path: str) -> Iterator[tuple[int, str]]:
@@ -218,7 +275,8 @@ class Root:
         Walked anew each time: a cached prefix is a check that has gone stale.
         """
         *folders, name = path.split("/")
-        fd = os.dup(self._fd)
+        with self._named(path):
+            fd = os.dup(self._fd)
         try:
             for component in folders:
                 try:
@@ -238,9 +296,19 @@ class Root:
     # Writing.
 
     def stage(
-        self, path: str, data: bytes, *, mode: int, owner: tuple[int, int], mtime_ns: int | None
+        self,
+        path: str,
+        data: bytes,
+        *,
+        mode: int,
+        owner: tuple[int, int],
+        mtime_ns: int | None,
+        xattrs: tuple[tuple[str, bytes], ...] = (),
     ) -> None:
-        """Write a new file durably; a file of that name that is there already is replaced."""
+        """Write a new file durably; a file of that name that is there already is replaced.
+
+        Its content and attributes are durable then; its name is when the folder is flushed.
+        """
         with self.folder(path) as (fd, name), self._named(path):
             with contextlib.suppress(FileNotFoundError):
                 os.stat(name, dir_fd=fd, follow_symlinks=False)
@@ -251,6 +319,14 @@ class Root:
                 while rest:
                     rest = rest[self.calls.write(file, bytes(rest)) :]
                 self.calls.attributes(file, mode, *owner)
+                for attribute, value in xattrs:
+                    try:
+                        self.calls.xattr(file, attribute, value)
+                    except OSError as e:
+                        # A label may be the administrator's to give; the folder's default stays.
+                        if attribute.startswith("security.") and e.errno in _NO_XATTRS:
+                            continue
+                        raise
                 if mtime_ns is not None:
                     self.calls.times(file, mtime_ns)
                 self.calls.fsync(file)
@@ -291,7 +367,7 @@ class Root:
     def remove_folder(self, path: str) -> None:
         """Remove a folder if it is there and empty."""
         with contextlib.suppress(FileNotFoundError):
-            if self.names(path):
+            if not self.has_folder(path) or self.names(path):
                 return
             with self.folder(path) as (fd, name), self._named(path):
                 try:
@@ -304,7 +380,7 @@ class Root:
         """Make the names in a folder durable."""
         with (
             contextlib.suppress(FileNotFoundError),
-            self.folder(path + "/." if path else ".") as (fd, _),
+            self.folder(f"{path}/." if path else ".") as (fd, _),
             self._named(path),
         ):
             self.calls.fsync(fd)
@@ -346,12 +422,29 @@ class Root:
         """Write a lock file's content: the one file written in place, and never linked."""
         with self._named(path):
             self.calls.truncate(fd)
-            self.calls.write(fd, data)
+            if data:
+                self.calls.write(fd, data)
+
+    def lock(self, path: str, fd: int) -> bool:
+        """Lock an open lock file; False where another process holds it.
+
+        Raises:
+            NotPermittedError: this file system has no locks.
+        """
+        try:
+            with self._named(path):
+                self.calls.lock(fd)
+        except NotPermittedError as e:
+            if isinstance(e.__cause__, BlockingIOError):
+                return False
+            e.hint = "without locks two commands could meet: use an environment on a local disk"
+            raise
+        return True
 
     def same_file(self, path: str, fd: int) -> bool:
         """Tell whether a name still stands for an open file."""
         try:
-            with self.folder(path) as (folder, name):
+            with self.folder(path) as (folder, name), self._named(path):
                 a = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return False
@@ -365,7 +458,7 @@ class Root:
         """Turn the errors of the operating system into ours, with the path in them."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError):
+        except FileNotFoundError:
             raise
         except OSError as e:
             if e.errno == errno.ELOOP:
@@ -383,8 +476,9 @@ class Root:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             with contextlib.suppress(OSError):
                 free = f" ({self.free_bytes()} bytes free)"
+        owner = "run it as the owner of this environment, or while the image is built"
         return NotPermittedError(
             f"{self.path / path if path else self.path}: {e.strerror}{free}",
-            hint="run it as the owner of this environment, or while the image is built",
+            hint=_HINTS.get(e.errno or 0, owner),
             data={"path": str(self.path / path), "errno": e.errno},
         )

@@ -6,7 +6,7 @@ commands of this package; changes nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import environment
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from fp8ctl.environment import BackendName
     from fp8ctl.patching.catalog import Patch, Series
     from fp8ctl.patching.store import LedgerEntry
+
+_TRIES = 20
 
 State = Literal["pristine", "applied", "partial", "superseded", "drifted", "missing", "orphan"]
 
@@ -214,7 +216,20 @@ def way_out(status: SeriesStatus, *, site_packages: Path, target: str, reinstall
 
 
 def take(root: Root, series: Series) -> Snapshot:
-    """Read everything that the series and the ledger know about an engine."""
+    """Read everything that the series and the ledger know about an engine.
+
+    Without the lock: where somebody changes it meanwhile it is read again, so that a snapshot
+    is of one moment, or is marked as interrupted.
+    """
+    for _ in range(_TRIES):
+        before = store.stamp(root)
+        snapshot = _take(root, series)
+        if store.stamp(root) == before:
+            return snapshot
+    return replace(snapshot, interrupted=True)
+
+
+def _take(root: Root, series: Series) -> Snapshot:
     entry = store.read_ledger(root).entries.get(series.backend)
     paths = sorted({*series.pristine, *(entry.files if entry else ())})
     # An installer may have made links into its cache (`uv pip install --link-mode symlink`).

@@ -13,9 +13,9 @@ survivable: the hashes of the files say what is applied. Called by `status`
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from fp8ctl.errors import BusyError, DiffError, DriftError, Fp8ctlError
 from fp8ctl.patching.names import RelPath, Sha256, parse_relpath, parse_sha256, sha256_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from fp8ctl.patching.fsops import Root
 
@@ -34,6 +34,8 @@ JOURNAL = f"{FOLDER}/journal"
 BLOBS = f"{FOLDER}/blobs"
 _SCHEMA = 1
 _TEMPORARY = ".tmp-"
+# The holder of a lock writes its pid right after it has it.
+_PID_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,15 @@ class JournalOp:
     @property
     def staged_path(self) -> str:
         """Path of the staged file."""
-        return f"{self.path.rpartition('/')[0]}/{self.staged}".removeprefix("/")
+        return self._beside(self.staged)
+
+    @property
+    def back_path(self) -> str:
+        """Path at which the old content is staged, to put it back."""
+        return self._beside(f".{self.path.rpartition('/')[2]}.fp8ctl-back")
+
+    def _beside(self, name: str) -> str:
+        return f"{self.path.rpartition('/')[0]}/{name}".removeprefix("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +282,11 @@ def read_journal(root: Root) -> Journal | None:
         try:
             return Journal.from_json(json.loads(file.data))
         except (KeyError, TypeError, ValueError, DiffError) as e:
-            raise DriftError(f"{root.path / JOURNAL / name} cannot be read: {e}") from e
+            path = root.path / JOURNAL / name
+            raise DriftError(
+                f"{path} cannot be read: {e}",
+                hint=f"mv {path} {root.path} && fp8ctl doctor --site-packages {root.path}",
+            ) from e
     return None
 
 
@@ -288,7 +302,15 @@ def needs_recovery(root: Root) -> bool:
         return False
     if LEDGER.rpartition("/")[2] not in root.names(FOLDER):
         return True
-    return bool(root.names(JOURNAL)) or bool(_strays(root))
+    return root.has_folder(JOURNAL) or bool(_strays(root))
+
+
+def stamp(root: Root) -> tuple[object, ...]:
+    """Return what changes with every step of a transaction that other readers could see.
+
+    Two equal stamps, and no journal: what was read in between belongs together.
+    """
+    return root.names(JOURNAL), root.identity(LEDGER), root.identity("")
 
 
 def _strays(root: Root) -> tuple[str, ...]:
@@ -305,8 +327,12 @@ def _strays(root: Root) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def locked(root: Root) -> Iterator[None]:
+def locked(root: Root, warn: Callable[[str], object]) -> Iterator[None]:
     """Hold the environment's lock; at the end remove the store if nothing is applied.
+
+    Args:
+        root: site-packages.
+        warn: told if that last step fails: by then what was asked for is done.
 
     Raises:
         BusyError: another fp8ctl holds it; the message names its pid.
@@ -322,32 +348,62 @@ def locked(root: Root) -> Iterator[None]:
             with contextlib.suppress(Fp8ctlError):
                 _sweep(root)
             raise
-        _sweep(root)
+        with tidying(warn):
+            _sweep(root)
     finally:
-        os.close(fd)
+        try:
+            with contextlib.suppress(Fp8ctlError):
+                root.overwrite(LOCK, fd, b"")  # whoever comes next shall not name this process
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def tidying(warn: Callable[[str], object]) -> Iterator[None]:
+    """Turn an error of the block into a warning: nothing but fp8ctl's own folder is untidy."""
+    try:
+        yield
+    except Fp8ctlError as e:
+        warn(f"the files are as they should be, the rest is left to the next command: {e.message}")
 
 
 def _acquire(root: Root) -> int:
+    """Return the lock file, open and locked."""
+    until = time.monotonic() + _PID_S
     for _ in range(100):
-        fd = -1
         try:
             root.make_folder(FOLDER)
             fd = root.lock_file(LOCK)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             continue  # a revert removed the folder just now
-        except BlockingIOError as e:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(fd)
+        mine = False
+        try:
+            locked = root.lock(LOCK, fd)
+            mine = locked and root.same_file(LOCK, fd)
+            if mine:
+                return fd
+            holder = "" if locked else _holder(fd)
+        finally:
+            if not mine:
+                os.close(fd)
+        if locked:
+            continue  # locked a file that a revert has unlinked meanwhile
+        if holder or time.monotonic() > until:
             raise BusyError(
-                f"{root.path} is being changed by another fp8ctl, process {holder}",
+                f"{root.path} is being changed by another fp8ctl, process {holder or 'unknown'}",
                 hint="run it again when that one has ended",
-                data={"pid": int(holder) if holder.isdigit() else None},
-            ) from e
-        if root.same_file(LOCK, fd):
-            return fd
-        os.close(fd)  # locked a file that a revert has unlinked meanwhile
+                data={"pid": int(holder) if holder else None},
+            )
+        time.sleep(0.005)
     raise BusyError(f"{root.path / LOCK} cannot be held: it is made and removed all the time")
+
+
+def _holder(fd: int) -> str:
+    """Return the pid in a lock file; "" while there is none."""
+    with contextlib.suppress(OSError):
+        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        return text if text.isdigit() else ""
+    return ""
 
 
 def _sweep(root: Root) -> None:
@@ -380,11 +436,15 @@ def write_ledger(root: Root, ledger: Ledger) -> None:
 
 
 def write_journal(root: Root, journal: Journal) -> None:
-    """Write a journal durably; with `committed` this is the commit point."""
+    """Write a journal durably; with `committed` this is the commit point.
+
+    The first time all folders above it are flushed: nothing may be staged before the way
+    back is on the disk.
+    """
     root.make_folder(JOURNAL)
     root.replace(journal.path, _dump(journal.to_json()))
-    root.sync_folder(JOURNAL)
-    root.sync_folder(FOLDER)
+    for folder in (JOURNAL,) if journal.committed else (JOURNAL, FOLDER, ""):
+        root.sync_folder(folder)
 
 
 def end_journal(root: Root, journal: Journal) -> None:
@@ -395,7 +455,7 @@ def end_journal(root: Root, journal: Journal) -> None:
 
 def write_blobs(root: Root, contents: Mapping[Sha256, bytes]) -> None:
     """Store contents durably; one that is there already is not written again."""
-    root.make_folder(BLOBS, 0o755)
+    root.make_folder(BLOBS)
     for sha, data in contents.items():
         if read_blob(root, sha) is None:
             root.replace(f"{BLOBS}/{sha}", data)

@@ -2,11 +2,13 @@
 
     lock -> recover -> (the caller plans) -> compile-check -> free space ->
     pre-images -> journal -> stage -> re-hash -> commit the journal ->
-    rename each -> flush folders -> drop bytecode -> re-read -> ledger
+    rename each -> drop bytecode -> flush folders -> re-read -> ledger -> tidy
 
 Before the commit an interrupted command is forgotten; after it, it is
-finished; which one is decided by hashes alone. An error that Python sees
-always ends in all-old. Called by `commands`; changes files through `fsops`.
+finished; which one is decided by hashes alone. An error that Python sees ends
+in all-old until the ledger is written. From there on the change stands, and
+what fails while fp8ctl tidies its own folder is a warning. Called by
+`commands`; changes files through `fsops`.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ from fp8ctl.patching.names import RelPath, Sha256, sha256_or_none, short
 from fp8ctl.patching.store import Journal, JournalOp, Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-    from fp8ctl.patching.fsops import FileData, Root
+    from fp8ctl.patching.fsops import Root
     from fp8ctl.patching.plan import FileOp, PatchPlan
 
 # Timestamps in .pyc files have whole seconds (PEP 552): two more are never equal.
@@ -36,29 +38,46 @@ _MTIME_STEP_NS = 2_000_000_000
 _SPARE_BYTES = 1 << 20
 
 
+def _unheard(message: str) -> None:
+    """Take a warning that nobody wants to hear."""
+
+
 @contextlib.contextmanager
-def begin(root: Root) -> Iterator[str | None]:
+def begin(root: Root, warn: Callable[[str], object] = _unheard) -> Iterator[str | None]:
     """Take the lock and mend what an earlier command left; yield what was mended, in words.
+
+    Args:
+        root: site-packages.
+        warn: told what could not be tidied.
 
     Raises:
         BusyError: another fp8ctl is at work here.
         DriftError: an unfinished transaction meets a file that it does not know.
+        NotPermittedError: the file system refuses.
     """
-    with store.locked(root):
-        yield recover(root)
+    with store.locked(root, warn):
+        yield recover(root, warn)
 
 
-def run(root: Root, plans: Sequence[PatchPlan], *, python_version: tuple[int, int]) -> None:
+def run(
+    root: Root,
+    plans: Sequence[PatchPlan],
+    *,
+    python_version: tuple[int, int],
+    warn: Callable[[str], object] = _unheard,
+) -> None:
     """Execute plans, made under the lock that `begin` holds, as one transaction.
 
     Args:
         root: site-packages.
         plans: one per engine.
         python_version: of the interpreter that will import the files.
+        warn: told what could not be tidied after the change.
 
     Raises:
         ConflictError: a result is not valid Python of that version.
-        NotPermittedError: the file system refuses; nothing was changed.
+        NotPermittedError: the file system refuses; nothing was changed, or the hint says
+            that the next command will mend it.
         DriftError: a file changed since it was read; nothing was changed.
     """
     ops = [op for plan in plans for op in plan.ops]
@@ -84,23 +103,48 @@ def run(root: Root, plans: Sequence[PatchPlan], *, python_version: tuple[int, in
         store.write_journal(root, replace(journal, committed=True))
         _finish(root, journal)
     except BaseException as e:
-        # If going back fails too, the journal stays and the next command decides.
-        with contextlib.suppress(Fp8ctlError, FileNotFoundError):
-            _roll_back(root, journal)
+        back = _went_back(root, journal)
         if isinstance(e, FileNotFoundError):
-            raise _changed(root, RelPath(str(e.filename or ""))) from e
+            raise _changed(root, RelPath(e.filename or "")) from e
+        if isinstance(e, Fp8ctlError) and not back:
+            e.hint = (
+                "some files may be changed and others not: mend this, then run the same command "
+                f"again, or fp8ctl revert --site-packages {root.path}"
+            )
         raise
+    _tidy(root, journal, warn)
 
 
-def recover(root: Root) -> str | None:
+def _went_back(root: Root, journal: Journal) -> bool:
+    """Undo what a failed command did; if that fails too, the journal stays for the next one."""
+    try:
+        _roll_back(root, journal)
+    except (Fp8ctlError, FileNotFoundError):
+        return False
+    return True
+
+
+def recover(root: Root, warn: Callable[[str], object] = _unheard) -> str | None:
     """Finish or forget an interrupted transaction; return what was done, None if nothing.
+
+    Args:
+        root: site-packages.
+        warn: told what could not be tidied.
 
     Raises:
         DriftError: a file is neither as before nor as after it; nothing is touched.
+        NotPermittedError: the file system refuses; the journal stays.
     """
     journal = store.read_journal(root)
     if journal is None:
         return None
+    try:
+        return _recover(root, journal, warn)
+    except FileNotFoundError as e:
+        raise _changed(root, RelPath(e.filename or "")) from e
+
+
+def _recover(root: Root, journal: Journal, warn: Callable[[str], object]) -> str:
     if not journal.committed:
         _roll_back(root, journal)
         return "an interrupted command was undone: it had changed no file"
@@ -120,6 +164,7 @@ def recover(root: Root) -> str | None:
     )
     if ready:
         _finish(root, journal)
+        _tidy(root, journal, warn)
         return "an interrupted command was finished"
     _roll_back(root, journal)
     return "an interrupted command was undone"
@@ -241,8 +286,8 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
         root.make_folder(folder)
     for op, entry in zip(ops, journal.ops, strict=True):
         if op.new_bytes is not None:
-            _write(root, entry, op.new_bytes, root.read(op.path, through=True), entry.new_link)
-    for parent in _parents(journal.ops, journal.made):
+            _write(root, entry.staged_path, entry, op.new_bytes, entry.new_link)
+    for parent in _parents(journal):
         root.sync_folder(parent)
     for entry in journal.ops:
         # Somebody else may have edited it since it was read.
@@ -250,18 +295,31 @@ def _stage(root: Root, journal: Journal, ops: Sequence[FileOp]) -> None:
             raise _changed(root, entry.path)
 
 
-def _write(root: Root, op: JournalOp, data: bytes, old: FileData | None, link: str | None) -> None:
+def _write(root: Root, path: str, op: JournalOp, data: bytes, link: str | None) -> None:
+    """Stage a new content of a file, with what else belongs to the file that is there now; or
+    the link that it is to be.
+    """
     if link is not None:
-        root.unlink(op.staged_path)
-        root.link(op.staged_path, link)
+        root.unlink(path)
+        root.link(path, link)
         return
+    old = root.read(op.path, through=True)
+    plain = old is not None and old.link is None
     mtime = max(time.time_ns(), old.mtime_ns + _MTIME_STEP_NS if old else 0)
-    root.stage(op.staged_path, data, mode=op.mode, owner=op.owner, mtime_ns=mtime)
+    root.stage(
+        path,
+        data,
+        mode=op.mode,
+        owner=op.owner,
+        mtime_ns=mtime,
+        xattrs=root.xattrs(op.path) if plain else (),
+    )
 
 
 def _finish(root: Root, journal: Journal) -> None:
     """Do what a committed journal says; every step may have been done already."""
     for op in journal.ops:
+        root.unlink(op.back_path)  # of a way back that was cut short itself
         if _sha(root, op.path) == op.new:
             if op.staged:
                 root.unlink(op.staged_path)
@@ -269,7 +327,7 @@ def _finish(root: Root, journal: Journal) -> None:
             root.rename(op.staged_path, op.path.rpartition("/")[2])
         else:
             root.unlink(op.path)
-    _settle(root, journal.ops, journal.dropped)
+    _settle(root, journal, journal.dropped)
     for op in journal.ops:
         found = _sha(root, op.path)
         if found != op.new:
@@ -277,16 +335,23 @@ def _finish(root: Root, journal: Journal) -> None:
                 f"{root.path / op.path} reads back as {short(found)}, {short(op.new)} was written"
             )
     store.write_ledger(root, journal.ledger)
-    store.end_journal(root, journal)
+
+
+def _tidy(root: Root, journal: Journal, warn: Callable[[str], object]) -> None:
+    """Remove a journal that is done: if it stays, the next command finds nothing left to do."""
+    with store.tidying(warn):
+        store.end_journal(root, journal)
 
 
 def _roll_back(root: Root, journal: Journal) -> None:
     """Put every file of a journal back as it was before; a file of a third content stays."""
     for op in journal.ops:
+        root.unlink(op.back_path)
         if op.staged:
             root.unlink(op.staged_path)
-    changed = [op for op in journal.ops if _sha(root, op.path) == op.new]
-    for op in changed:
+    for op in journal.ops:
+        if _sha(root, op.path) != op.new:
+            continue
         if op.old is None:
             root.unlink(op.path)
             continue
@@ -298,32 +363,41 @@ def _roll_back(root: Root, journal: Journal) -> None:
             )
         for folder in _folders(op.path):
             root.make_folder(folder)  # gone with the last file in it
-        way_back = replace(op, staged=op.staged or f".{op.path.rpartition('/')[2]}.fp8ctl-back")
         link = op.old_link if op.old_link and root.leads_to(op.path, op.old_link) == data else None
-        _write(root, way_back, data, root.read(op.path, through=True), link)
-        root.rename(way_back.staged_path, op.path.rpartition("/")[2])
+        _write(root, op.back_path, op, data, link)
+        root.rename(op.back_path, op.path.rpartition("/")[2])
     # Folders of files that went with their engine: an installer leaves those with a staged file.
     gone = [op.path for op in journal.ops if op.old is not None and _sha(root, op.path) is None]
     folders = {*journal.made, *(f for path in gone for f in _folders(path))}
-    _settle(root, changed, sorted(folders, key=lambda f: (-f.count("/"), f)))
+    _settle(root, journal, sorted(folders, key=lambda f: (-f.count("/"), f)))
     if store.read_ledger(root) != journal.before:
         store.write_ledger(root, journal.before)
+    else:
+        root.sync_folder(store.FOLDER)  # what an earlier way back wrote need not be on the disk
     store.end_journal(root, journal)
 
 
-def _settle(root: Root, ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> None:
-    """Make the renames durable, drop stale bytecode and the folders that are no longer needed."""
-    for op in ops:
+def _settle(root: Root, journal: Journal, folders: Sequence[RelPath]) -> None:
+    """Drop stale bytecode and folders that are no longer needed; make all names durable.
+
+    All, whether this process changed them or not: one that was killed has flushed nothing,
+    and once the journal is gone nobody looks again.
+    """
+    for op in journal.ops:
         root.drop_bytecode(op.path)
     for folder in folders:
         root.remove_folder(f"{folder}/__pycache__")
         root.remove_folder(folder)
-    for parent in _parents(ops, folders):
+    above = {folder.rpartition("/")[0] for folder in folders}
+    for parent in sorted({*_parents(journal), *above}):
+        root.sync_folder(f"{parent}/__pycache__".removeprefix("/"))
         root.sync_folder(parent)
 
 
-def _parents(ops: Sequence[JournalOp], folders: Sequence[RelPath]) -> list[str]:
-    return sorted({path.rpartition("/")[0] for path in (*(op.path for op in ops), *folders)})
+def _parents(journal: Journal) -> list[str]:
+    """Return every folder in which a transaction, or its way back, may change a name."""
+    changed = {op.path for op in journal.ops} | {*journal.made, *journal.dropped}
+    return sorted({path.rpartition("/")[0] for path in changed})
 
 
 def _sha(root: Root, path: str) -> Sha256 | None:

@@ -9,7 +9,7 @@ import io
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,7 @@ class Lab:
     site: Path
     patches: Path
     series: catalog.Series
+    warnings: list[str] = field(default_factory=list)
 
     def status(self) -> SeriesStatus:
         with Root(self.site) as root:
@@ -153,15 +154,17 @@ class Lab:
             return plan_revert(self.series, take(root, self.series), asked=asked or None)
 
     def patch(self, *asked: str, calls: Syscalls | None = None, **options: Any) -> PatchPlan:
-        with Root(self.site, calls or Quick()) as root, transaction.begin(root):
+        warn = self.warnings.append
+        with Root(self.site, calls or Quick()) as root, transaction.begin(root, warn):
             plan = plan_patch(self.series, take(root, self.series), asked=asked or None, **options)
-            transaction.run(root, [plan], python_version=(3, 11))
+            transaction.run(root, [plan], python_version=(3, 11), warn=warn)
             return plan
 
     def revert(self, *asked: str, calls: Syscalls | None = None) -> PatchPlan:
-        with Root(self.site, calls or Quick()) as root, transaction.begin(root):
+        warn = self.warnings.append
+        with Root(self.site, calls or Quick()) as root, transaction.begin(root, warn):
             plan = plan_revert(self.series, take(root, self.series), asked=asked or None)
-            transaction.run(root, [plan], python_version=(3, 11))
+            transaction.run(root, [plan], python_version=(3, 11), warn=warn)
             return plan
 
     def read(self, path: str) -> bytes:

@@ -11,8 +11,8 @@ import pytest
 from fp8ctl.errors import ConflictError, DriftError
 from fp8ctl.patching import commands, transaction
 from fp8ctl.patching.fsops import Root
+from tests.patching.faulty import Faulty, killed_at
 from tests.patching.installs import Venv, can_reflink, photograph, write_wheel
-from tests.patching.test_transaction import Faulty, killed_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable

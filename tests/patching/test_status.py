@@ -119,7 +119,7 @@ def test_a_file_of_another_release_with_our_bytes_is_that_release_s(
 
 def test_an_interrupted_command_and_then_an_uninstall_end_in_nothing(bundled: Any) -> None:
     """What the journal knows and is no longer there cannot be lost any more."""
-    from tests.patching.test_transaction import Faulty, killed_at
+    from tests.patching.faulty import Faulty, killed_at
 
     step = 40
     while True:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import py_compile
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,61 +24,18 @@ from fp8ctl.errors import (
     NotPermittedError,
 )
 from fp8ctl.patching import store, transaction
-from fp8ctl.patching.fsops import Root, Syscalls
+from fp8ctl.patching.fsops import Root
+from tests.patching.faulty import Faulty, killed_at, recover, restore, without_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from fp8ctl.patching.fsops import Syscalls
 
 A = "sglang/srt/a.py"
 B = "sglang/srt/b.py"
 C = "sglang/c.py"
 NEW = "sglang/added/d.py"
-
-
-class Faulty(Syscalls):
-    """Counts the calls that change something, and does `fault` instead of the n-th."""
-
-    def __init__(self, at: int = -1, fault: Callable[[], None] = lambda: None) -> None:
-        self.count = 0
-        self.at = at
-        self.fault = fault
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name not in {n for n in vars(Syscalls) if not n.startswith("_")}:
-            return value
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count == self.at:
-                self.fault()
-            # No test here cuts the power: only death is modelled, so no waiting for a disk.
-            return None if name == "fsync" else value(*args, **kwargs)
-
-        return counted
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def killed_at(step: int, body: Callable[[Syscalls], object]) -> bool:
-    """Run `body` in a child that dies at its n-th change; False if it ended before."""
-    child = os.fork()
-    if child == 0:
-        code = 3
-        try:
-            body(Faulty(step, die))
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
-def without_store(tree: dict[str, tuple[bytes, int]]) -> dict[str, tuple[bytes, int]]:
-    return {k: v for k, v in tree.items() if not k.startswith(".fp8ctl")}
 
 
 class TestDeath:
@@ -135,10 +89,10 @@ class TestDeath:
             step = 0
             while True:
                 step += 1
-                _restore(lab.site, old)
+                restore(lab.site, old)
                 killed_at(first, lambda c: lab.patch("second", "third", calls=c))
-                again = killed_at(step, lambda c: _recover(lab.site, c))
-                _recover(lab.site, Faulty())
+                again = killed_at(step, lambda c: recover(lab.site, c))
+                recover(lab.site, Faulty())
                 assert lab.tree() in (old, new), (first, step)
                 if not again:
                     break
@@ -150,14 +104,14 @@ class TestDeath:
         seen = False
         while not seen:
             step += 1
-            _restore(lab.site, old)
+            restore(lab.site, old)
             assert killed_at(step, lambda c: lab.patch("second", "third", calls=c))
             staged = list(lab.site.rglob(".*.fp8ctl-*"))
             journal = _journal(lab.site)
             if journal and journal["committed"] and staged:
                 staged[0].unlink()
                 seen = True
-                _recover(lab.site, Faulty())
+                recover(lab.site, Faulty())
                 assert lab.tree() == old
 
     def test_then_a_foreign_edit_stops_recovery_and_nothing_is_touched(self, lab: Any) -> None:
@@ -165,7 +119,7 @@ class TestDeath:
         step = 30
         while True:
             step += 1
-            _restore(lab.site, old)
+            restore(lab.site, old)
             assert killed_at(step, lambda c: lab.patch("second", calls=c))
             journal = _journal(lab.site)
             if journal and journal["committed"]:
@@ -173,26 +127,9 @@ class TestDeath:
         (lab.site / B).write_bytes(b"somebody else's\n")
         before = without_store(lab.tree())
         with pytest.raises(DriftError, match="interrupted"):
-            _recover(lab.site, Faulty())
+            recover(lab.site, Faulty())
         assert without_store(lab.tree()) == before
         assert _journal(lab.site)
-
-
-def _restore(site: Path, tree: dict[str, tuple[bytes, int]]) -> None:
-    shutil.rmtree(site, ignore_errors=True)
-    site.mkdir()
-    for name, (data, mode) in tree.items():
-        path = site / name
-        if mode & 0o040000:
-            path.mkdir(exist_ok=True)
-        else:
-            path.write_bytes(data)
-            path.chmod(mode & 0o7777)
-
-
-def _recover(site: Path, calls: Syscalls) -> None:
-    with Root(site, calls) as root, transaction.begin(root):
-        pass
 
 
 def _journal(site: Path) -> dict[str, Any] | None:
@@ -203,57 +140,8 @@ def _journal(site: Path) -> dict[str, Any] | None:
     return None
 
 
-def _fails(body: Callable[[], object], site: Path, code: int) -> bool:
-    """Tell whether `body` fails, with an error that names path, reason and free space."""
-    try:
-        body()
-    except NotPermittedError as e:
-        told = {
-            "path": str(site) in e.message,
-            "reason": os.strerror(code) in e.message,
-            "space": ("bytes free" in e.message) == (code == errno.ENOSPC),
-        }
-        if not all(told.values()):
-            raise
-        return True
-    return False
-
-
 class TestErrors:
     """An error of the system at each change ends in all-old, and names the path."""
-
-    @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
-    @pytest.mark.parametrize("verb", ["patch", "revert"])
-    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-    def test_at_every_step(self, lab: Any, verb: str, code: int, stride: int) -> None:
-        if verb == "revert":
-            lab.patch("second", "third")
-        old = lab.tree()
-
-        def fail() -> None:
-            raise OSError(code, os.strerror(code))
-
-        step = 1 - stride
-        while True:
-            step += stride
-            _restore(lab.site, old)
-            calls = Faulty(step, fail)
-            run = lab.revert if verb == "revert" else partial(lab.patch, "second", "third")
-            if not _fails(lambda: run(calls=calls), lab.site, code):  # noqa: B023 - called here
-                assert calls.count < step
-                break
-            files = without_store(lab.tree())
-            done = (
-                json.loads((lab.site / store.LEDGER).read_text())["engines"]
-                if (lab.site / store.LEDGER).exists()
-                else {}
-            )
-            if files != without_store(old):
-                # Only the clean-up behind the end of the transaction may come too late.
-                assert bool(done) == (verb == "patch")
-            _recover(lab.site, Faulty())
-            assert without_store(lab.tree()) == files
-        assert step > 20
 
     def test_an_interrupt_from_the_keyboard_ends_in_all_old(self, lab: Any) -> None:
         old = lab.tree()
@@ -265,7 +153,7 @@ class TestErrors:
             try:
                 lab.patch("second", "third", calls=Faulty(step, interrupt))
             except KeyboardInterrupt:
-                _recover(lab.site, Faulty())
+                recover(lab.site, Faulty())
                 if lab.tree() == old:
                     continue
             lab.revert()
