@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fp8ctl import hardware
+from fp8ctl import environment, hardware
 from fp8ctl.errors import CatalogError, ConflictError, DriftError, HunkError, UnsupportedError
 from fp8ctl.patching import catalog, commands, diff
 from fp8ctl.patching.names import RelPath, Sha256, sha256_of, sha256_or_none
@@ -49,7 +49,8 @@ class Engine:
         known = {*self.series.pristine, *(self.ledger.files if self.ledger else ())}
         record = {p: s for p, s in self.series.pristine.items() if s}
         files = {p: self.files.get(p) for p in known}
-        return Snapshot("0", files, record, self.ledger, self.blobs, interrupted=False)
+        version = environment.SUPPORTED[self.series.backend]
+        return Snapshot(version, files, record, self.ledger, self.blobs, interrupted=False)
 
     def status(self) -> SeriesStatus:
         return judge(self.series, self.snapshot())
