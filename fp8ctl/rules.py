@@ -155,13 +155,14 @@ def _files(facts: Facts, engine: Engine) -> Iterator[Finding]:
         but = f", but {changed} that fp8ctl patched" if changed else ""
         yield Finding("engine-files", check, "ok", f"{files} as released{but}")
     if record.read_only_dirs or not facts.environment.writable:
+        patch = f"fp8ctl patch --backend {engine.backend}{facts.target}"
         yield Finding(
             "engine-writable",
             check,
             "warn",
-            f"{facts.environment.site_packages} is not writable for you: only an overlay of it "
-            "can be patched",
-            f"fp8ctl patch --backend {engine.backend}{facts.target} --overlay ./fp8ctl-overlay",
+            f"{facts.environment.site_packages} is not writable for you: it cannot be patched"
+            + ("" if facts.layer else ", an overlay of it can"),
+            None if facts.layer else f"{patch} --overlay ./fp8ctl-overlay",
             {"folders": list(record.read_only_dirs)},
         )
     if record.linked:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from fp8ctl.environment import BackendName, Environment
 
 MARKER = ".fp8ctl-overlay.json"
+# What a kill may leave of it, or before it.
+_DRAFT = f".tmp-{MARKER}"
 _SCHEMA = 1
 _SHOWN = 3
 
@@ -308,7 +310,7 @@ def check_free(folder: Path) -> None:
         )
     if not folder.exists():
         return
-    if not folder.is_dir() or any(folder.iterdir()):
+    if not folder.is_dir() or {p.name for p in folder.iterdir()} - {store.FOLDER, _DRAFT}:
         raise ConflictError(
             f"{folder} holds something that is no overlay of fp8ctl's; it is not touched",
             hint="--overlay with a new or an empty folder",
@@ -342,7 +344,7 @@ def _is_ours(
     series: list[catalog.Series],
 ) -> bool:
     name = path.rpartition("/")[2]
-    if "/__pycache__/" in path and ".pyc" in name:
+    if path == _DRAFT or ("/__pycache__/" in path and ".pyc" in name):
         return True
     if (root.path / path).is_symlink():
         if path not in overlay.links:

@@ -216,7 +216,7 @@ def test_reinstalled_underneath_is_superseded_and_patched_again(installed: Shell
     assert f"{A} is superseded: installed anew since it was patched" in listed
     finding = installed.fp8ctl("doctor").findings["patches"]
     assert finding["status"] == "warn"
-    assert finding["message"].startswith("superseded; installed anew")
+    assert finding["message"].startswith("superseded, installed anew")
     before = installed.contents()
     installed.fp8ctl("revert")
     after = installed.contents()
@@ -230,7 +230,7 @@ def test_reinstalled_with_a_file_of_ours_left_is_partial_and_made_whole(installe
     installed.venv.pip("install", "-q", "--force-reinstall", "--no-deps", "sglang==0.4.8")
     finding = installed.fp8ctl("doctor").findings["patches"]
     assert finding["status"] == "fail"
-    assert "applied in part: third; installed anew" in finding["message"]
+    assert "applied in part: third; superseded, installed anew" in finding["message"]
     assert installed.state == "partial"
     installed.type(finding["fix"])
     assert installed.state == "applied"
