@@ -117,6 +117,19 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "change of mode and text": (
         HEAD + b"old mode 100644\nnew mode 100755\n" + INDEX + SIDES + HUNK, "is a change of mode,"
     ),
+    "made from something": (
+        HEAD + b"new file mode 100644\nindex 0000100..e69de29\n", "expected zeros for a file that"
+    ),
+    "removed and not gone": (
+        HEAD + b"deleted file mode 100644\nindex e69de29..0000100\n", "expected zeros for a file"
+    ),
+    "edited and gone": (
+        but(INDEX, b"index 1234567..0000000 100644\n"), "0000000 100644', expected zeros"
+    ),
+    "edited from nothing": (
+        but(INDEX, b"index 0000000..1234567 100644\n"), "1234567 100644', expected zeros"
+    ),
+    "made empty without an index": (HEAD + b"new file mode 100644\n", "expected `index` or `---`"),
     "made twice over": (
         HEAD + b"new file mode 100644\nnew file mode 100644\n", "'new file mode 100644', expected"
     ),
@@ -135,7 +148,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         HEAD + b"new file mode 100644\n--- /dev/null\n+++ b/pkg/a.py\n"
         + b"@@ -0,0 +1 @@\n+a\n@@ -0,0 +2 @@\n+b\n", "lacks context behind"
     ),
-    "binary": (HEAD + INDEX + b"Binary files a/pkg/a.py and b/pkg/a.py differ\n", "a binary patch,"),
+    "binary": (HEAD + INDEX + b"Binary files a/pkg/a.py and b/pkg/a.py differ\n", "a binary patch"),
     "binary patch": (
         HEAD + INDEX + b"GIT binary patch\nliteral 1\nIcmZQz00IC2\n\n", "is a binary patch,"
     ),
@@ -152,7 +165,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "context diff": (b"*** a/x\n--- b/x\n***************\n*** 1 ****\n", "is a context diff,"),
     "context diff behind a diff": (GOOD + b"*** a/x\n--- b/x\n", "is a context diff, expected"),
     "plain unified diff": (SIDES + HUNK, "is a file without a `diff --git` line, expected"),
-    "plain unified diff behind a diff": (GOOD + SIDES + HUNK, "a file without a `diff --git` line,"),
+    "plain unified diff behind": (GOOD + SIDES + HUNK, "a file without a `diff --git` line,"),
     "diff -ru": (b"diff -ru a/pkg/a.py b/pkg/a.py\n" + SIDES + HUNK, "a diff that is not git's,"),
     "combined diff": (b"diff --cc pkg/a.py\n", "is a combined diff, expected"),
     "combined hunk": (HEAD + INDEX + SIDES + b"@@@ -1 -1 +1 @@@\n", "'@@@ -1 -1 +1 @@@', expected"),
@@ -188,7 +201,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "header without its end": (but(b" @@\n", b"\n"), "expected `@@ -LINE"),
     "header and no blank": (but(b" @@\n", b" @@x\n"), "expected `@@ -LINE"),
     "line numbers that disagree": (but(b"+7,7", b"+8,7"), "two line numbers do not agree"),
-    "line 0": (but(b"-7,7 +7,7", b"-0,7 +0,7"), "starts at line 0"),
+    "line 0": (but(b"-7,7 +7,7", b"-0,7 +0,7"), "line 13: a hunk that starts at line 0"),
     "overlapping hunks": (GOOD + HUNK, "overlaps the one before, or is out of order"),
     "hunks out of order": (
         BIG[: BIG.index(b"@@ -2,")] + BIG[BIG.index(b"@@ -12,") :]
@@ -212,7 +225,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "expected 1 old and 1 new",
     ),
     "marker in the middle": (
-        but(b" line 8\n", b" line 8\n\\ No newline at end of file\n"), "is not the last one"
+        but(b" line 8\n", b" line 8\n\\ No newline at end of file\n"), "a line without a newline is"
     ),
     "marker in a hunk that is not the last": (
         HEAD + SIDES + b"@@ -1,3 +1,3 @@\n a\n-b\n+c\n d\n\\ No newline at end of file\n"
