@@ -240,6 +240,9 @@ def _hunk(lines: _Lines) -> Hunk:
 def _marker(lines: _Lines, tag: bytes, before: list[bytes], after: list[bytes]) -> None:
     if lines.peek() != _NO_NEWLINE:
         raise lines.error(f"{_found(lines.peek())}, expected `{_NO_NEWLINE.decode()}`")
+    if lines.lines[lines.at - 1] == tag:
+        # Nothing at all: git takes it for no line, GNU patch stops with a write error.
+        raise lines.error("an empty line without a newline is no line")
     lines.at += 1
     if tag != b"+":
         before[-1] = before[-1][:-1]

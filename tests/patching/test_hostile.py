@@ -232,6 +232,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         + b"@@ -8,3 +8,3 @@\n a\n-b\n+c\n d\n",
         "hunk 1 ends the file, but is not the last",
     ),
+    "marker behind nothing": (
+        HEAD + SIDES + b"@@ -1 +1,2 @@\n a\n+\n\\ No newline at end of file\n",
+        "line 7: an empty line without a newline is no line",
+    ),
     "marker twice": (
         GOOD + b"\\ No newline at end of file\n\\ No newline at end of file\n", "expected a hunk"
     ),
