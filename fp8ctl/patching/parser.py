@@ -24,7 +24,7 @@ MAX_HUNKS = 10_000
 _GIT = b"diff --git "
 _NUMBER = rb"(0|[1-9][0-9]{0,8})"
 _HUNK = re.compile(rb"@@ -%b(?:,%b)? \+%b(?:,%b)? @@(?: .*)?" % ((_NUMBER,) * 4), re.DOTALL)
-_INDEX = re.compile(rb"index [0-9a-f]{4,64}\.\.[0-9a-f]{4,64}(?: ([0-7]{6}))?")
+_INDEX = re.compile(rb"index ([0-9a-f]{4,64})\.\.([0-9a-f]{4,64})(?: ([0-7]{6}))?")
 _MODE = re.compile(rb"(new|deleted) file mode ([0-7]{6})")
 _MODES = {b"100644": 0o644, b"100755": 0o755}
 _NO_NEWLINE = b"\\ No newline at end of file"
@@ -128,8 +128,13 @@ def _file(lines: _Lines, most_hunks: int) -> FileDiff:
         lines.at += 1
     index = _INDEX.fullmatch(lines.peek() or b"")
     if index:
-        if index[1] is not None:
-            _mode(lines, index[1])
+        # GNU patch takes a file that is not there from its id, git from the line before.
+        absent = tuple(not blob.strip(b"0") for blob in index.group(1, 2))
+        if absent != (kind == "create", kind == "delete"):
+            wanted = "zeros for a file that is not there, and for no other"
+            raise lines.error(f"{_found(lines.peek())}, expected {wanted}")
+        if index[3] is not None:
+            _mode(lines, index[3])
         lines.at += 1
     hunks: list[Hunk] = []
     if lines.next_is(b"--- "):
@@ -143,6 +148,8 @@ def _file(lines: _Lines, most_hunks: int) -> FileDiff:
             hunks.append(_hunk(lines))
     elif kind == "modify":
         raise _foreign(lines, f"`--- a/{path}`")
+    elif not index:
+        raise _foreign(lines, "`index` or `---`")
     if lines.peek() is not None and not lines.next_is(_GIT):
         raise _foreign(lines, "a hunk or `diff --git`" if hunks else "`---` or `diff --git`")
     _check_order(hunks, kind, f"{lines.name}: {path}")
@@ -233,6 +240,9 @@ def _hunk(lines: _Lines) -> Hunk:
 def _marker(lines: _Lines, tag: bytes, before: list[bytes], after: list[bytes]) -> None:
     if lines.peek() != _NO_NEWLINE:
         raise lines.error(f"{_found(lines.peek())}, expected `{_NO_NEWLINE.decode()}`")
+    if lines.lines[lines.at - 1] == tag:
+        # Nothing at all: git takes it for no line, GNU patch stops with a write error.
+        raise lines.error("an empty line without a newline is no line")
     lines.at += 1
     if tag != b"+":
         before[-1] = before[-1][:-1]

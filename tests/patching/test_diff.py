@@ -152,6 +152,29 @@ class TestPlace:
         with pytest.raises(HunkError):
             diff.apply(change, OLD + b"other\n", search=True)
 
+    def test_context_cut_short_by_the_end_of_the_file_stands_at_the_end_only(self) -> None:
+        """As GNU patch reads it: a file that has grown since is another file."""
+        change = one(diff.render(P, OLD, OLD.replace(b"line 18\n", b"x\n")))
+        assert (change.hunks[0].leading, change.hunks[0].trailing) == (3, 1)
+        assert diff.apply(change, OLD).offsets == (0,)
+        with pytest.raises(HunkError, match=r"hunk 1: must stand at an end of the file"):
+            diff.apply(change, OLD + b"more\n")
+        # Asked to look for it, it is where its lines are, and they are there once.
+        assert diff.apply(change, OLD + b"more\n", search=True).offsets == (0,)
+        # At the other end as well, where the number says the same.
+        change = one(diff.render(P, OLD, OLD.replace(b"line 1\n", b"x\n")))
+        with pytest.raises(HunkError, match="line 1 is 'more"):
+            diff.apply(change, b"more\n" + OLD)
+
+    def test_lines_that_are_everywhere_are_not_looked_for(self) -> None:
+        change = one(diff.render(P, b"a\nb\na\n", b"a\na\n"))
+        near = b"b\na\n" * (diff.MAX_PLACES - 1)
+        with pytest.raises(HunkError, match="its lines occur 999 times, at lines 2, 4, 6, 8;"):
+            diff.apply(change, near + b"b\na\n", search=True)
+        message = "each of its lines occurs 1001 times or more, expected one .* at most 1000 times"
+        with pytest.raises(HunkError, match=message):
+            diff.apply(change, near + b"b\na\n" * 2, search=True)
+
     def test_line_ends_count(self) -> None:
         with pytest.raises(HunkError):
             diff.apply(one(GOOD), OLD.replace(b"\n", b"\r\n"))

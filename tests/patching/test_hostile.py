@@ -79,6 +79,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     # Two names for one file.
     "other prefixes": (GOOD.replace(b"a/pkg", b"w/pkg"), "not one name twice"),
     "no prefixes": (GOOD.replace(b"a/pkg", b"pkg").replace(b"b/pkg", b"pkg"), "not one name twice"),
+    "combined diff of several": (b"diff --combined a\n", "is a combined diff, expected"),
+    "combined hunk behind a diff": (GOOD + b"@@@ -1 -1 +1 @@@\n", "is a combined diff, expected"),
     "another name in the header": (
         but(b" b/pkg/a.py\nindex", b" b/pkg/b.py\nindex"), "not one name twice"
     ),
@@ -107,14 +109,27 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "link removed": (
         HEAD + b"deleted file mode 120000\n" + SIDES + HUNK, "120000 is a symbolic link"
     ),
-    "rename": (HEAD + b"rename from pkg/a.py\nrename to pkg/b.py\n", "is a rename"),
+    "rename": (HEAD + b"rename from pkg/a.py\nrename to pkg/b.py\n", "is a rename, expected"),
     "rename with its index": (HEAD + b"similarity index 90%\nrename from x\n", "is a rename or"),
-    "copy": (HEAD + b"copy from pkg/a.py\ncopy to pkg/b.py\n", "is a copy"),
-    "rewrite": (HEAD + b"dissimilarity index 90%\n" + INDEX + SIDES + HUNK, "is a rewrite"),
-    "change of mode": (HEAD + b"old mode 100644\nnew mode 100755\n", "is a change of mode"),
+    "copy": (HEAD + b"copy from pkg/a.py\ncopy to pkg/b.py\n", "is a copy, expected"),
+    "rewrite": (HEAD + b"dissimilarity index 90%\n" + INDEX + SIDES + HUNK, "is a rewrite,"),
+    "change of mode": (HEAD + b"old mode 100644\nnew mode 100755\n", "is a change of mode,"),
     "change of mode and text": (
-        HEAD + b"old mode 100644\nnew mode 100755\n" + INDEX + SIDES + HUNK, "is a change of mode"
+        HEAD + b"old mode 100644\nnew mode 100755\n" + INDEX + SIDES + HUNK, "is a change of mode,"
     ),
+    "made from something": (
+        HEAD + b"new file mode 100644\nindex 0000100..e69de29\n", "expected zeros for a file that"
+    ),
+    "removed and not gone": (
+        HEAD + b"deleted file mode 100644\nindex e69de29..0000100\n", "expected zeros for a file"
+    ),
+    "edited and gone": (
+        but(INDEX, b"index 1234567..0000000 100644\n"), "0000000 100644', expected zeros"
+    ),
+    "edited from nothing": (
+        but(INDEX, b"index 0000000..1234567 100644\n"), "1234567 100644', expected zeros"
+    ),
+    "made empty without an index": (HEAD + b"new file mode 100644\n", "expected `index` or `---`"),
     "made twice over": (
         HEAD + b"new file mode 100644\nnew file mode 100644\n", "'new file mode 100644', expected"
     ),
@@ -135,7 +150,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     ),
     "binary": (HEAD + INDEX + b"Binary files a/pkg/a.py and b/pkg/a.py differ\n", "a binary patch"),
     "binary patch": (
-        HEAD + INDEX + b"GIT binary patch\nliteral 1\nIcmZQz00IC2\n\n", "is a binary patch"
+        HEAD + INDEX + b"GIT binary patch\nliteral 1\nIcmZQz00IC2\n\n", "is a binary patch,"
     ),
     "header only": (HEAD + INDEX, "line 3: the end, expected `--- a/pkg/a.py`"),
     "names only": (HEAD + SIDES, "the end, expected a hunk"),
@@ -143,22 +158,23 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is empty"),
     "a newline": (b"\n", "line 1: '', expected `diff --git"),
     "garbage": (b"hello\n", "'hello', expected `diff --git"),
-    "ed script": (b"1d\nw\n", "'1d' is an ed script"),
-    "ed script that runs a shell": (b"!touch /tmp/x\n", "is an ed script"),
-    "ed script behind a diff": (GOOD + b"1,2c\nx\n.\nw\n", "'1,2c' is an ed script"),
+    "ed script": (b"1d\nw\n", "'1d' is an ed script, expected"),
+    "ed script that runs a shell": (b"!touch /tmp/x\n", "is an ed script, expected"),
+    "ed script behind a diff": (GOOD + b"1,2c\nx\n.\nw\n", "'1,2c' is an ed script, expected"),
     "normal diff": (b"1c1\n< a\n---\n> b\n", "'1c1', expected"),
-    "context diff": (b"*** a/x\n--- b/x\n***************\n*** 1 ****\n", "is a context diff"),
-    "context diff behind a diff": (GOOD + b"*** a/x\n--- b/x\n", "is a context diff"),
-    "plain unified diff": (SIDES + HUNK, "is a file without a `diff --git` line"),
-    "plain unified diff behind a diff": (GOOD + SIDES + HUNK, "a file without a `diff --git` line"),
-    "diff -ru": (b"diff -ru a/pkg/a.py b/pkg/a.py\n" + SIDES + HUNK, "a diff that is not git's"),
-    "combined diff": (b"diff --cc pkg/a.py\n", "is a combined diff"),
+    "context diff": (b"*** a/x\n--- b/x\n***************\n*** 1 ****\n", "is a context diff,"),
+    "context diff behind a diff": (GOOD + b"*** a/x\n--- b/x\n", "is a context diff, expected"),
+    "plain unified diff": (SIDES + HUNK, "is a file without a `diff --git` line, expected"),
+    "plain unified diff behind": (GOOD + SIDES + HUNK, "a file without a `diff --git` line,"),
+    "diff -ru": (b"diff -ru a/pkg/a.py b/pkg/a.py\n" + SIDES + HUNK, "a diff that is not git's,"),
+    "combined diff": (b"diff --cc pkg/a.py\n", "is a combined diff, expected"),
     "combined hunk": (HEAD + INDEX + SIDES + b"@@@ -1 -1 +1 @@@\n", "'@@@ -1 -1 +1 @@@', expected"),
-    "mail": (b"From 0123 Mon Sep 17 00:00:00 2001\n" + GOOD, "is a mail header"),
-    "mail header": (b"Subject: x\n\n" + GOOD, "is a mail header"),
-    "mail signature": (GOOD + b"-- \n2.39.5\n", "'-- ' is a mail signature"),
-    "Index": (b"Index: pkg/a.py\n" + SIDES + HUNK, "a line for other version control"),
-    "Prereq": (HEAD + b"Prereq: 1.0\n" + SIDES + HUNK, "a line for other version control"),
+    "mail": (b"From 0123 Mon Sep 17 00:00:00 2001\n" + GOOD, "is a mail header, expected"),
+    "mail sender": (b"From: me\n" + GOOD, "'From: me' is a mail header, expected"),
+    "mail header": (b"Subject: x\n\n" + GOOD, "is a mail header, expected"),
+    "mail signature": (GOOD + b"-- \n2.39.5\n", "'-- ' is a mail signature, expected"),
+    "Index": (b"Index: pkg/a.py\n" + SIDES + HUNK, "a line for other version control, expected"),
+    "Prereq": (HEAD + b"Prereq: 1.0\n" + SIDES + HUNK, "a line for other version control,"),
     "shell": (b"#!/bin/sh\nrm -rf x\n", "'#!/bin/sh', expected"),
     "gzip": (b"\x1f\x8b\x08\0\n", "expected `diff --git"),
     "UTF-16": ("diff --git a/x b/x\n".encode("utf-16"), "cut off"),
@@ -185,7 +201,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "header without its end": (but(b" @@\n", b"\n"), "expected `@@ -LINE"),
     "header and no blank": (but(b" @@\n", b" @@x\n"), "expected `@@ -LINE"),
     "line numbers that disagree": (but(b"+7,7", b"+8,7"), "two line numbers do not agree"),
-    "line 0": (but(b"-7,7 +7,7", b"-0,7 +0,7"), "starts at line 0"),
+    "line 0": (but(b"-7,7 +7,7", b"-0,7 +0,7"), "line 13: a hunk that starts at line 0"),
     "overlapping hunks": (GOOD + HUNK, "overlaps the one before, or is out of order"),
     "hunks out of order": (
         BIG[: BIG.index(b"@@ -2,")] + BIG[BIG.index(b"@@ -12,") :]
@@ -209,12 +225,16 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "expected 1 old and 1 new",
     ),
     "marker in the middle": (
-        but(b" line 8\n", b" line 8\n\\ No newline at end of file\n"), "is not the last one"
+        but(b" line 8\n", b" line 8\n\\ No newline at end of file\n"), "a line without a newline is"
     ),
     "marker in a hunk that is not the last": (
         HEAD + SIDES + b"@@ -1,3 +1,3 @@\n a\n-b\n+c\n d\n\\ No newline at end of file\n"
         + b"@@ -8,3 +8,3 @@\n a\n-b\n+c\n d\n",
         "hunk 1 ends the file, but is not the last",
+    ),
+    "marker behind nothing": (
+        HEAD + SIDES + b"@@ -1 +1,2 @@\n a\n+\n\\ No newline at end of file\n",
+        "line 7: an empty line without a newline is no line",
     ),
     "marker twice": (
         GOOD + b"\\ No newline at end of file\n\\ No newline at end of file\n", "expected a hunk"

@@ -45,6 +45,18 @@ def test_an_index_line_and_a_count_of_one_may_be_left_out(index: bytes, head: by
     assert file == FileDiff(RelPath("p"), "modify", (Hunk(0, 0, (b"a\n",), (b"b\n",), 0, 0),))
 
 
+def test_what_a_hunk_adds_moves_those_behind_it() -> None:
+    lines = [b"%d\n" % n for n in range(40)]
+    new = [*lines[:9], b"a\n", b"b\n", *lines[9:25], *lines[28:]]
+    text = diff.render(P, b"".join(lines), b"".join(new))
+    assert b"@@ -7,6 +7,8 @@" in text
+    assert b"@@ -23,9 +25,6 @@" in text
+    (file,) = parser.parse(text)
+    assert [(h.old_start, h.new_start) for h in file.hunks] == [(6, 6), (22, 24)]
+    with pytest.raises(DiffError, match=r"a\.py: hunk 2: its two line numbers do not agree"):
+        parser.parse(text.replace(b"+25,6", b"+21,6"))
+
+
 @pytest.mark.parametrize("mode", [0o644, 0o755])
 @pytest.mark.parametrize("data", [b"", b"x\n", b"x"])
 def test_files_are_made_and_removed_with_their_mode(mode: int, data: bytes) -> None:
@@ -94,6 +106,12 @@ def test_as_many_hunks_as_are_allowed_are_taken_and_no_more() -> None:
 
 def test_messages_name_the_diff_the_line_and_what_was_found() -> None:
     text = diff.render(P, OLD, NEW)
+    with pytest.raises(DiffError) as e:
+        parser.parse(text + b"what\n", name="x")
+    assert e.value.message == "x: line 14: 'what', expected a hunk or `diff --git`"
+    with pytest.raises(DiffError) as e:
+        parser.parse(diff.render(P, None, b"") + b"what\n", name="x")
+    assert e.value.message == "x: line 4: 'what', expected `---` or `diff --git`"
     for number, line in enumerate(text.splitlines(keepends=True)[:-1], 1):
         mangled = text.replace(line, b"\x1b[31mwhat\n", 1)
         with pytest.raises(DiffError) as e:

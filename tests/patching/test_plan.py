@@ -310,3 +310,80 @@ class TestRevertIsNoVandal:
         (lab.site / NEW).unlink()
         assert "removed" in lab.revert().notes[0]
         assert not (lab.site / ".fp8ctl").exists()
+
+
+class TestWhatIsSaid:
+    def test_every_choice_has_its_reason(self, lab: Any) -> None:
+        def said(plan: Any) -> dict[str, tuple[bool, str]]:
+            return {c.id: (c.taken, c.reason) for c in plan.choices}
+
+        fresh = said(lab.plan_patch())
+        assert fresh["first"] == (True, "default")
+        assert fresh["rival"] == (False, "not a default: name it with --patch")
+        assert fresh["gpu-only"] == (False, "for cuda, and this host has no GPU")
+        lab.patch("fourth")
+        more = said(lab.plan_patch("third"))
+        assert more["first"] == more["fourth"] == (True, "applied before")
+        assert more["third"] == (True, "asked for")
+        assert more["second"] == (False, "not asked for")
+        back = said(lab.plan_revert("fourth"))
+        assert back["first"] == (True, "stays")
+        assert back["fourth"] == (False, "taken back")
+        assert back["second"] == (False, "not applied")
+        assert lab.plan_patch("gpu-only").notes == ("gpu-only is made for cuda",)
+
+    def test_drift_comes_with_its_facts(self, lab: Any) -> None:
+        pristine = lab.series.pristine[A]
+        lab.patch("first")
+        post = sha256_of(lab.read(A))
+        (lab.site / A).write_bytes(b"mine\n")
+        mine = sha256_of(b"mine\n")
+        with pytest.raises(DriftError) as e:
+            lab.plan_revert()
+        assert e.value.data == {"path": A, "found": mine, "expected": post}
+        with pytest.raises(DriftError) as e:
+            lab.plan_patch("first")
+        facts = {"path": A, "found": mine, "expected": pristine, "matches_record": False}
+        assert e.value.data == facts
+        with pytest.raises(DriftError) as e:
+            lab.plan_patch("first", allow_drift=True)
+        assert e.value.data == {"path": A, "found": mine, "expected": pristine}
+
+
+class TestWhatStaysKnown:
+    def test_forgetting_a_reinstalled_file_keeps_what_is_known_of_the_others(
+        self, lab: Any
+    ) -> None:
+        pristine = lab.tree()
+        lab.patch("first", "third")
+        (lab.site / A).write_bytes(pristine[A][0])
+        plan = lab.revert("first")
+        assert (plan.ops, plan.forgets) == ((), True)
+        assert set(plan.ledger.files) == {C, NEW}
+        assert set(plan.ledger.patches) == {"third"}
+        lab.revert()
+        assert lab.tree() == pristine
+
+    def test_a_file_that_is_lost_with_its_pre_image_stops_nothing_else(self, lab: Any) -> None:
+        lab.patch("second", "third")
+        (lab.site / C).unlink()
+        shutil.rmtree(lab.site / ".fp8ctl" / "blobs")
+        assert lab.revert("second").after == ("third",)
+
+    @pytest.mark.parametrize("gone", [True, False])
+    def test_a_lost_or_edited_file_of_a_patch_that_stays_is_still_known(
+        self, lab: Any, gone: bool
+    ) -> None:
+        lab.patch("second", "third")
+        pre = lab.series.pristine[C]
+        if gone:
+            (lab.site / C).unlink()
+        else:
+            (lab.site / C).write_bytes(b"mine\n")
+        plan = lab.revert("second")
+        assert plan.ledger.files[C].pre == pre
+        assert (lab.site / ".fp8ctl" / "blobs" / pre).exists()
+        # An edited file is then still refused, not taken for an unknown one.
+        if not gone:
+            with pytest.raises(DriftError, match="edited since"):
+                lab.revert()
