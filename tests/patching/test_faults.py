@@ -222,8 +222,10 @@ def test_a_file_system_without_locks_is_an_error_with_a_way_out(lab: Any, code: 
         def lock(self, fd: int) -> None:
             raise OSError(code, os.strerror(code))
 
+    descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(NotPermittedError) as e:
         lab.patch("first", calls=NoLocks())
+    assert len(os.listdir("/proc/self/fd")) == descriptors
     assert f"{lab.site / store.LOCK}: {os.strerror(code)}" in e.value.message
     assert "local disk" in (e.value.hint or "")
     assert without_store(lab.tree()) == old
