@@ -58,9 +58,9 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "transaction": (
         "fp8ctl/patching/transaction.py",
-        "tests/patching/test_transaction.py tests/patching/test_faults.py "
-        "tests/patching/test_power.py "
-        "-k 'not every_call or EIO'",
+        "tests/patching/test_faults.py tests/patching/test_power.py "
+        "tests/patching/test_transaction.py "
+        "-k 'not every_call or EIO or ENOSPC'",
     ),
 }
 _MARKS = "not long and not gpu and not engine"
