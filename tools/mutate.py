@@ -54,13 +54,18 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "fsops": (
         "fp8ctl/patching/fsops.py",
-        "tests/patching/test_fsops.py tests/patching/test_transaction.py",
+        "tests/patching/test_fsops.py tests/patching/test_faults.py "
+        "tests/patching/test_transaction.py -k 'not every_call'",
     ),
     "transaction": (
         "fp8ctl/patching/transaction.py",
+        "tests/patching/test_transaction.py::TestErrors "
+        "tests/patching/test_transaction.py::TestLinksAndModes "
+        "tests/patching/test_transaction.py::TestBytecode "
+        "tests/patching/test_transaction.py::TestStore "
         "tests/patching/test_faults.py tests/patching/test_power.py "
-        "tests/patching/test_transaction.py "
-        "-k 'not every_call or EIO or ENOSPC'",
+        "tests/patching/test_transaction.py::TestDeath "
+        "-k 'not every_call or EIO-once'",
     ),
 }
 _MARKS = "not long and not gpu and not engine"
