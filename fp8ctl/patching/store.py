@@ -382,7 +382,7 @@ def _acquire(root: Root) -> int:
             mine = locked and root.same_file(LOCK, fd)
             if mine:
                 return fd
-            holder = "" if locked else _holder(fd)
+            holder = _holder(fd)
         finally:
             if not mine:
                 os.close(fd)

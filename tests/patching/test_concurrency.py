@@ -201,7 +201,8 @@ def test_the_command_line_exits_7_and_names_the_holder(bundled: Any, tmp_path: P
         assert bundled.tree() == before
         done, alone = run(verb)
         assert done.returncode == 0, done.stderr
-        assert waited < alone + 1
+        # Start-up is most of it, and no two are alike on a busy machine.
+        assert waited < 2 * alone + 3
 
 
 class TestPid:
