@@ -288,6 +288,15 @@ def test_arguments_and_flags_say_the_same(settings: Settings, backend: Backend) 
         assert (json.loads(text) if isinstance(value, dict) else type(value)(text)) == value
 
 
+@pytest.mark.parametrize(("tp", "said"), [(None, []), (1, []), (4, [4])])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_parallel_size_is_said_where_there_is_one(
+    backend: Backend, tp: int | None, said: list[int]
+) -> None:
+    arguments = Settings.from_mode("block", tp=tp).engine_arguments(backend)
+    assert [arguments[k] for k in ("tensor_parallel_size", "tp_size") if k in arguments] == said
+
+
 @pytest.mark.wheels
 def test_keyword_arguments_are_those_of_the_released_vllm(
     engine_sources: Callable[[str], Path], moe: Path
