@@ -832,11 +832,15 @@ def test_the_command_prints_the_snippet_and_nothing_else(moe: Path, tmp_path: Pa
     assert data == {**manifest, "snippet": text}
 
 
-def test_what_the_plan_warns_of_is_said_beside_the_snippet(moe: Path) -> None:
-    asked = ("--model", str(moe), "--backend", "vllm", "--block-size", "64,64")
-    assert "warning:" in run(*asked)[1]
-    assert "warning:" in run(*asked, "--snippet", "vllm")[1]
-    assert "warning:" not in run(*asked[:4], "--snippet", "vllm")[1]
+def test_what_the_plan_warns_of_is_said_beside_the_snippet(moe: Path, tmp_path: Path) -> None:
+    new = checkpoint(tmp_path / "new")
+    config = (new / "config.json").read_text().replace("qwen3_moe", "brand_new")
+    (new / "config.json").write_text(config)
+    asked = ("--backend", "vllm", "--snippet", "vllm", "--model")
+    text, said = run(*asked, str(new))
+    assert "warning: architecture brand_new" in said
+    assert "brand_new" not in text
+    assert "warning:" not in run(*asked, str(moe))[1]
 
 
 def test_a_snippet_that_cannot_be_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
