@@ -11,9 +11,8 @@ already. Called by `settings`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from fp8ctl.errors import ConflictError, NotFoundError, UnsupportedError
@@ -24,12 +23,12 @@ if TYPE_CHECKING:
 KEY: Final = "quantization_config"
 
 
-def put(config: object, wanted: Mapping[str, object], *, inside: str | None) -> None:
-    """Set `quantization_config` to a copy of `wanted`; do nothing where it is that already.
+def put(config: object, wanted: dict[str, object], *, inside: str | None) -> None:
+    """Set `quantization_config` to `wanted`; do nothing where it is that already.
 
     Args:
         config: the model's configuration, or what holds it.
-        wanted: the value, plain JSON types.
+        wanted: the value, plain JSON types; it is the configuration's from then on.
         inside: the name under which `config` holds it; None: `config` is it.
 
     Raises:
@@ -54,9 +53,9 @@ def put(config: object, wanted: Mapping[str, object], *, inside: str | None) -> 
         raise ConflictError(
             f"{name}.{KEY} is {_describe(found, wanted)}; {_describe(wanted, found)} was asked",
             hint=f"start from the 16-bit model, or remove {KEY} from its configuration",
-            data={"found": found, "wanted": dict(wanted)},
+            data={"found": found, "wanted": wanted},
         )
-    _write(target, name, copy.deepcopy(dict(wanted)))
+    _write(target, name, wanted)
 
 
 def _read(config: object, name: str) -> Any:
@@ -100,7 +99,7 @@ def _write(target: Any, name: str, value: dict[str, object]) -> None:
 
 def _opened(target: object) -> AbstractContextManager[object]:
     """Return what lets new keys in for a moment: for OmegaConf; for others, nothing."""
-    if not _is_omegaconf(target):
+    if not any(base.__module__.startswith("omegaconf.") for base in type(target).__mro__):
         return contextlib.nullcontext()
     from omegaconf import open_dict
 
@@ -108,19 +107,11 @@ def _opened(target: object) -> AbstractContextManager[object]:
     return opened
 
 
-def _is_omegaconf(value: object) -> bool:
-    return any(base.__module__.startswith("omegaconf.") for base in type(value).__mro__)
-
-
 def _plain(value: Any) -> Any:
     """Return a value of any of the kinds as plain types, to be compared."""
-    if _is_omegaconf(value):
-        from omegaconf import OmegaConf
-
-        return OmegaConf.to_container(value, resolve=True)
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str):
         return [_plain(item) for item in value]
     # transformers' own QuantizationConfigMixin.
     as_dict = getattr(value, "to_dict", None)

@@ -27,7 +27,7 @@ from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.manifest import Plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from fp8ctl.engines.base import Option
     from fp8ctl.policy import Backend
@@ -143,12 +143,10 @@ class Settings:
         engine = self._engine(backend, needed=False)
         if self.plan is not None:
             return self.plan.quantization_config(engine)
+        # The output head alone, which no engine fuses: both spell it the same.
         kept = policy.kept_modules(())
         return formats.quantization_config(
-            self.mode,
-            self.block,
-            ignored_layers=policy.ignored_layers(kept, engine),
-            not_converted=kept,
+            self.mode, self.block, ignored_layers=kept, not_converted=kept
         )
 
     def engine_flags(self, backend: Backend | None = None) -> tuple[str, ...]:
@@ -163,9 +161,7 @@ class Settings:
         Raises:
             UsageError: no engine was named, or the settings are for the other one.
         """
-        return tuple(
-            word for option in self._options(backend) for word in (option.flag, *option.values)
-        )
+        return _flags(self._options(backend))
 
     def engine_arguments(self, backend: Backend | None = None) -> dict[str, Any]:
         """Return the same as keyword arguments.
@@ -178,11 +174,7 @@ class Settings:
         Raises:
             UsageError: no engine was named, or the settings are for the other one.
         """
-        arguments: dict[str, Any] = {}
-        for option in self._options(backend):
-            name = option.flag.removeprefix("--").replace("-", "_")
-            arguments[name] = _TYPED.get(name, str)(*option.values)
-        return arguments
+        return _arguments(self._options(backend))
 
     def engine_environment(self, backend: Backend | None = None) -> dict[str, str]:
         """Return the environment variables that belong to the arguments.
@@ -268,8 +260,8 @@ class Settings:
         if self.mode is None:
             return ""
         path = model or (str(self.plan.model) if self.plan is not None else "/path/to/model")
-        config = self.quantization_config(engine)
-        assert config is not None
+        config = self.quantization_config(engine) or {}
+        options = _override(engine, self.tp, config)
         return snippets.write(
             kind,
             snippets.Facts(
@@ -279,8 +271,8 @@ class Settings:
                 block=self.block,
                 tp=self.tp,
                 config=config,
-                flags=self.engine_flags(engine),
-                arguments=self.engine_arguments(engine),
+                flags=_flags(options),
+                arguments=_arguments(options),
                 environment=self.engine_environment(engine),
                 quantized=() if self.plan is None else tuple(t.name for t in self.plan.quantized),
             ),
@@ -319,8 +311,8 @@ class Settings:
                 backend=document["backend"],
                 tp=document["tp"],
             )
-        except KeyError as e:
-            raise UsageError(f"settings without {e}", hint=hint) from e
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UsageError(f"no settings: {type(e).__name__} {e}", hint=hint) from e
 
     def _engine(self, backend: Backend | None, *, needed: bool = True) -> Any:
         """Return the engine that is meant; None only where none is needed."""
@@ -342,19 +334,36 @@ class Settings:
     def _options(self, backend: Backend | None) -> list[Option]:
         engine = self._engine(backend)
         config = self.quantization_config(engine)
-        if config is None:
-            return []
-        rules = sglang if engine == "sglang" else vllm
-        return [*rules.parallel_options(self.tp or 1), *rules.override_options(config)]
+        return [] if config is None else _override(engine, self.tp, config)
 
 
 OFF = Settings()
 """FP8 is off: every answer is empty, and nothing is set."""
 
 
+def _override(backend: Backend, tp: int | None, config: Mapping[str, object]) -> list[Option]:
+    rules = sglang if backend == "sglang" else vllm
+    return [*rules.parallel_options(tp or 1), *rules.override_options(config)]
+
+
+def _flags(options: Iterable[Option]) -> tuple[str, ...]:
+    return tuple(word for option in options for word in (option.flag, *option.values))
+
+
+def _arguments(options: Iterable[Option]) -> dict[str, Any]:
+    """Return options as the keyword arguments of the same name."""
+    arguments: dict[str, Any] = {}
+    for option in options:
+        name = option.flag.removeprefix("--").replace("-", "_")
+        arguments[name] = _TYPED.get(name, str)(*option.values)
+    return arguments
+
+
 def _known(backend: Backend) -> Backend:
     if backend not in ("vllm", "sglang"):
-        raise UsageError(f"unknown engine {backend!r}; expected vllm or sglang", hint="sglang")
+        raise UsageError(
+            f"unknown engine {backend!r}; expected vllm or sglang", hint="sglang or vllm"
+        )
     return backend
 
 

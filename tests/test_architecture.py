@@ -43,12 +43,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("bench", "check", "doctor", "install", "planning", "quantizing", "server"),
         "patching.commands",
     ),
+    ("settings",),
     # What they work with.
     (
         *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "installplan"),
         *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
-        *("settings",),
     ),
     ("checkpoint", "fitting", "gguf", "hfconfig", "manifest", "snippets", "stream"),
     ("formats", "kernels", "models", "policy"),

@@ -6,7 +6,6 @@ import ast
 import copy
 import dataclasses
 import inspect
-import io
 import json
 import os
 import pickle
@@ -21,14 +20,14 @@ from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from typer.testing import CliRunner
 
-from fp8ctl import formats, planning, policy, snippets
+from fp8ctl import cli, formats, planning, policy, snippets
 from fp8ctl.engines import base, sglang, vllm
 from fp8ctl.engines.base import Device, LaunchRequest, ModelFacts
 from fp8ctl.engines.hooks.manifest import expected_names
 from fp8ctl.errors import (
     ConflictError,
-    Fp8ctlError,
     NotFoundError,
     PlanDoesNotFitError,
     UnsupportedError,
@@ -36,7 +35,6 @@ from fp8ctl.errors import (
 )
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.manifest import Plan, Problem
-from fp8ctl.render import Reporter
 from fp8ctl.settings import OFF, Settings
 
 if TYPE_CHECKING:
@@ -112,7 +110,11 @@ def test_it_reads_back_equal(settings: Settings) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema": 9}, {"mode": "x"}, {"block_size": "a"}, {"backend": "tgi"}, {"tp": 0}]
+    "change",
+    [
+        *({"schema": 9}, {"mode": "x"}, {"mode": 1}, {"block_size": "a"}, {"block_size": [1, 1]}),
+        *({"backend": "tgi"}, {"tp": 0}, {"tp": "2"}, {"plan": {}}, {"plan": 1}),
+    ],
 )
 def test_a_document_with_a_wrong_field_is_refused(change: dict[str, object]) -> None:
     document = Settings.from_mode("block", backend="vllm", tp=2).to_json()
@@ -171,6 +173,31 @@ def test_the_configuration_is_the_plans_own(moe: Path, backend: Backend | None) 
     settings = Settings.from_plan(plan)
     assert settings.quantization_config(backend) == plan.quantization_config(backend)
     assert "model.layers.0.mlp.gate" in str(settings.quantization_config(backend))
+
+
+def keeping(plan: Plan, *names: str) -> Plan:
+    """Return a plan that keeps these tensors, too."""
+    tensors = tuple(
+        dataclasses.replace(t, quantize=False, reason=policy.Reason.UNKNOWN)
+        if t.name in names
+        else t
+        for t in plan.tensors
+    )
+    return dataclasses.replace(plan, tensors=tensors)
+
+
+def test_kept_modules_are_spelled_as_the_engine_reads_them(moe: Path) -> None:
+    at = "model.layers.1.self_attn"
+    plan = keeping(plan_of(moe, None), *(f"{at}.{p}_proj.weight" for p in "qkv"))
+    settings = Settings.from_plan(plan)
+
+    def ignored(backend: Backend) -> list[str]:
+        override: Any = settings.engine_arguments(backend)
+        text = override.get("hf_overrides") or json.loads(override["json_model_override_args"])
+        return [n for n in text["quantization_config"]["ignored_layers"] if n.startswith(at)]
+
+    assert ignored("vllm") == [f"{at}.{p}_proj" for p in "kqv"]
+    assert ignored("sglang") == [f"{at}.qkv_proj"]
 
 
 def test_without_a_plan_it_is_that_of_the_mode() -> None:
@@ -259,6 +286,15 @@ def test_arguments_and_flags_say_the_same(settings: Settings, backend: Backend) 
     assert [f"--{name.replace('_', '-')}" for name in arguments] == list(pairs)
     for value, text in zip(arguments.values(), pairs.values(), strict=True):
         assert (json.loads(text) if isinstance(value, dict) else type(value)(text)) == value
+
+
+@pytest.mark.parametrize(("tp", "said"), [(None, []), (1, []), (4, [4])])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_parallel_size_is_said_where_there_is_one(
+    backend: Backend, tp: int | None, said: list[int]
+) -> None:
+    arguments = Settings.from_mode("block", tp=tp).engine_arguments(backend)
+    assert [arguments[k] for k in ("tensor_parallel_size", "tp_size") if k in arguments] == said
 
 
 @pytest.mark.wheels
@@ -459,7 +495,9 @@ def test_another_configuration_is_a_conflict_that_names_both(config: Any) -> Non
         Settings.from_mode("block", "128,128").set_on(config)
     assert "weight_block_size [64, 64]" in caught.value.message
     assert "weight_block_size [128, 128]" in caught.value.message
-    assert caught.value.data["found"] != caught.value.data["wanted"]
+    data = json.loads(json.dumps(caught.value.data))  # JSON types, whatever the kind
+    assert data["found"]["weight_block_size"] == [64, 64]
+    assert data["wanted"]["weight_block_size"] == [128, 128]
     assert pickle.dumps(config) == before
 
 
@@ -661,15 +699,8 @@ def test_verls_new_switch_is_a_word(backend: Backend, moe: Path) -> None:
 
 
 def test_a_short_name_that_would_catch_more_is_not_shortened(moe: Path) -> None:
-    plan = plan_of(moe, "sglang")
-    kept = "model.layers.1.self_attn.q_proj.weight"
-    tensors = tuple(
-        dataclasses.replace(t, quantize=False, reason=policy.Reason.UNKNOWN)
-        if t.name == kept
-        else t
-        for t in plan.tensors
-    )
-    text = Settings.from_plan(dataclasses.replace(plan, tensors=tensors)).snippet("verl")
+    plan = keeping(plan_of(moe, "sglang"), "model.layers.1.self_attn.q_proj.weight")
+    text = Settings.from_plan(plan).snippet("verl")
     assert "IGNORED_LAYERS=mlp.gate,model.layers.1.self_attn.q_proj\n" in text
 
 
@@ -784,31 +815,45 @@ def test_a_kind_of_the_other_engine_is_refused() -> None:
         Settings.from_mode("block").snippet("verl")
 
 
-def run(moe: Path, out: Path | None = None, **options: object) -> tuple[dict[str, object], str]:
-    text = io.StringIO()
-    arguments: dict[str, object] = {"backend": "vllm", "mode": "block", "tp": 2}
-    arguments |= {"block_size": None, **options}
-    reporter = Reporter(out=text, err=io.StringIO())
-    data = planning.run(reporter, model=str(moe), out=out, **arguments)  # type: ignore[arg-type]
-    return data, text.getvalue()
+def run(*argv: str, code: int = 0) -> tuple[str, str]:
+    """Run `fp8ctl plan` in this process; return stdout and stderr."""
+    done = CliRunner().invoke(cli.build("plan"), ["plan", *argv])
+    assert done.exit_code == code, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_the_command_prints_the_snippet_and_nothing_else(moe: Path, tmp_path: Path) -> None:
-    data, text = run(moe, tmp_path / "plan.json", snippet="verl")
-    plan = plan_of(moe, "vllm")
-    assert text == data["snippet"] == Settings.from_plan(plan).snippet("verl")
-    assert json.loads((tmp_path / "plan.json").read_text()) == plan.to_json()
-    assert {k: v for k, v in data.items() if k != "snippet"} == plan.to_json()
+    out = tmp_path / "plan.json"
+    asked = ("--model", str(moe), "--backend", "vllm", "--tp", "2", "--snippet", "verl")
+    text, _ = run(*asked, "--out", str(out))
+    manifest = json.loads(out.read_text())
+    assert text == Settings.from_plan(Plan.from_json(manifest)).snippet("verl")
+    data = json.loads(run(*asked, "--json")[0])["data"]
+    assert data == {**manifest, "snippet": text}
+
+
+def test_what_the_plan_warns_of_is_said_beside_the_snippet(moe: Path, tmp_path: Path) -> None:
+    new = checkpoint(tmp_path / "new")
+    config = (new / "config.json").read_text().replace("qwen3_moe", "brand_new")
+    (new / "config.json").write_text(config)
+    asked = ("--backend", "vllm", "--snippet", "vllm", "--model")
+    text, said = run(*asked, str(new))
+    assert "warning: architecture brand_new" in said
+    assert "brand_new" not in text
+    assert "warning:" not in run(*asked, str(moe))[1]
 
 
 def test_a_snippet_that_cannot_be_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="sglang's, and vllm was asked"):
-        run(tmp_path / "nowhere", snippet="sglang")
-    with pytest.raises(UsageError, match="unknown snippet"):
-        run(tmp_path / "nowhere", snippet="x")
-    with pytest.raises(Fp8ctlError) as caught:
-        run(tmp_path / "nowhere", snippet="vllm")
-    assert caught.value.exit_code == 3
+    asked = ("--model", str(tmp_path / "nowhere"), "--backend", "vllm", "--snippet")
+    assert "sglang's, and vllm was asked" in run(*asked, "sglang", code=2)[1]
+    assert "unknown snippet 'x'" in run(*asked, "x", code=2)[1]
+    run(*asked, "vllm", code=3)
+
+
+def test_a_snippet_of_a_plan_that_does_not_fit_is_not_printed(moe: Path) -> None:
+    asked = ("--model", str(moe), "--backend", "vllm", "--block-size", "512,512")
+    text, said = run(*asked, "--snippet", "vllm", code=8)
+    assert (text, "do not fit" in said) == ("", True)
 
 
 # --- the real transformers and the real SGLang ----------------------------------------------------
