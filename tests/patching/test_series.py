@@ -49,7 +49,7 @@ class Engine:
         known = {*self.series.pristine, *(self.ledger.files if self.ledger else ())}
         record = {p: s for p, s in self.series.pristine.items() if s}
         files = {p: self.files.get(p) for p in known}
-        version = environment.SUPPORTED[self.series.backend]
+        version = environment.SUPPORTED[environment.parse_backend(self.series.backend)]
         return Snapshot(version, files, record, self.ledger, self.blobs, interrupted=False)
 
     def status(self) -> SeriesStatus:
