@@ -747,12 +747,12 @@ def test_plan_and_launch_say_the_same_of_the_kernel_for_128(
 ) -> None:
     model = write_model(tmp_path / "tiny", hidden=256)
     options = engine("vllm", "refit", gpu=(9, 0))
-    note = make_plan(model, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes[0]
+    [problem] = make_plan(model, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).problems
     with pytest.raises(PlanDoesNotFitError, match="its kernel for 128x128 blocks") as caught:
         dry_run(options, model=str(model), block_size="64,64")
-    assert "down_proj (256x512 per GPU)" in note
-    assert "down_proj (256x512 per GPU)" in caught.value.message
-    assert str(caught.value.hint) in note
+    assert "down_proj (256x512 per GPU)" in problem.message
+    assert problem.message in caught.value.message
+    assert caught.value.hint == "--block-size 128,128"
     # An FP8 checkpoint that somebody else made, seen as it lies on the disk.
     config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
     fp8 = write_model(tmp_path / "fp8", hidden=256, dtype="F8_E4M3", quantization_config=config)
@@ -760,7 +760,7 @@ def test_plan_and_launch_say_the_same_of_the_kernel_for_128(
         dry_run(options, model=str(fp8))
     # Every module has a side that 128 does not divide: the kernel takes none, and both say so.
     narrow = write_model(tmp_path / "narrow", hidden=64)
-    assert not make_plan(narrow, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes
+    assert make_plan(narrow, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).fits
     dry_run(options, model=str(narrow), block_size="64,64")
     fp8 = write_model(tmp_path / "f8", hidden=64, dtype="F8_E4M3", quantization_config=config)
     dry_run(options, model=str(fp8))

@@ -132,9 +132,9 @@ def test_llama_8b_fits_128_up_to_tp_16(llama8b: Path, backend: Backend | None, t
 
 def test_tensor_parallelism_counts_per_rank(llama8b: Path) -> None:
     # 14336 / 32 = 448 = 7 * 64, for gate and up as N and for down as K.
-    plan = make_plan(llama8b, "vllm", Mode.BLOCK, 32, BlockSize(128, 128))
+    plan = make_plan(llama8b, "sglang", Mode.BLOCK, 32, BlockSize(128, 128))
     assert rules(plan) == {"merged-n", "row-k"}
-    assert make_plan(llama8b, "vllm", Mode.BLOCK, 32).block == BlockSize(64, 64)
+    assert make_plan(llama8b, "sglang", Mode.BLOCK, 32).block == BlockSize(64, 64)
 
 
 def test_heads_that_cannot_be_cut_fit_no_block_and_no_mode(smollm2: Path) -> None:
@@ -153,7 +153,7 @@ def test_experts_of_768_do_not_fit_128_over_four_ranks(qwen3_moe: Path) -> None:
     plan = make_plan(qwen3_moe, "vllm", Mode.BLOCK, 4, BlockSize(128, 128))
     assert rules(plan) == {"expert-n", "row-k"}
     assert {p.count for p in plan.problems} == {8}
-    assert make_plan(qwen3_moe, "vllm", Mode.BLOCK, 4).block == BlockSize(64, 64)
+    assert make_plan(qwen3_moe, "sglang", Mode.BLOCK, 4).block == BlockSize(64, 64)
 
 
 def test_routers_are_kept_and_spelled_out(qwen3_moe: Path) -> None:
@@ -180,12 +180,29 @@ def test_parts_fused_on_disk_are_measured_one_by_one(tmp_path: Path) -> None:
         "model.layers.0.self_attn.qkv_proj.weight": (3072 + 2 * 384, 3072),
         "model.layers.0.mlp.gate_up_proj.weight": (2 * 192, 3072),
     }
-    plan = make_plan(
-        save(tmp_path / "phi", config, shapes), None, Mode.BLOCK, 1, BlockSize(128, 128)
-    )
-    assert [p.message for p in plan.problems] == [
+    model = save(tmp_path / "phi", config, shapes)
+    plan = make_plan(model, None, Mode.BLOCK, 1, BlockSize(128, 128))
+    assert [p.message for p in plan.problems if p.rule == "merged-n"] == [
         "gate of gate_up_proj has N = 192, not a multiple of 128"
     ]
+
+
+def test_block_scales_of_parts_fused_on_disk_are_refused_and_single_scales_are_not(
+    tmp_path: Path,
+) -> None:
+    # Both engines' _load_fused_module_from_checkpoint cut scales at the weight's rows.
+    config = {"model_type": "phi3", "hidden_size": 256, "num_attention_heads": 2}
+    shapes = {
+        "model.layers.0.self_attn.qkv_proj.weight": (768, 256),
+        "model.layers.0.self_attn.o_proj.weight": (256, 256),
+    }
+    model = save(tmp_path / "phi", config, shapes)
+    for backend in ("vllm", "sglang"):
+        plan = make_plan(model, backend, Mode.BLOCK)
+        assert [(p.rule, p.tensor) for p in plan.problems] == [
+            ("fused-on-disk", "model.layers.0.self_attn.qkv_proj.weight")
+        ]
+        assert make_plan(model, backend, Mode.PER_TENSOR).fits
 
 
 def test_deepseek_s_576_rows_are_legal(tmp_path: Path) -> None:
@@ -205,23 +222,35 @@ def test_deepseek_s_576_rows_are_legal(tmp_path: Path) -> None:
         assert {plan.scale_shape(t) for t in plan.tensors if "kv_a" in t.name} == {(5, 56)}
 
 
-def test_what_launch_will_refuse_on_a_hopper_gpu_is_said_by_the_plan(
+def test_a_kernel_for_128_refuses_other_blocks_on_the_gpus_that_have_it(
     llama8b: Path, smollm2: Path
 ) -> None:
-    [note] = make_plan(llama8b, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes
-    assert "compute capability 9.x" in note
-    assert "refuses blocks of 64x64" in note
-    assert "down_proj (4096x14336 per GPU) and 3 more" in note
-    assert "--mode per-tensor" in note
-    assert not make_plan(llama8b, "vllm", Mode.BLOCK).notes
+    small = BlockSize(64, 64)
+    plan = make_plan(llama8b, "vllm", Mode.BLOCK, 1, small)
+    [problem] = plan.problems
+    assert problem.rule == "kernel-128"
+    assert problem.count == 14
+    assert "compute capability 9.0" in problem.message
+    assert "down_proj (4096x14336 per GPU) and 3 more" in problem.message
+    for gpu in ((8, 9), (10, 0), None):
+        assert make_plan(llama8b, "vllm", Mode.BLOCK, 1, small, gpu=gpu).fits
+    assert make_plan(llama8b, "vllm", Mode.BLOCK).fits
     # 576 does not divide by 128.
-    assert not make_plan(smollm2, "vllm", Mode.BLOCK).notes
+    assert make_plan(smollm2, "vllm", Mode.BLOCK, 1, small).fits
 
 
-def test_what_launch_switches_off_by_itself_is_not_the_readers_to_do(llama8b: Path) -> None:
-    assert not make_plan(llama8b, "sglang", Mode.BLOCK, 1, BlockSize(64, 64)).notes
-    # Positive control: a plan for both engines holds vLLM's.
-    assert make_plan(llama8b, None, Mode.BLOCK, 1, BlockSize(64, 64)).notes
+def test_what_launch_switches_off_by_itself_is_not_refused(llama8b: Path) -> None:
+    small = BlockSize(64, 64)
+    assert make_plan(llama8b, "sglang", Mode.BLOCK, 1, small).fits
+    # A plan for both engines holds vLLM's rule.
+    assert rules(make_plan(llama8b, None, Mode.BLOCK, 1, small)) == {"kernel-128"}
+
+
+def test_a_fused_moe_has_a_kernel_that_is_told_the_block(qwen3_moe: Path) -> None:
+    plan = make_plan(qwen3_moe, "vllm", Mode.BLOCK, 1, BlockSize(64, 64))
+    [problem] = plan.problems
+    assert "experts" not in problem.tensor
+    assert problem.count == 8  # q, k, v and o of two layers
 
 
 def modules(folder: Path, tp: int) -> set[tuple[str, int, int]]:
