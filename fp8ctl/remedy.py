@@ -19,6 +19,7 @@ from fp8ctl.survey import NUMBER, Survey, Target, survey
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from fp8ctl.fitting import Linear
     from fp8ctl.manifest import Plan
 
 _FEW = 0.1
@@ -76,16 +77,12 @@ def _ignoring(plan: Plan, seen: Survey, target: Target) -> tuple[str | None, str
     if not mine or any(linear.role.expert for linear in mine):
         return None, None
     # What is built as one stays as one.
-    modules = {linear.name.rpartition(".")[0].rpartition(".")[0] for linear in mine}
-    beside = [
-        one
-        for one in seen.quantized
-        if not one.role.expert and one.name.rpartition(".")[0].rpartition(".")[0] in modules
-    ]
+    beside: dict[str, list[Linear]] = {}
+    for one in seen.dense:
+        beside.setdefault(_parent(one.name), []).append(one)
     names: set[str] = set()
     for linear in mine:
-        near = [one for one in beside if one.name.startswith(linear.name.rpartition(".")[0][:-6])]
-        names.update(fusing.partners(linear, near or beside, target.backend))
+        names.update(fusing.partners(linear, beside[_parent(linear.name)], target.backend))
     words = _as_rules(names, seen)
     keep = (*plan.keep, *words)
     try:
@@ -103,9 +100,12 @@ def _ignoring(plan: Plan, seen: Survey, target: Target) -> tuple[str | None, str
 def _mended_rules(plan: Plan, seen: Survey, target: Target) -> str:
     """Return the rules to add, or to leave out, so that engines can build the model."""
     kept = {linear.name for linear in seen.kept}
+    beside: dict[str, list[Linear]] = {}
+    for one in (*seen.dense, *seen.kept):
+        beside.setdefault(_parent(one.name), []).append(one)
     together: set[str] = set()
     for linear in seen.kept:
-        together.update(fusing.partners(linear, (*seen.quantized, *seen.kept), target.backend))
+        together.update(fusing.partners(linear, beside[_parent(linear.name)], target.backend))
     words = _as_rules(together - kept, seen)
     for keep in ((*plan.keep, *words),) if words else ():
         if not survey(seen.checkpoint, keep, plan.quantize).problems(target):
@@ -118,6 +118,11 @@ def _mended_rules(plan: Plan, seen: Survey, target: Target) -> str:
     if plan.keep and not survey(seen.checkpoint, (), plan.quantize).problems(target):
         return "leave every --keep out"
     return NOTHING
+
+
+def _parent(name: str) -> str:
+    """Return the module that holds a Linear's module."""
+    return name.rpartition(".")[0].rpartition(".")[0]
 
 
 def _as_rules(names: set[str], seen: Survey) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from fp8ctl.families import Role
     from fp8ctl.formats import BlockSize, Mode
+    from fp8ctl.models import TensorInfo
+    from fp8ctl.policy import Decision
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SERVED_BYTES = 2
 """Of a float that stays: engines serve BF16 or FP16, also from an FP32 checkpoint."""
 _VOCABULARY_PART = 64
@@ -48,50 +49,34 @@ class Sizer:
         text = config.get("text_config")
         source = text if isinstance(text, Mapping) else config
         layers = source.get("num_hidden_layers")
-        self.layers = layers if isinstance(layers, int) else None
+        ahead = source.get("num_nextn_predict_layers")
+        numbers = ["x"]  # matches no number
+        if isinstance(layers, int):
+            numbers = [str(layers + i) for i in range(ahead if isinstance(ahead, int) else 1)]
+        self._ahead = re.compile(rf"^mtp\.|\.layers\.(?:{'|'.join(numbers)})\.")
         self.heads = Heads.of(config)
         self.mode, self.block, self.tp = mode, block, tp
-        self._known: dict[object, tuple[int, int, int]] = {}
+        self._known: dict[object, tuple[int, int, int, Decision]] = {}
 
-    def memory(
-        self, tensors: Iterable[tuple[str, tuple[int, ...], str, bool, Reason, Role | None]]
-    ) -> Memory:
-        """Return the bytes of one GPU.
-
-        Args:
-            tensors: name, shape, dtype, whether it becomes FP8, why, and what it is to an engine.
-        """
+    def memory(self, decided: Iterable[tuple[TensorInfo, Decision]]) -> Memory:
+        """Return the bytes of one GPU."""
         before = after = cache = 0
-        for name, shape, dtype, quantize, reason, role in tensors:
-            key = (shape, dtype, quantize, reason, role, name.endswith(".weight"))
+        layers = self._ahead
+        for info, decision in decided:
+            # By identity: decisions are shared, and Python hashes a dataclass slowly.
+            key = (id(decision), info.shape, info.dtype)
             sizes = self._known.get(key)
             if sizes is None:
-                sizes = self._known[key] = self._sizes(name, shape, dtype, quantize, reason, role)
-            if reason is not Reason.VISION and not self._loaded(name):
-                continue
+                sizes = self._known[key] = (*self._sizes(info, decision), decision)
+            if layers.search(info.name) and decision.reason is not Reason.VISION:
+                continue  # engines load no layers for multi-token prediction
             before += sizes[0]
             after += sizes[1]
             cache += sizes[2]
         return Memory(before, after, cache)
 
-    def _loaded(self, name: str) -> bool:
-        """Say whether an engine loads it: layers for multi-token prediction are left out."""
-        if name.startswith("mtp."):
-            return False
-        if self.layers is None:
-            return True
-        layer = _LAYER.search(name)
-        return layer is None or int(layer[1]) < self.layers
-
-    def _sizes(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        quantize: bool,
-        reason: Reason,
-        role: Role | None,
-    ) -> tuple[int, int, int]:
+    def _sizes(self, info: TensorInfo, decision: Decision) -> tuple[int, int, int]:
+        name, shape, dtype, role = info.name, info.shape, info.dtype, decision.role
         each = models.DTYPE_BYTES[dtype]
         if dtype.startswith(("F", "BF")):
             each = min(each, _SERVED_BYTES)
@@ -99,7 +84,7 @@ class Sizer:
         for side in shape:
             count *= side
         if role is None or len(shape) != 2:
-            if reason in (Reason.EMBEDDING, Reason.LM_HEAD) and len(shape) == 2:
+            if decision.reason in (Reason.EMBEDDING, Reason.LM_HEAD) and len(shape) == 2:
                 padded = -(-shape[0] // _VOCABULARY_PART) * _VOCABULARY_PART
                 count = -(-padded // self.tp) * shape[1]
             return count * each, count * each, 0
@@ -108,7 +93,7 @@ class Sizer:
             local = (local[0], -(-shape[1] // self.tp))
         before = local[0] * local[1] * each
         after = before
-        if quantize:
+        if decision.quantize:
             scales = 1
             for side in formats.scale_shape(local, self.mode, self.block):
                 scales *= side

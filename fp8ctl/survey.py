@@ -28,6 +28,29 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer's or an expert's number in a tensor's name."""
 
 
+class Numbered:
+    """Names by what they are without their numbers; what names share is looked at once."""
+
+    def __init__(self) -> None:
+        """Start with nothing known."""
+        self._stems: dict[str, tuple[str, str]] = {}
+
+    def read(self, name: str) -> tuple[str, str]:
+        """Return the name with `*` for numbers, and one that sorts layer 10 behind layer 9."""
+        stem, _, leaf = name.rpartition(".")
+        stem, _, module = stem.rpartition(".")
+        known = self._stems.get(stem)
+        if known is None:
+            known = self._stems[stem] = (
+                NUMBER.sub("*", stem + ".")[:-1],
+                NUMBER.sub(lambda number: number[0].zfill(8), stem + ".")[:-1],
+            )
+        if module.isdigit():
+            return f"{known[0]}.*.{leaf}", f"{known[1]}.{module.zfill(8)}.{leaf}"
+        rest = f".{module}.{leaf}"
+        return known[0] + rest, known[1] + rest
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """What a plan is for.
@@ -54,6 +77,7 @@ class Survey:
         kept: every Linear of a decoder layer that a rule keeps.
         stacked: names of tensors that hold many experts each.
         shapes: one Linear for all of the same role and shape, of those that become FP8.
+        dense: those that become FP8 and are no experts.
     """
 
     checkpoint: Checkpoint
@@ -64,12 +88,12 @@ class Survey:
     kept: tuple[Linear, ...]
     stacked: tuple[str, ...]
     shapes: tuple[Linear, ...]
+    dense: tuple[Linear, ...]
 
     def problems(self, target: Target) -> tuple[Problem, ...]:
         """Return every rule of the engines that these decisions break for a target."""
         t = target
-        dense = [linear for linear in self.quantized if not linear.role.expert]
-        modules = fitting.modules(dense, self.heads, t.tp)
+        modules = fitting.modules(self.dense, self.heads, t.tp)
         return (
             *fitting.problems(self.shapes, self.heads, t.mode, t.block, t.tp, t.backend),
             *fitting.kernel_problems(self.shapes, modules, t.block, t.backend, t.gpu),
@@ -103,6 +127,7 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
         kept=tuple(kept),
         stacked=tuple(stacked),
         shapes=_by_shape(quantized),
+        dense=tuple(linear for linear in quantized if not linear.role.expert),
     )
 
 
@@ -112,11 +137,13 @@ def _decide(
     """Decide every tensor, in order: layer 10 behind layer 9."""
     # Of names that differ in their numbers only, one is decided: a large MoE has 70 000
     # tensors and some 40 such patterns.
+    numbered = Numbered()
+    order = sorted((numbered.read(name)[::-1], name) for name in checkpoint.tensors)
     known: dict[tuple[str, int, str], Decision] = {}
     decisions = {}
-    for name in sorted(checkpoint.tensors, key=_natural):
+    for (_, pattern), name in order:
         info = checkpoint.tensors[name]
-        key = (NUMBER.sub("*", name), len(info.shape), info.dtype)
+        key = (pattern, len(info.shape), info.dtype)
         decision = known.get(key)
         if decision is None:
             decision = known[key] = policy.decide(family, name, info.shape, info.dtype)
@@ -143,22 +170,19 @@ def _linears(
 
 def _by_shape(linears: Sequence[Linear]) -> tuple[Linear, ...]:
     """Return one Linear for all of the same role and shape."""
-    counts: dict[tuple[Role, tuple[int, int]], int] = {}
-    first: dict[tuple[Role, tuple[int, int]], Linear] = {}
+    # By identity first: Python hashes a dataclass slowly, and a family shares its roles.
+    counts: dict[tuple[int, tuple[int, int]], int] = {}
+    first: dict[tuple[int, tuple[int, int]], Linear] = {}
     for linear in linears:
-        key = (linear.role, linear.shape)
+        key = (id(linear.role), linear.shape)
         counts[key] = counts.get(key, 0) + 1
-        first.setdefault(key, linear)
-    return tuple(replace(linear, count=counts[key]) for key, linear in first.items())
-
-
-def _natural(name: str) -> str:
-    """Sort layer 10 behind layer 9."""
-    return NUMBER.sub(_padded, name)
-
-
-def _padded(number: re.Match[str]) -> str:
-    return number[0].zfill(8)
+        if key not in first:
+            first[key] = linear
+    merged: dict[tuple[Role, tuple[int, int]], Linear] = {}
+    for key, linear in first.items():
+        same = merged.get((linear.role, linear.shape), replace(linear, count=0))
+        merged[linear.role, linear.shape] = replace(same, count=same.count + counts[key])
+    return tuple(merged.values())
 
 
 def _require_16_bit(checkpoint: Checkpoint) -> None:
