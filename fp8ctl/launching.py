@@ -107,6 +107,11 @@ def run(
     name = environment.parse_backend(backend)
     given = None
     if plan_file is not None:
+        if quantization is not None or torchao_config is not None or mode == "online":
+            raise UsageError(
+                f"--plan {plan_file} is FP8 in blocks or per tensor; another method excludes it",
+                hint="drop --plan, or the method",
+            )
         given = planning.read_plan(
             plan_file,
             planning.Typed(

@@ -267,7 +267,7 @@ def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
         ("--mode", typed.mode and typed.mode.value, plan.mode.value),
         ("--tp", typed.tp, plan.tp),
         ("--block-size", typed.block and str(typed.block), str(plan.block)),
-        ("--gpu", typed.gpu, plan.gpu),
+        ("--gpu", typed.gpu and _dotted(typed.gpu), _dotted(plan.gpu)),
         ("--keep", typed.keep or None, plan.keep),
         ("--quantize", typed.quantize or None, plan.quantize),
     )
@@ -292,10 +292,14 @@ def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
     return plan
 
 
+def _dotted(gpu: tuple[int, int] | None) -> str:
+    return "none" if gpu is None else f"{gpu[0]}.{gpu[1]}"
+
+
 def _words(value: object) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
-    return str(value).lower() if value is None else str(value)
+    return str(value)
 
 
 def parse_gpu(text: str | None) -> tuple[int, int] | None:
@@ -406,4 +410,30 @@ def _notes(seen: Survey, target: Target) -> tuple[str, ...]:
             f"{' and '.join(lacking)} {have} no class of {seen.family.name}, so that only a later"
             " version serves it; the rules applied are theirs all the same"
         )
+    caught = _caught_by_transformers(seen)
+    if caught is not None:
+        kept, quantized = caught
+        notes.append(
+            f"transformers takes {kept} in modules_to_not_convert for a part of {quantized}, and"
+            " would not convert that either: engines compare whole names"
+        )
     return (*notes, *fitting.notes(seen.shapes, target.mode, target.block, target.backend))
+
+
+def _caught_by_transformers(seen: Survey) -> tuple[str, str] | None:
+    """Return a module that stays and one that becomes FP8 whose name begins with it, or None."""
+    beside: dict[str, list[str]] = {}
+    for linear in seen.dense:
+        path, _, module = linear.name.removesuffix(".weight").rpartition(".")
+        beside.setdefault(path, []).append(module)
+    kept = policy.kept_modules(
+        (name, decision.reason, seen.checkpoint.tensors[name].shape)
+        for name, decision in seen.decisions.items()
+        if not decision.quantize
+    )
+    for name in kept:
+        path, _, module = name.rpartition(".")
+        for other in beside.get(path, ()):
+            if other.startswith(module):
+                return name, f"{path}.{other}"
+    return None
