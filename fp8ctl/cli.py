@@ -109,7 +109,9 @@ Backends = Annotated[
 Backend = Annotated[str, typer.Option("--backend", help="vllm or sglang.")]
 PatchIds = Annotated[list[str] | None, typer.Option("--patch", help="Patch id; may be repeated.")]
 Mode = Annotated[str, typer.Option("--mode", help="block or per-tensor.")]
-LaunchMode = Annotated[str, typer.Option("--mode", help="block, per-tensor or online.")]
+LaunchMode = Annotated[
+    str | None, typer.Option("--mode", help="block (default), per-tensor or online.")
+]
 Model = Annotated[str, typer.Option("--model", help="A checkpoint folder or a Hub id.")]
 OptionalModel = Annotated[
     str | None, typer.Option("--model", help="A checkpoint folder or a Hub id.")
@@ -117,6 +119,25 @@ OptionalModel = Annotated[
 Tp = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size.")]
 BlockSize = Annotated[
     str | None, typer.Option("--block-size", help="Block as N,K; chosen to fit if left out.")
+]
+OptionalMode = Annotated[str | None, typer.Option("--mode", help="block (default) or per-tensor.")]
+OptionalTp = Annotated[
+    int | None, typer.Option("--tp", min=1, help="Tensor-parallel size; default 1.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", help="Leave in 16 bits: a name, glob or re:...; may be repeated."),
+]
+Quantize = Annotated[
+    list[str] | None,
+    typer.Option("--quantize", help="Make FP8: a name, glob or re:...; may be repeated."),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help="Compute capability to serve on, or none; default 9.0."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="A manifest that `fp8ctl plan --out` wrote.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and stop.")]
 PrintDiff = Annotated[
@@ -231,6 +252,9 @@ def plan(
     mode: Mode = "block",
     tp: Tp = 1,
     block_size: BlockSize = None,
+    keep: Keep = None,
+    quantize_: Quantize = None,
+    gpu: Gpu = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
     snippet: Annotated[
         str | None, typer.Option("--snippet", help="Print what to paste into a trainer instead.")
@@ -252,6 +276,9 @@ def plan(
             block_size=block_size,
             out=out,
             snippet=snippet,
+            gpu=gpu,
+            keep=keep or (),
+            quantize=quantize_ or (),
         ),
     )
 
@@ -334,14 +361,18 @@ def revert(
 
 @command()
 def quantize(
-    model: Model,
     out: Annotated[Path, typer.Option("--out", help="Folder of the new checkpoint.")],
-    mode: Mode = "block",
+    model: OptionalModel = None,
+    plan_: PlanFile = None,
+    mode: OptionalMode = None,
     block_size: BlockSize = None,
     backend: Annotated[
         str | None, typer.Option("--backend", help="Fit it to vllm or sglang only.")
     ] = None,
-    tp: Tp = 1,
+    tp: OptionalTp = None,
+    keep: Keep = None,
+    quantize_: Quantize = None,
+    gpu: Gpu = None,
     python: Python = None,
     json_: Json = False,
 ) -> None:
@@ -360,6 +391,10 @@ def quantize(
             backend=backend,
             tp=tp,
             python=python,
+            plan_file=plan_,
+            keep=keep or (),
+            quantize=quantize_ or (),
+            gpu=gpu,
         ),
     )
 
@@ -372,8 +407,11 @@ def launch(
     site_packages: SitePackages = None,
     overlay: Overlay = None,
     model: OptionalModel = None,
-    mode: LaunchMode = "block",
+    plan_: PlanFile = None,
+    mode: LaunchMode = None,
     block_size: BlockSize = None,
+    keep: Keep = None,
+    quantize_: Quantize = None,
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="Another method of the engine.")
     ] = None,
@@ -388,7 +426,7 @@ def launch(
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Port.")] = None,
-    tp: Tp = 1,
+    tp: OptionalTp = None,
     detach: Annotated[bool, typer.Option("--detach", help="Return and leave it running.")] = False,
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="With --detach: wait until it is ready.")
@@ -426,6 +464,9 @@ def launch(
             check=check,
             dry_run=dry_run,
             extra=_behind_dashes(ctx.args),
+            plan_file=plan_,
+            keep=keep or (),
+            quantize=quantize_ or (),
         ),
     )
 

@@ -15,7 +15,7 @@ from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.manifest import Problem
 
 if TYPE_CHECKING:
-    from fp8ctl.policy import Backend, Role
+    from fp8ctl.families import Backend, Role
 
 # Tried in this order when no block is asked for. Below 32 a block is narrower
 # than the smallest K that a GPU's FP8 dot product takes.
@@ -24,9 +24,15 @@ SQUARES = (BlockSize(128, 128), BlockSize(64, 64), BlockSize(32, 32))
 CUTLASS_BLOCK_GPUS: Final = ((9, 0), (10, 0))
 """Compute capabilities, from and below, on which vLLM 0.9.1 has its kernel for 128x128 blocks."""
 
+HOPPER: Final = (9, 0)
+"""The GPU that a plan is for where none is named: the first with such a kernel."""
+
 AROUND_128_KERNEL: Final = (
     "--mode per-tensor, or --backend sglang, whose fast kernels can be switched off"
 )
+
+# Gemma-3's config.json leaves out what its class has as defaults.
+_DEFAULT_HEADS: Final = {"gemma3_text": (8, 4, 256)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +57,13 @@ class Module:
     Attributes:
         name: the module's last name, such as qkv_proj.
         n, k: rows and columns on one GPU.
+        expert: whether it is one of many experts.
     """
 
     name: str
     n: int
     k: int
+    expert: bool = False
 
     @property
     def label(self) -> str:
@@ -76,9 +84,10 @@ class Heads:
         """Read the heads from a configuration, or from its text part."""
         text = config.get("text_config")
         source: Mapping[str, Any] = text if isinstance(text, Mapping) else config
-        query = _number(source.get("num_attention_heads"))
-        key_value = _number(source.get("num_key_value_heads")) or query
-        size = _number(source.get("head_dim"))
+        default = _DEFAULT_HEADS.get(str(source.get("model_type")), (0, 0, 0))
+        query = _number(source.get("num_attention_heads")) or default[0]
+        key_value = _number(source.get("num_key_value_heads")) or default[1] or query
+        size = _number(source.get("head_dim")) or default[2]
         if not size and query:
             size = _number(source.get("hidden_size")) // query
         return cls(query, key_value, size)
@@ -103,26 +112,52 @@ def problems(
     return tuple(found)
 
 
-def notes(
+def kernel_problems(
     linears: Sequence[Linear],
     those: Sequence[Module],
-    mode: Mode,
     block: BlockSize | None,
     backend: Backend | None,
+    gpu: tuple[int, int] | None,
+) -> tuple[Problem, ...]:
+    """Return the Linears that the engine would compute with a kernel for other blocks.
+
+    SGLang's kernels of this kind can be switched off, and `launch` does.
+
+    Args:
+        linears: those that become FP8.
+        those: the same, as the engine has them on one GPU.
+        block: of the plan.
+        backend: whose rules; None for both.
+        gpu: compute capability; None where it is no GPU.
+    """
+    low, high = CUTLASS_BLOCK_GPUS
+    if block in (None, SQUARES[0]) or backend == "sglang" or gpu is None or not low <= gpu < high:
+        return ()
+    caught = in_128_kernel(those)
+    if not caught or block is None:
+        return ()
+    names = {module.name for module in caught}
+    mine = [one for one in linears if (one.role.fused or one.name.split(".")[-2]) in names]
+    more = f" and {len(caught) - 1} more" if len(caught) > 1 else ""
+    message = (
+        f"on a GPU of compute capability {gpu[0]}.{gpu[1]} vLLM 0.9.1 would compute"
+        f" {caught[0].label}{more} with its kernel for 128x128 blocks, whatever the block"
+    )
+    first = mine[0].name if mine else caught[0].name
+    return (Problem("kernel-128", first, sum(one.count for one in mine) or len(caught), message),)
+
+
+def notes(
+    linears: Sequence[Linear], mode: Mode, block: BlockSize | None, backend: Backend | None
 ) -> tuple[str, ...]:
     """Return what fits, and may still surprise on a GPU."""
     said = []
-    # SGLang's kernels of this kind can be switched off, and `launch` does.
-    if mode is Mode.BLOCK and block not in (None, SQUARES[0]) and backend != "sglang":
-        caught = in_128_kernel(those)
-        if caught and block is not None:
-            (major, _), _ = CUTLASS_BLOCK_GPUS
-            more = f" and {len(caught) - 1} more" if len(caught) > 1 else ""
-            said.append(
-                f"on GPUs of compute capability {major}.x `fp8ctl launch --backend vllm` refuses"
-                f" blocks of {block.label}: vLLM 0.9.1 would compute {caught[0].label}{more} with"
-                f" its kernel for 128x128 blocks; {AROUND_128_KERNEL}"
-            )
+    mla = [linear for linear in linears if linear.role.part == "kv_b"]
+    if mla and backend != "vllm" and block not in (None, SQUARES[0]):
+        said.append(
+            f"SGLang 0.4.8 gives {mla[0].name} a single scale when it loads"
+            " blocks of another size than 128x128"
+        )
     if mode is Mode.PER_TENSOR:
         odd = [linear for linear in linears if linear.shape[0] % 16 or linear.shape[1] % 16]
         if odd:
@@ -156,6 +191,13 @@ def _broken(
         k_rank = k // tp
     if mode is not Mode.BLOCK or block is None:
         return
+    if role.fused_on_disk:
+        # `_load_fused_module_from_checkpoint` cuts scales at the weight's rows (vLLM linear.py:708,
+        # SGLang linear.py:658): block scales have fewer, and `narrow` raises.
+        yield (
+            "fused-on-disk",
+            f"{role.part} are one tensor, whose block scales neither engine takes apart",
+        )
     share = f" per rank (tp {tp})" if tp > 1 else ""
     merged = bool(role.fused) and role.split == "column"
     rule = "expert-n" if role.expert else "merged-n" if merged else "column-n"
@@ -203,6 +245,24 @@ def _per_rank(part: str, size: int, heads: Heads, tp: int, role: Role) -> int | 
     return None if size % pieces else size // pieces
 
 
+def rows_per_rank(linear: Linear, heads: Heads, tp: int) -> tuple[int, ...] | None:
+    """Return the rows of each part on one GPU, or None where they cannot be cut."""
+    ranks = [_per_rank(part, size, heads, tp, linear.role) for part, size in _parts(linear, heads)]
+    return None if None in ranks else tuple(rank for rank in ranks if rank is not None)
+
+
+def broken(
+    linear: Linear,
+    heads: Heads,
+    mode: Mode,
+    block: BlockSize | None,
+    tp: int,
+    backend: Backend | None,
+) -> bool:
+    """Say whether one Linear breaks a rule."""
+    return next(_broken(linear, heads, mode, block, tp, backend), None) is not None
+
+
 def modules(linears: Iterable[Linear], heads: Heads, tp: int) -> tuple[Module, ...]:
     """Return each shape of an engine's module once, fused and cut as on one of `tp` GPUs.
 
@@ -211,7 +271,7 @@ def modules(linears: Iterable[Linear], heads: Heads, tp: int) -> tuple[Module, .
         heads: of the model.
         tp: tensor-parallel size; what does not divide by it is left out.
     """
-    sizes: dict[tuple[str, str, int], list[int | None]] = {}
+    sizes: dict[tuple[str, str, int, bool], list[int | None]] = {}
     for linear in linears:
         role, (n, k) = linear.role, linear.shape
         path = linear.name.split(".")
@@ -220,12 +280,12 @@ def modules(linears: Iterable[Linear], heads: Heads, tp: int) -> tuple[Module, .
             k //= tp
         else:
             rows = [_per_rank(part, size, heads, tp, role) for part, size in _parts(linear, heads)]
-        beside = (".".join(path[:-2]), role.fused or path[-2], k)
+        beside = (".".join(path[:-2]), role.fused or path[-2], k, role.expert)
         sizes.setdefault(beside, []).extend(rows)
     return tuple(
         dict.fromkeys(
-            Module(name, sum(n for n in rows if n is not None), k)
-            for (_, name, k), rows in sizes.items()
+            Module(name, sum(n for n in rows if n is not None), k, expert)
+            for (_, name, k, expert), rows in sizes.items()
             if None not in rows
         )
     )
@@ -235,9 +295,10 @@ def in_128_kernel(those: Sequence[Module]) -> tuple[Module, ...]:
     """Return the modules that vLLM's kernel for 128x128 blocks takes, whatever the block.
 
     Its gate looks at N and K and never at the block size (vLLM 0.9.1 fp8_utils.py:130,
-    CUTLASS); it holds on `CUTLASS_BLOCK_GPUS` only.
+    CUTLASS); it holds on `CUTLASS_BLOCK_GPUS` only. A fused MoE has Triton's kernel, which
+    is told the block.
     """
-    return tuple(module for module in those if module.n % 128 == 0 and module.k % 128 == 0)
+    return tuple(m for m in those if not m.expert and m.n % 128 == 0 and m.k % 128 == 0)
 
 
 def _sides(shape: tuple[int, int]) -> str:

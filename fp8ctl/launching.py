@@ -21,6 +21,7 @@ from fp8ctl.engines import base, sglang, vllm
 from fp8ctl.engines.base import CPU, Device, LaunchRequest, ModelFacts, Source
 from fp8ctl.errors import ConflictError, UsageError
 from fp8ctl.formats import BlockSize, parse_mode
+from fp8ctl.manifest import dumps
 from fp8ctl.patching import overlay, status
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Asked:
     await_push: bool
     tp: int
     block_size: str | None
+    keep: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
 
     def label(self) -> str:
         """Return the mode, or the method asked for instead, in a word."""
@@ -67,7 +70,7 @@ def run(
     python: Path | None = None,
     site_packages: Path | None = None,
     model: str | None = None,
-    mode: str = "block",
+    mode: str | None = None,
     block_size: str | None = None,
     quantization: str | None = None,
     torchao_config: str | None = None,
@@ -75,7 +78,7 @@ def run(
     trace: str | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
-    tp: int = 1,
+    tp: int | None = None,
     detach: bool = False,
     wait: bool = True,
     timeout: float = 600.0,
@@ -84,10 +87,14 @@ def run(
     extra: Sequence[str] = (),
     expect: str | None = None,
     front: Path | None = None,
+    plan_file: Path | None = None,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
 ) -> dict[str, object]:
     """Start a server in FP8; arguments are those of `fp8ctl launch`.
 
     Args:
+        plan_file: a manifest to follow; options beside it must say what it says.
         expect: text that the answer of the closing check must contain.
         front: folder of the overlay that the engine is imported from.
 
@@ -100,14 +107,38 @@ def run(
     from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
     name = environment.parse_backend(backend)
+    given = None
+    if plan_file is not None:
+        if quantization is not None or torchao_config is not None or mode == "online":
+            raise UsageError(
+                f"--plan {plan_file} is FP8 in blocks or per tensor; another method excludes it",
+                hint="drop --plan, or the method",
+            )
+        given = planning.read_plan(
+            plan_file,
+            planning.Typed(
+                backend=name,
+                mode=None if mode is None else parse_mode(mode),
+                tp=tp,
+                block=None if block_size is None else BlockSize.parse(block_size),
+                keep=tuple(keep),
+                quantize=tuple(quantize),
+            ),
+            None if model is None else Path(model).expanduser(),
+        )
+        model, mode, tp = str(given.model), given.mode.value, given.tp
+        block_size = None if given.block is None else str(given.block)
+    tp = tp or 1
     asked = parse(
         name,
-        mode,
+        mode or "block",
         quantization,
         torchao_config,
         await_push=await_push,
         tp=tp,
         block_size=block_size,
+        keep=keep,
+        quantize=quantize,
     )
     if not wait and not detach:
         raise UsageError("--no-wait leaves the server alone, so it needs --detach", hint="--detach")
@@ -137,14 +168,15 @@ def run(
 
     folder, shown = _model(report, name, model, found.python, fetch=not dry_run)
     facts = read_facts(folder, shown, tp)
-    source, plan = _source(asked, facts, folder)
+    device = device_of(found)
+    source, plan = _source(asked, facts, folder, device, given)
     default_port = sglang.DEFAULT_PORT if name == "sglang" else vllm.DEFAULT_PORT
     port = base.parse_port(base.option_value(extra, "--port"), port or default_port)
     request = LaunchRequest(
         python=found.python,
         model=facts,
         source=source,
-        device=device_of(found),
+        device=device,
         host=host,
         port=port,
         run_dir=registry.servers_dir() / registry.free_name(name, port),
@@ -194,7 +226,7 @@ def run(
     )
     watch = Watch(detach=detach, wait=wait, timeout=timeout, check=check, expect=expect)
     left = RunFiles(
-        manifest=_document(plan.to_json()) if plan is not None else None,
+        manifest=dumps(plan.to_json()) if plan is not None else None,
         # Of a work tree fp8ctl knows no hash: what runs there is version control's to say.
         code=None
         if engine.kind == "editable"
@@ -216,6 +248,8 @@ def parse(
     await_push: bool,
     tp: int,
     block_size: str | None,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
 ) -> Asked:
     """Check the options about weights against each other.
 
@@ -233,7 +267,22 @@ def parse(
         raise UsageError(f"--mode {mode} and {method!r} exclude each other", hint="drop --mode")
     if block_size is not None and (method is not None or mode != "block"):
         raise UsageError("--block-size is for --mode block", hint="drop --block-size")
-    return Asked(backend, mode, quantization, torchao_config, await_push, tp, block_size)
+    if (keep or quantize) and (method is not None or mode == "online"):
+        option = "--keep" if keep else "--quantize"
+        raise UsageError(
+            f"{option} is for a plan: --mode block or per-tensor", hint=f"drop {option}"
+        )
+    return Asked(
+        backend,
+        mode,
+        quantization,
+        torchao_config,
+        await_push,
+        tp,
+        block_size,
+        tuple(keep),
+        tuple(quantize),
+    )
 
 
 def read_facts(folder: Path, name: str, tp: int = 1) -> ModelFacts:
@@ -323,8 +372,13 @@ def _patches(
     return state
 
 
-def _source(asked: Asked, facts: ModelFacts, folder: Path) -> tuple[Source, Plan | None]:
+def _source(
+    asked: Asked, facts: ModelFacts, folder: Path, device: Device = CPU, given: Plan | None = None
+) -> tuple[Source, Plan | None]:
     """Decide where the quantised weights come from.
+
+    Args:
+        given: a plan that was read from a file; None: one is made where it takes one.
 
     Raises:
         ConflictError: the checkpoint is quantised already, in another way than asked for.
@@ -340,7 +394,16 @@ def _source(asked: Asked, facts: ModelFacts, folder: Path) -> tuple[Source, Plan
     if asked.mode == "online":
         return "online", None
     block = None if asked.block_size is None else BlockSize.parse(asked.block_size)
-    plan = planning.make_plan(folder, asked.backend, parse_mode(asked.mode), asked.tp, block)
+    plan = given or planning.make_plan(
+        folder,
+        asked.backend,
+        parse_mode(asked.mode),
+        asked.tp,
+        block,
+        gpu=device.capability,
+        keep=asked.keep,
+        quantize=asked.quantize,
+    )
     planning.require_fit(plan)
     return ("override" if asked.await_push else "checkpoint"), plan
 

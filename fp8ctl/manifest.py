@@ -14,26 +14,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl import formats, models, policy
-from fp8ctl.errors import UsageError
+from fp8ctl.errors import NotFoundError, UsageError
+from fp8ctl.families import Backend, family_named
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.policy import Backend, Decision, Reason
+from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SCHEMA = 1
+SCHEMA = 2
 RECORD = "fp8ctl.json"  # in a checkpoint that fp8ctl wrote: its plan and recipe
+
+_AGAIN = "fp8ctl plan --model MODEL --backend BACKEND --out plan.json"
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """One tensor of the source checkpoint and what becomes of it."""
+    """One tensor of the source checkpoint and what becomes of it.
+
+    Attributes:
+        rule: the user's rule, where the reason is one.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     quantize: bool
     reason: Reason
+    rule: str = ""
+
+    @property
+    def why(self) -> str:
+        """The reason, with the user's rule where there is one."""
+        return f"{self.reason.value}: {self.rule}" if self.rule else self.reason.value
 
     @property
     def bytes_before(self) -> int:
@@ -46,7 +59,8 @@ class Problem:
     """A rule of the engine that the plan breaks.
 
     Attributes:
-        rule: short identifier: `merged-n`, `column-n`, `row-k`, `group-k`, `expert-n`, `tp`.
+        rule: short identifier: `merged-n`, `column-n`, `row-k`, `group-k`, `expert-n`, `tp`,
+            `fused-on-disk`, `kernel-128`, `fused`, `experts`, `ignored`.
         tensor: the first tensor that breaks it.
         count: how many do, in the same way.
         message: one sentence with the value found and the value expected.
@@ -59,6 +73,21 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What one GPU holds, in bytes.
+
+    Attributes:
+        before: weights as they are in the source.
+        after: weights and scales as planned.
+        cache_per_token: KV cache in 16 bits.
+    """
+
+    before: int = 0
+    after: int = 0
+    cache_per_token: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What is quantised, in which format, for which engine, and whether that fits.
 
@@ -67,6 +96,9 @@ class Plan:
         family: architecture, or "unknown".
         backend: the engine whose rules were applied; None for both.
         block: in block mode.
+        gpu: compute capability of the GPU whose kernels were asked about; None: of none.
+        keep, quantize: the user's rules, as typed.
+        memory: of one GPU.
         rejected: blocks that were tried first, each with its problems.
         notes: what a user should know and no rule forbids.
     """
@@ -82,6 +114,10 @@ class Plan:
     problems: tuple[Problem, ...] = ()
     rejected: tuple[tuple[BlockSize, tuple[Problem, ...]], ...] = ()
     notes: tuple[str, ...] = ()
+    gpu: tuple[int, int] | None = None
+    keep: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    memory: Memory = Memory()
 
     @property
     def fits(self) -> bool:
@@ -96,7 +132,7 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan without the place of the model, in hexadecimal."""
-        return _digest(self._body())
+        return self._digest(self._head())
 
     @property
     def bytes_before(self) -> int:
@@ -125,24 +161,50 @@ class Plan:
             backend: the engine that will read it; None takes the plan's own, and
                 where that is None too, both spellings of ignored layers are given.
         """
-        kept = policy.kept_modules((t.name, Decision(t.quantize, t.reason)) for t in self.tensors)
+        kept = policy.kept_modules(
+            (t.name, t.reason, t.shape) for t in self.tensors if not t.quantize
+        )
         return formats.quantization_config(
             self.mode,
             self.block,
-            ignored_layers=policy.ignored_layers(kept, backend or self.backend),
+            ignored_layers=policy.ignored_layers(
+                kept, backend or self.backend, family_named(self.family)
+            ),
             not_converted=kept,
         )
 
     def to_json(self) -> dict[str, object]:
         """Return the manifest: JSON types only."""
-        body = self._body()
+        head = self._head()
+        tensors = []
+        for t, (rest, _) in zip(self.tensors, self._shared(), strict=True):
+            tensors.append({"name": t.name, **rest})
         return {
             "schema": SCHEMA,
-            "digest": _digest(body),
+            "digest": self._digest(head),
             "model": str(self.model),
             "fits": self.fits,
-            **body,
+            **head,
+            "tensors": tensors,
         }
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read the manifest in a file.
+
+        Raises:
+            NotFoundError: there is none that can be read.
+            UsageError: it is no plan, or was edited.
+        """
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise NotFoundError(f"cannot read {path}: {e.strerror}", hint=_AGAIN) from e
+        except ValueError as e:
+            raise UsageError(f"{path} is not JSON: {e}", hint=_AGAIN) from e
+        if not isinstance(document, dict):
+            raise UsageError(f"{path} is not a plan: no JSON object", hint=_AGAIN)
+        return cls.from_json(document)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:
@@ -155,10 +217,10 @@ class Plan:
         if document.get("schema") != SCHEMA:
             raise UsageError(
                 f"a plan of schema {document.get('schema')!r}; expected {SCHEMA}",
-                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+                hint=_AGAIN,
             )
         try:
-            block = document["block_size"]
+            block, gpu, memory = document["block_size"], document["gpu"], document["memory"]
             plan = cls(
                 model=Path(document["model"]),
                 model_type=str(document["model_type"]),
@@ -169,7 +231,11 @@ class Plan:
                 block=None if block is None else BlockSize(int(block[0]), int(block[1])),
                 tensors=tuple(
                     PlannedTensor(
-                        t["name"], t["dtype"], tuple(t["shape"]), t["quantize"], Reason(t["reason"])
+                        t["name"],
+                        t["dtype"],
+                        tuple(t["shape"]),
+                        t["quantize"],
+                        *_reason(t["reason"]),
                     )
                     for t in document["tensors"]
                 ),
@@ -179,21 +245,26 @@ class Plan:
                     for entry in document["rejected"]
                 ),
                 notes=tuple(document["notes"]),
+                gpu=None if gpu is None else (int(gpu[0]), int(gpu[1])),
+                keep=tuple(document["keep"]),
+                quantize=tuple(document["quantize"]),
+                memory=Memory(memory["before"], memory["after"], memory["kv_cache_per_token"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise UsageError(
                 f"not a plan: {type(e).__name__} {e}",
-                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+                hint=_AGAIN,
             ) from e
         if plan.digest != document.get("digest"):
             raise UsageError(
                 f"the plan was edited: its digest is {plan.digest[:16]},"
                 f" it says {str(document.get('digest'))[:16]}",
-                hint="fp8ctl plan --model MODEL --backend BACKEND --out plan.json",
+                hint=_AGAIN,
             )
         return plan
 
-    def _body(self) -> dict[str, object]:
+    def _head(self) -> dict[str, object]:
+        """Return what the manifest says of all tensors together."""
         return {
             "model_type": self.model_type,
             "family": self.family,
@@ -201,26 +272,62 @@ class Plan:
             "mode": self.mode.value,
             "tp": self.tp,
             "block_size": None if self.block is None else [self.block.n, self.block.k],
+            "gpu": None if self.gpu is None else list(self.gpu),
+            "keep": list(self.keep),
+            "quantize": list(self.quantize),
             "recipe": formats.RECIPE,
+            "memory": {
+                "before": self.memory.before,
+                "after": self.memory.after,
+                "kv_cache_per_token": self.memory.cache_per_token,
+            },
             "problems": [_problem(p) for p in self.problems],
             "rejected": [
                 {"block_size": [b.n, b.k], "problems": [_problem(p) for p in problems]}
                 for b, problems in self.rejected
             ],
             "notes": list(self.notes),
-            "tensors": [
-                {
-                    "name": t.name,
+        }
+
+    def _digest(self, head: dict[str, object]) -> str:
+        # Lines, not JSON: a model of 70 000 tensors is to be planned in a second.
+        lines = [json.dumps(head, sort_keys=True, separators=(",", ":"))]
+        lines += [
+            f"{t.name!r} {line}" for t, (_, line) in zip(self.tensors, self._shared(), strict=True)
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _shared(self) -> Iterator[tuple[dict[str, object], str]]:
+        """Yield of each tensor all but its name: for JSON, and in a line."""
+        # Most tensors of a model are alike in this; an enum is told by identity, its hash is slow.
+        known: dict[object, tuple[dict[str, object], str]] = {}
+        for t in self.tensors:
+            key = (t.shape, t.dtype, t.quantize, id(t.reason), t.rule)
+            shared = known.get(key)
+            if shared is None:
+                rest: dict[str, object] = {
                     "dtype": t.dtype,
                     "shape": list(t.shape),
                     "quantize": t.quantize,
-                    "reason": t.reason.value,
+                    "reason": t.why,
                     "bytes_before": t.bytes_before,
                     "bytes_after": self.bytes_of(t),
                 }
-                for t in self.tensors
-            ],
-        }
+                shared = known[key] = (rest, json.dumps(rest))
+            yield shared
+
+
+def dumps(document: dict[str, object]) -> str:
+    """Return a manifest as text, with a line for each tensor."""
+    # `indent` would leave json's fast encoder. Quotes inside a string are escaped, so that
+    # what is replaced is nowhere but between tensors.
+    text = json.dumps(document)
+    return text.replace('}, {"name": "', '},\n{"name": "') + "\n"
+
+
+def _reason(text: str) -> tuple[Reason, str]:
+    kind, _, rule = text.partition(": ")
+    return (Reason.USER, rule) if kind == Reason.USER.value else (Reason(text), "")
 
 
 def _problem(problem: Problem) -> dict[str, object]:
@@ -241,8 +348,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for side in shape:
         count *= side
     return count
-
-
-def _digest(body: dict[str, object]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

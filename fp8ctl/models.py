@@ -10,6 +10,7 @@ that fetches what is not there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import struct
@@ -237,16 +238,15 @@ def read_header(path: Path) -> tuple[TensorInfo, ...]:
         raise CheckpointError(f"{path}: the header is not JSON: {e}", hint=again) from e
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: the header is not a JSON object", hint=again)
-    tensors = []
-    for name in sorted(document.keys() - {"__metadata__"}):
-        tensor = _tensor(path, name, document[name], 8 + length)
+    document.pop("__metadata__", None)
+    tensors = [_tensor(path, name, document[name], 8 + length) for name in sorted(document)]
+    for tensor in tensors:
         if tensor.start + tensor.nbytes > size:
             raise CheckpointError(
-                f"{path}: {name} ends at byte {tensor.start + tensor.nbytes} and the file has"
-                f" {size}; it is truncated",
+                f"{path}: {tensor.name} ends at byte {tensor.start + tensor.nbytes} and the file"
+                f" has {size}; it is truncated",
                 hint=again,
             )
-        tensors.append(tensor)
     return tuple(tensors)
 
 
@@ -254,12 +254,10 @@ def _tensor(path: Path, name: str, entry: object, data: int) -> TensorInfo:
     try:
         if not isinstance(entry, dict):
             raise TypeError(f"{type(entry).__name__} instead of an object")
-        dtype, shape = str(entry["dtype"]), tuple(int(side) for side in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
-        count = DTYPE_BYTES[dtype]
-        for side in shape:
-            count *= side
-        if min((0, *shape)) < 0 or start < 0 or end - start != count:
+        dtype, shape = str(entry["dtype"]), tuple(map(int, entry["shape"]))
+        start, end = map(int, entry["data_offsets"])
+        count = DTYPE_BYTES[dtype] * math.prod(shape)
+        if min(shape, default=0) < 0 or start < 0 or end - start != count:
             raise ValueError(f"{dtype} {list(shape)} does not take bytes {start} to {end}")
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(

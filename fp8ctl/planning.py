@@ -6,29 +6,34 @@ none is asked for is the largest square that fits.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import gc
 import re
-from dataclasses import replace
+import shlex
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fp8ctl import fitting, models, policy
-from fp8ctl.errors import NotPermittedError, PlanDoesNotFitError, UnsupportedError, UsageError
-from fp8ctl.fitting import SQUARES, Heads, Linear
+from fp8ctl.errors import CheckpointError, NotPermittedError, PlanDoesNotFitError, UsageError
+from fp8ctl.families import ENGINES
+from fp8ctl.fitting import HOPPER, SQUARES, Heads, Linear
 from fp8ctl.formats import BlockSize, Mode, parse_mode
-from fp8ctl.manifest import Plan, PlannedTensor, Problem
+from fp8ctl.manifest import Plan, PlannedTensor, Problem, dumps
+from fp8ctl.sizing import Sizer
+from fp8ctl.survey import Numbered, Survey, Target, survey
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterator, Sequence
     from pathlib import Path
 
+    from fp8ctl.families import Backend
     from fp8ctl.fitting import Module
     from fp8ctl.models import Checkpoint
-    from fp8ctl.policy import Backend, Family, Role
     from fp8ctl.render import Reporter
 
-__all__ = ["Plan", "make_plan", "require_fit", "run"]
+__all__ = ["Plan", "Typed", "make_plan", "plan_checkpoint", "read_plan", "require_fit", "run"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_GPU = re.compile(r"(\d{1,2})\.(\d)")
 
 
 def make_plan(
@@ -37,6 +42,10 @@ def make_plan(
     mode: Mode,
     tp: int = 1,
     block_size: BlockSize | None = None,
+    *,
+    gpu: tuple[int, int] | None = HOPPER,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
 ) -> Plan:
     """Plan the model in `model`; a plan that does not fit says so in `problems`.
 
@@ -46,67 +55,98 @@ def make_plan(
         mode: of the scales.
         tp: tensor-parallel size that must fit.
         block_size: in block mode; None takes the largest of 128, 64 and 32 that fits.
+        gpu: compute capability of the GPU; None where the engine computes on none.
+        keep: rules for what stays, see `selection`.
+        quantize: rules for what becomes FP8.
 
     Raises:
         CheckpointError: the folder is not a model's, or is broken.
         UnsupportedError: the model is quantised already, or has no Linear known here.
-        UsageError: a block size outside block mode, or a tp below 1.
+        UsageError: a block size outside block mode, a tp below 1, or a rule that cannot be meant.
     """
+    with _no_collections():
+        checkpoint = models.read_checkpoint(model)
+        return plan_checkpoint(
+            checkpoint, backend, mode, tp, block_size, gpu=gpu, keep=keep, quantize=quantize
+        )
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep Python's collector away from what only grows: it takes 40 % of a large plan's time."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint,
+    backend: Backend | None,
+    mode: Mode,
+    tp: int = 1,
+    block_size: BlockSize | None = None,
+    *,
+    gpu: tuple[int, int] | None = HOPPER,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
+) -> Plan:
+    """Plan a checkpoint that was read; otherwise as `make_plan`."""
     if tp < 1:
         raise UsageError(f"tensor-parallel size {tp} is not positive", hint="--tp 1")
     if block_size is not None and mode is not Mode.BLOCK:
         raise UsageError(
             f"--block-size {block_size} has no meaning in {mode.value} mode", hint="--mode block"
         )
-    checkpoint = models.read_checkpoint(model)
-    _require_16_bit(checkpoint)
-    family = policy.family_of(checkpoint.config)
-    tensors, each = _decide(checkpoint, family)
-    linears = _by_shape(each)
-    model_type = str(checkpoint.config.get("model_type", "unknown"))
-    if not linears:
-        raise UnsupportedError(
-            f"{model}: no Linear of a decoder layer found (model_type {model_type})",
-            hint="fp8ctl quantises decoder-only language models in the Hugging Face layout",
-        )
-    heads = Heads.of(checkpoint.config)
+    seen = survey(checkpoint, keep, quantize)
+    target = Target(backend, mode, block_size, tp, gpu)
     rejected: list[tuple[BlockSize, tuple[Problem, ...]]] = []
-    block, problems = None, fitting.problems(linears, heads, mode, None, tp, backend)
-    if mode is Mode.BLOCK:
-        for square in (block_size,) if block_size is not None else SQUARES:
-            block, problems = square, fitting.problems(linears, heads, mode, square, tp, backend)
+    if mode is Mode.BLOCK and block_size is None:
+        for square in SQUARES:
+            target = replace(target, block=square)
+            problems = seen.problems(target)
             if not problems:
                 break
             rejected.append((square, problems))
         else:
             # None fits: the plan is the first choice, with what is wrong with it.
-            block, problems = rejected[0]
-            rejected = rejected[1:]
-    modules = fitting.modules(each, heads, tp)
-    notes = list(fitting.notes(linears, modules, mode, block, backend))
-    if not policy.known(family):
-        notes.insert(
-            0,
-            f"architecture {model_type} is not one that fp8ctl knows by structure:"
-            " Linears were told by their names",
-        )
+            (block, problems), *rejected = rejected
+            target = replace(target, block=block)
+    else:
+        problems = seen.problems(target)
     return Plan(
-        model=model,
-        model_type=model_type,
-        family=family.name,
+        model=checkpoint.folder,
+        model_type=str(checkpoint.config.get("model_type", "unknown")),
+        family=seen.family.name,
         backend=backend,
         mode=mode,
         tp=tp,
-        block=block,
-        tensors=tensors,
+        block=target.block,
+        tensors=tuple(
+            PlannedTensor(name, info.dtype, info.shape, d.quantize, d.reason, d.rule)
+            for name, d in seen.decisions.items()
+            for info in (checkpoint.tensors[name],)
+        ),
         problems=problems,
         rejected=tuple(rejected),
-        notes=tuple(notes),
+        notes=_notes(seen, target),
+        gpu=gpu,
+        keep=tuple(keep),
+        quantize=tuple(quantize),
+        memory=Sizer(checkpoint.config, mode, target.block, tp).memory(
+            (checkpoint.tensors[name], decision) for name, decision in seen.decisions.items()
+        ),
     )
 
 
 def engine_modules(checkpoint: Checkpoint, names: Collection[str], tp: int) -> tuple[Module, ...]:
     """Return the shapes that an engine's kernels see of these tensors on one of `tp` GPUs.
+
+    Experts are left out: their kernel is another one, which takes any block.
 
     Args:
         checkpoint: in 16 bits or in FP8.
@@ -117,8 +157,9 @@ def engine_modules(checkpoint: Checkpoint, names: Collection[str], tp: int) -> t
     linears = []
     for name in names:
         n, k = checkpoint.tensors[name].shape
-        role = policy.decide(family, name, (n, k)).role
-        if role is not None:
+        decision = policy.decide(family, name, (n, k))
+        role = policy.loadable(decision, name, (n, k), "BF16")
+        if role is not None and not role.expert:
             linears.append(Linear(name, 1, (n, k), role))
     return fitting.modules(linears, Heads.of(checkpoint.config), tp)
 
@@ -131,13 +172,15 @@ def require_fit(plan: Plan) -> None:
     """
     if plan.fits:
         return
+    from fp8ctl import remedy
+
     first = plan.problems[0]
     more = f" (and {len(plan.problems) - 1} more)" if len(plan.problems) > 1 else ""
     form = f"blocks of {plan.block.label}" if plan.block is not None else plan.mode.value
     raise PlanDoesNotFitError(
         f"{form} do not fit {plan.model.name} at tp {plan.tp}:"
         f" {first.tensor}: {first.message}{more}",
-        hint=_smallest_change(plan),
+        hint=remedy.smallest_change(plan),
         data=plan.to_json(),
     )
 
@@ -152,6 +195,9 @@ def run(
     block_size: str | None,
     out: Path | None,
     snippet: str | None = None,
+    gpu: str | None = None,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
 ) -> dict[str, object]:
     """Plan, print a table or a snippet, write the manifest to `out`; exit 8 if it does not fit."""
     from fp8ctl import snippets
@@ -161,29 +207,131 @@ def run(
     engine = parse_backend(backend)
     form = parse_mode(mode)
     block = None if block_size is None else BlockSize.parse(block_size)
+    capability = parse_gpu(gpu)
     if snippet is not None:
         snippets.engine_of(snippet, engine)
-    plan = make_plan(resolve_model(report, model), engine, form, tp, block)
-    if snippet is None:
-        show(report, plan)
-    if out is not None:
-        try:
-            out.write_text(json.dumps(plan.to_json(), indent=1) + "\n", encoding="utf-8")
-        except OSError as e:
-            raise NotPermittedError(
-                f"cannot write {out}: {e.strerror}", hint="--out /a/folder/you/own/plan.json"
-            ) from e
-        report.say(f"wrote {out}")
+    with _no_collections():
+        plan = make_plan(
+            resolve_model(report, model),
+            engine,
+            form,
+            tp,
+            block,
+            gpu=capability,
+            keep=keep,
+            quantize=quantize,
+        )
+        if snippet is None:
+            show(report, plan)
+        document = plan.to_json()
+        if out is not None:
+            _write(out, document)
+            report.say(f"wrote {out}")
     require_fit(plan)
     if snippet is None:
-        return plan.to_json()
+        return document
     from fp8ctl.settings import Settings
 
     text = Settings.from_plan(plan).snippet(snippet)
     for note in plan.notes:
         report.warn(note)
     report.data(text.rstrip("\n"))
-    return {**plan.to_json(), "snippet": text}
+    return {**document, "snippet": text}
+
+
+def _write(out: Path, document: dict[str, object]) -> None:
+    try:
+        out.write_text(dumps(document), encoding="utf-8")
+    except OSError as e:
+        raise NotPermittedError(
+            f"cannot write {out}: {e.strerror}", hint="--out /a/folder/you/own/plan.json"
+        ) from e
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """What was typed beside `--plan`; None and () where nothing was."""
+
+    backend: Backend | None = None
+    mode: Mode | None = None
+    tp: int | None = None
+    block: BlockSize | None = None
+    gpu: tuple[int, int] | None = None
+    keep: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+
+
+def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
+    """Return the plan that `plan --out` wrote, for the model that it was made for.
+
+    Args:
+        path: of the manifest.
+        typed: options, each of which must say what the plan says.
+        model: folder of the model, where it is no longer the plan's own.
+
+    Raises:
+        NotFoundError: no file.
+        UsageError: no plan, an edited one, or an option that it contradicts.
+        CheckpointError: the model is broken, or another one than was planned.
+    """
+    plan = Plan.read(path)
+    pairs: tuple[tuple[str, object, object], ...] = (
+        ("--backend", typed.backend, plan.backend or typed.backend),
+        ("--mode", typed.mode and typed.mode.value, plan.mode.value),
+        ("--tp", typed.tp, plan.tp),
+        ("--block-size", typed.block and str(typed.block), str(plan.block)),
+        ("--gpu", typed.gpu and _dotted(typed.gpu), _dotted(plan.gpu)),
+        ("--keep", typed.keep or None, plan.keep),
+        ("--quantize", typed.quantize or None, plan.quantize),
+    )
+    for option, asked, planned in pairs:
+        if asked is not None and asked != planned:
+            raise UsageError(
+                f"{option} {_words(asked)} beside --plan {path}, which says {_words(planned)}",
+                hint=f"leave {option} out, or plan again",
+            )
+    plan = plan if model is None else replace(plan, model=model)
+    tensors = models.read_checkpoint(plan.model).tensors
+    planned = {t.name: (t.dtype, t.shape) for t in plan.tensors}
+    found = {name: (info.dtype, info.shape) for name, info in tensors.items()}
+    if found != planned:
+        different = sorted(name for name, _ in found.items() ^ planned.items())
+        raise CheckpointError(
+            f"{plan.model} is not the model of {path}: {different[0]} differs"
+            f" ({len(set(different))} such)",
+            hint=f"fp8ctl plan --model {shlex.quote(str(plan.model))} --backend BACKEND"
+            f" --out {shlex.quote(str(path))}",
+        )
+    return plan
+
+
+def _dotted(gpu: tuple[int, int] | None) -> str:
+    return "none" if gpu is None else f"{gpu[0]}.{gpu[1]}"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def parse_gpu(text: str | None) -> tuple[int, int] | None:
+    """Return the compute capability that `text` names: 9.0 where it is None, none for `none`.
+
+    Raises:
+        UsageError: it is no compute capability.
+    """
+    if text is None:
+        return HOPPER
+    if text == "none":
+        return None
+    match = _GPU.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"--gpu {text!r} is no compute capability such as 8.9 or 9.0, nor none",
+            hint="--gpu 9.0",
+        )
+    return int(match[1]), int(match[2])
 
 
 def show(report: Reporter, plan: Plan) -> None:
@@ -191,12 +339,20 @@ def show(report: Reporter, plan: Plan) -> None:
     from fp8ctl.render import human_bytes
 
     groups: dict[tuple[str, tuple[int, ...], bool, str], list[PlannedTensor]] = {}
+    numbered = Numbered()
     for tensor in plan.tensors:
-        key = (_NUMBER.sub("*", tensor.name), tensor.shape, tensor.quantize, tensor.reason.value)
+        key = (numbered.read(tensor.name)[0], tensor.shape, tensor.quantize, tensor.why)
         groups.setdefault(key, []).append(tensor)
     rows = []
-    for (name, shape, quantize, reason), members in groups.items():
+    before = after = count = 0
+    for (name, shape, quantize, why), members in groups.items():
         grid = "x".join(map(str, plan.scale_shape(members[0]))) if quantize else ""
+        # All of one shape; a dtype may differ.
+        sizes = {t.dtype: (t.bytes_before, plan.bytes_of(t)) for t in members}
+        mine = [sizes[t.dtype] for t in members]
+        own = (sum(size[0] for size in mine), sum(size[1] for size in mine))
+        before, after = before + own[0], after + own[1]
+        count += len(members) if quantize else 0
         rows.append(
             (
                 name,
@@ -204,18 +360,23 @@ def show(report: Reporter, plan: Plan) -> None:
                 "x".join(map(str, shape)),
                 "fp8" if quantize else "keep",
                 grid,
-                human_bytes(sum(tensor.bytes_before for tensor in members)),
-                human_bytes(sum(plan.bytes_of(tensor) for tensor in members)),
-                reason,
+                human_bytes(own[0]),
+                human_bytes(own[1]),
+                why,
             )
         )
     report.table(("tensor", "count", "shape", "as", "scales", "before", "after", "why"), rows)
-    count = sum(1 for _ in plan.quantized)
     for line in explain(plan):
         report.data(line)
     report.data(
         f"{count} of {len(plan.tensors)} tensors become FP8:"
-        f" {human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}"
+        f" {human_bytes(before)} -> {human_bytes(after)}"
+    )
+    memory = plan.memory
+    report.data(
+        f"each of {plan.tp} GPU{'s' if plan.tp > 1 else ''}: weights"
+        f" {human_bytes(memory.before)} -> {human_bytes(memory.after)};"
+        f" KV cache in 16 bits {human_bytes(memory.cache_per_token)} a token"
     )
     for note in plan.notes:
         report.warn(note)
@@ -246,65 +407,46 @@ def _summary(problems: Sequence[Problem]) -> str:
     return "; ".join(said)
 
 
-def _decide(
-    checkpoint: Checkpoint, family: Family
-) -> tuple[tuple[PlannedTensor, ...], tuple[Linear, ...]]:
-    """Decide every tensor; return with them the Linears that become FP8."""
-    tensors, linears = [], []
-    for name in sorted(checkpoint.tensors, key=_natural):
-        info = checkpoint.tensors[name]
-        decision = policy.decide(family, name, info.shape, info.dtype)
-        tensors.append(
-            PlannedTensor(name, info.dtype, info.shape, decision.quantize, decision.reason)
+def _notes(seen: Survey, target: Target) -> tuple[str, ...]:
+    """Return what a user should know and no rule forbids."""
+    notes = []
+    if not policy.known(seen.family):
+        model_type = seen.checkpoint.config.get("model_type", "unknown")
+        notes.append(
+            f"architecture {model_type} is not one that fp8ctl knows by structure:"
+            " Linears were told by their names"
         )
-        if decision.role is not None:
-            linears.append(Linear(name, 1, (info.shape[0], info.shape[1]), decision.role))
-    return tuple(tensors), tuple(linears)
+    lacking = [ENGINES[e] for e in seen.family.missing if target.backend in (None, e)]
+    if lacking:
+        have = "have" if len(lacking) > 1 else "has"
+        notes.append(
+            f"{' and '.join(lacking)} {have} no class of {seen.family.name}, so that only a later"
+            " version serves it; the rules applied are theirs all the same"
+        )
+    caught = _caught_by_transformers(seen)
+    if caught is not None:
+        kept, quantized = caught
+        notes.append(
+            f"transformers takes {kept} in modules_to_not_convert for a part of {quantized}, and"
+            " would not convert that either: engines compare whole names"
+        )
+    return (*notes, *fitting.notes(seen.shapes, target.mode, target.block, target.backend))
 
 
-def _by_shape(linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """Return one Linear for all of the same role and shape."""
-    seen: dict[tuple[Role, tuple[int, int]], Linear] = {}
-    for linear in linears:
-        first = seen.setdefault((linear.role, linear.shape), replace(linear, count=0))
-        seen[linear.role, linear.shape] = replace(first, count=first.count + 1)
-    return tuple(seen.values())
-
-
-def _natural(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort layer 10 behind layer 9."""
-    return tuple((0, int(p)) if p.isdigit() else (1, p) for p in name.split("."))
-
-
-def _require_16_bit(checkpoint: Checkpoint) -> None:
-    config = checkpoint.config.get("quantization_config")
-    stored = [t for t in checkpoint.tensors.values() if t.dtype.startswith("F8_")]
-    if config is None and not stored:
-        return
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    found = f"quant_method {method!r} in config.json" if config else f"{stored[0].name} in FP8"
-    raise UnsupportedError(
-        f"{checkpoint.folder} is quantised already: {found}; expected 16- or 32-bit weights",
-        hint="give the checkpoint that it was made from, or launch it as it is",
+def _caught_by_transformers(seen: Survey) -> tuple[str, str] | None:
+    """Return a module that stays and one that becomes FP8 whose name begins with it, or None."""
+    beside: dict[str, list[str]] = {}
+    for linear in seen.dense:
+        path, _, module = linear.name.removesuffix(".weight").rpartition(".")
+        beside.setdefault(path, []).append(module)
+    kept = policy.kept_modules(
+        (name, decision.reason, seen.checkpoint.tensors[name].shape)
+        for name, decision in seen.decisions.items()
+        if not decision.quantize
     )
-
-
-def _smallest_change(plan: Plan) -> str:
-    """Return options under which the model fits, the nearest to what was asked first."""
-    squares = [square for square in SQUARES if square != plan.block]
-    tps = [plan.tp, *(tp for tp in range(plan.tp - 1, 0, -1) if plan.tp % tp == 0)]
-    for tp in tps:
-        suffix = f" --tp {tp}" if tp != plan.tp else ""
-        if plan.mode is Mode.BLOCK:
-            if tp != plan.tp and _fits(plan, Mode.BLOCK, tp, plan.block):
-                return f"--block-size {plan.block}{suffix}"
-            for square in squares:
-                if _fits(plan, Mode.BLOCK, tp, square):
-                    return f"--block-size {square}{suffix}"
-        if _fits(plan, Mode.PER_TENSOR, tp, None):
-            return f"--mode per-tensor{suffix}"
-    return "no block, no tensor-parallel size and no mode of fp8ctl fits this model"
-
-
-def _fits(plan: Plan, mode: Mode, tp: int, block: BlockSize | None) -> bool:
-    return make_plan(plan.model, plan.backend, mode, tp, block).fits
+    for name in kept:
+        path, _, module = name.rpartition(".")
+        for other in beside.get(path, ()):
+            if other.startswith(module):
+                return name, f"{path}.{other}"
+    return None

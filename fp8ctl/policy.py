@@ -1,9 +1,9 @@
 """Decides which tensor becomes FP8, and why; and spells what stays for each engine.
 
-Structure first: a family says, by whole module paths inside a decoder layer,
-what each Linear is and how an engine splits and fuses it. Whole components are
-compared, never substrings: `mlp.gate` is a router and `mlp.gate_proj` is not,
-and mistaking one for the other has cost every trainer a week
+Structure first: a family (`families`) says, by whole module paths inside a decoder
+layer, what each Linear is. Whole components are compared, never substrings:
+`mlp.gate` is a router and `mlp.gate_proj` is not, and mistaking one for the other
+has cost every trainer a week
 (https://github.com/verl-project/verl/pull/7519,
 https://github.com/PrimeIntellect-ai/prime-rl/pull/2442).
 An unknown family gets the union of all rules, and a warning.
@@ -12,14 +12,31 @@ An unknown family gets the union of all rules, and a warning.
 from __future__ import annotations
 
 import enum
-import functools
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
-Backend = Literal["vllm", "sglang"]
-Split = Literal["column", "row", "replicated"]
+from fp8ctl.families import FAMILIES, UNKNOWN, Backend, Family, Role, Split, family_of, guessed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+__all__ = [
+    "FAMILIES",
+    "Backend",
+    "Decision",
+    "Family",
+    "Reason",
+    "Role",
+    "Split",
+    "decide",
+    "family_of",
+    "ignored_layers",
+    "kept_modules",
+    "known",
+    "loadable",
+    "should_quantize_param",
+]
 
 QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
 
@@ -39,119 +56,46 @@ class Reason(enum.Enum):
     STATE_SPACE = "convolution or state-space parameter"
     SCALE = "scale or statistic"
     SHAPE = "not a matrix"
+    STACKED = "experts in one tensor: only a tensor for each can be quantised"
     DTYPE = "not a 16- or 32-bit float"
     OUTSIDE = "outside the decoder layers"
     UNKNOWN = "not a Linear that this architecture is known to have"
+    USER = "user rule"
 
 
 # Reasons to keep a matrix that an engine may have built as a quantisable Linear,
 # or transformers would convert: these are spelled out in the configuration.
-_SPELLED = (
-    Reason.LM_HEAD,
-    Reason.ROUTER,
-    Reason.VISION,
-    Reason.PREDICTION,
-    Reason.OUTSIDE,
-    Reason.UNKNOWN,
+_SPELLED = frozenset(
+    [
+        Reason.LM_HEAD,
+        Reason.ROUTER,
+        Reason.VISION,
+        Reason.PREDICTION,
+        Reason.STATE_SPACE,
+        Reason.OUTSIDE,
+        Reason.UNKNOWN,
+        Reason.USER,
+    ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """What a Linear is to an engine.
-
-    Attributes:
-        split: how tensor parallelism cuts it: column cuts N, row cuts K.
-        fused: the engine's module that it is a part of ("qkv_proj"), or "".
-        part: which part it is ("q", "gate"), or the parts that one tensor on
-            disk holds already, joined by "+" ("q+k+v").
-        expert: whether it is one of many experts, which engines fuse.
-    """
-
-    split: Split
-    fused: str = ""
-    part: str = ""
-    expert: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Quantise or keep, with the reason; `role` where it is quantised."""
+    """Quantise or keep, with the reason.
+
+    Attributes:
+        role: of a Linear that is quantised, or that a user's rule keeps.
+        rule: the user's rule as typed, where the reason is one.
+    """
 
     quantize: bool
     reason: Reason
     role: Role | None = None
+    rule: str = ""
 
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """An architecture: model types of its config.json, and its Linears by path in a layer."""
-
-    name: str
-    model_types: tuple[str, ...]
-    rules: tuple[tuple[str, Role], ...]
-
-
-_QKV = tuple((f"self_attn.{p}_proj", Role("column", "qkv_proj", p)) for p in ("q", "k", "v"))
-_O = (("self_attn.o_proj", Role("row")),)
-_QKV_ON_DISK = (("self_attn.qkv_proj", Role("column", "qkv_proj", "q+k+v")),)
-_GATE_UP_ON_DISK = (("mlp.gate_up_proj", Role("column", "gate_up_proj", "gate+up")),)
-
-
-def _mlp(path: str, *, expert: bool = False) -> tuple[tuple[str, Role], ...]:
-    return (
-        (f"{path}.gate_proj", Role("column", "gate_up_proj", "gate", expert)),
-        (f"{path}.up_proj", Role("column", "gate_up_proj", "up", expert)),
-        (f"{path}.down_proj", Role("row", expert=expert)),
-    )
-
-
-_DENSE = _QKV + _O + _mlp("mlp")
-_EXPERTS = _mlp("mlp.experts.*", expert=True)
-_MIXTRAL_EXPERTS = (
-    ("block_sparse_moe.experts.*.w1", Role("column", "gate_up_proj", "gate", expert=True)),
-    ("block_sparse_moe.experts.*.w3", Role("column", "gate_up_proj", "up", expert=True)),
-    ("block_sparse_moe.experts.*.w2", Role("row", expert=True)),
-)
-_MLA = (
-    ("self_attn.q_proj", Role("column")),
-    ("self_attn.q_a_proj", Role("replicated", "fused_qkv_a_proj_with_mqa", "q_a")),
-    ("self_attn.q_b_proj", Role("column")),
-    (
-        "self_attn.kv_a_proj_with_mqa",
-        Role("replicated", "fused_qkv_a_proj_with_mqa", "kv_a"),
-    ),
-    ("self_attn.kv_b_proj", Role("column")),
-)
-
-FAMILIES = (
-    Family("Llama", ("llama",), _DENSE),
-    Family("Mistral", ("mistral",), _DENSE),
-    Family("Qwen2", ("qwen2",), _DENSE),
-    Family("Qwen3", ("qwen3",), _DENSE),
-    Family("Qwen2-MoE", ("qwen2_moe",), _DENSE + _EXPERTS + _mlp("mlp.shared_expert")),
-    Family("Qwen3-MoE", ("qwen3_moe",), _DENSE + _EXPERTS),
-    Family("Mixtral", ("mixtral",), _QKV + _O + _MIXTRAL_EXPERTS),
-    Family(
-        "DeepSeek",
-        ("deepseek_v2", "deepseek_v3"),
-        _MLA + _O + _mlp("mlp") + _EXPERTS + _mlp("mlp.shared_experts"),
-    ),
-    Family("Phi-3", ("phi3",), _QKV_ON_DISK + _O + _GATE_UP_ON_DISK + _mlp("mlp")[2:]),
-)
-
-# Names for architectures without an entry: every rule above, dense attention first.
-_UNKNOWN_FAMILY = Family(
-    "unknown",
-    (),
-    tuple(
-        {
-            path: (path, role) for family in reversed(FAMILIES) for path, role in family.rules
-        }.values()
-    ),
-)
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(.+)$")
+_NORM = re.compile(r"norm\d*$|(?:^|_)norm_")
 _TOWERS = frozenset(
     [
         "visual",
@@ -185,27 +129,20 @@ _ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
 _STATES = frozenset(
     ["conv1d", "A_log", "D", "dt_bias", "dt_proj", "x_proj", "in_proj_a", "in_proj_b", "in_proj_ba"]
 )
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a model from its configuration; of its text part, where it has one."""
-    text = config.get("text_config")
-    kinds = [config.get("model_type")]
-    if isinstance(text, Mapping):
-        kinds.append(text.get("model_type"))
-    for family in FAMILIES:
-        if any(kind in family.model_types for kind in kinds):
-            return family
-    return _UNKNOWN_FAMILY
+_OPEN = (Reason.UNKNOWN, Reason.STATE_SPACE)
+"""Reasons that a user may know better than fp8ctl."""
 
 
 def known(family: Family) -> bool:
-    """Say whether the structure of this family is written down here."""
-    return family is not _UNKNOWN_FAMILY
+    """Say whether the structure of this family is written down."""
+    return family is not UNKNOWN
 
 
 def decide(family: Family, name: str, shape: Sequence[int], dtype: str = "BF16") -> Decision:
     """Decide one tensor.
+
+    The numbers in the name decide nothing, nor do the sides of a matrix: callers may
+    keep the answer for names that differ in those alone.
 
     Args:
         family: from `family_of`.
@@ -219,18 +156,41 @@ def decide(family: Family, name: str, shape: Sequence[int], dtype: str = "BF16")
         return Decision(False, reason)
     if dtype not in QUANTIZABLE_DTYPES:
         return Decision(False, Reason.DTYPE)
+    layer = _LAYER.search(name)
     if len(shape) != 2:
-        return Decision(False, Reason.SHAPE)
+        stacked = len(shape) == 3 and layer is not None and "experts" in parts
+        return Decision(False, Reason.STACKED if stacked else Reason.SHAPE)
     if parts[-1] != "weight":
         return Decision(False, Reason.UNKNOWN)
-    layer = _LAYER.search(name)
     if layer is None:
         return Decision(False, Reason.OUTSIDE)
     path = ".".join("*" if part.isdigit() else part for part in layer[1].split(".")[:-1])
-    role = _rules(family).get(path)
+    role = family.by_path.get(path)
     if role is None:
         return Decision(False, Reason.UNKNOWN)
     return Decision(True, Reason.EXPERT if role.expert else Reason.LINEAR, role)
+
+
+def loadable(decision: Decision, name: str, shape: Sequence[int], dtype: str) -> Role | None:
+    """Return the role in which an engine could load a tensor in FP8, or None where it could not.
+
+    Args:
+        decision: what fp8ctl decides about it.
+        name, shape, dtype: of the tensor.
+    """
+    if decision.role is not None:
+        return decision.role
+    layer = _LAYER.search(name)
+    if (
+        decision.reason not in _OPEN
+        or layer is None
+        or len(shape) != 2
+        or dtype not in QUANTIZABLE_DTYPES
+        or not layer[1].endswith(".weight")
+    ):
+        return None
+    path = ".".join("*" if part.isdigit() else part for part in layer[1].split(".")[:-1])
+    return UNKNOWN.by_path.get(path) or guessed(path.rpartition(".")[2])
 
 
 def should_quantize_param(
@@ -243,53 +203,77 @@ def should_quantize_param(
         shape: of the whole parameter.
         config: config.json as a mapping; without it, names alone decide.
     """
-    family = _UNKNOWN_FAMILY if config is None else family_of(config)
+    family = UNKNOWN if config is None else family_of(config)
     return decide(family, name, shape).quantize
 
 
-def kept_modules(decisions: Iterable[tuple[str, Decision]]) -> tuple[str, ...]:
+def kept_modules(tensors: Iterable[tuple[str, Reason, Sequence[int]]]) -> tuple[str, ...]:
     """Return the modules that stay in 16 bits though they may be Linear, in the checkpoint's names.
 
     `lm_head` is always one: where it is tied to the embedding the checkpoint has
     no tensor of that name, and transformers would convert the module.
+
+    Args:
+        tensors: name, reason and shape of each tensor that is kept.
     """
     names = {"lm_head"}
-    for name, decision in decisions:
-        if decision.reason in _SPELLED and name.endswith(".weight"):
+    for name, reason, shape in tensors:
+        if reason in _SPELLED and len(shape) == 2 and name.endswith(".weight"):
             names.add(name.removesuffix(".weight"))
     return tuple(sorted(names))
 
 
-def ignored_layers(kept: Iterable[str], backend: Backend | None) -> tuple[str, ...]:
-    """Spell kept modules as the engine compares them: exact full names.
-
-    vLLM 0.9.1 asks for the parts of a fused module, SGLang 0.4.8 for the fused
-    module itself (it calls `is_layer_skipped` without the mapping). Without a
-    backend both spellings are given; each engine passes over the other's.
-    """
-    names: set[str] = set()
-    for module in kept:
-        stem, _, last = module.rpartition(".")
-        fused = _FUSED.get(last)
-        if fused is None or backend != "sglang":
-            names.add(module)
-        if fused is not None and stem and backend != "vllm":
-            names.add(f"{stem}.{fused}")
-    return tuple(sorted(names))
-
-
-_FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
+_PARTS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+_FUSED = {part: fused for fused, parts in _PARTS.items() for part in parts}
+_FUSED_BY_SGLANG = {
+    **_FUSED,
+    "q_a_proj": "fused_qkv_a_proj_with_mqa",
+    "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
 }
 
 
-@functools.cache
-def _rules(family: Family) -> dict[str, Role]:
-    return dict(family.rules)
+def ignored_layers(
+    kept: Iterable[str], backend: Backend | None, family: Family = UNKNOWN
+) -> tuple[str, ...]:
+    """Spell kept modules as the engine compares them: exact full names.
+
+    vLLM 0.9.1 asks for the parts of a fused module, also of one that the checkpoint
+    holds in one tensor (GLM); where its class does not name the parts (DeepSeek), for
+    the module itself. SGLang 0.4.8 asks for the fused module (it calls
+    `is_layer_skipped` without the mapping). Without a backend both spellings are
+    given; each engine passes over the other's.
+    """
+    names: set[str] = set()
+    for module in kept:
+        if backend != "sglang":
+            names.update(_for_vllm(module, "vllm" in family.unmapped))
+        if backend != "vllm":
+            names.update(_for_sglang(module, "sglang" in family.bare_layers))
+    return tuple(sorted(names))
+
+
+def _for_vllm(module: str, unmapped: bool) -> set[str]:
+    stem, _, last = module.rpartition(".")
+    names = {module, *(f"{stem}.{part}" for part in _PARTS.get(last, ()))}
+    if unmapped and stem and last in _FUSED:
+        names.add(f"{stem}.{_FUSED[last]}")
+    return names
+
+
+def _for_sglang(module: str, bare_layers: bool) -> set[str]:
+    if bare_layers and module.startswith("model.layers."):
+        module = module.removeprefix("model.")
+    stem, _, last = module.rpartition(".")
+    fused = _FUSED_BY_SGLANG.get(last) if stem else None
+    names = {module if fused is None else f"{stem}.{fused}"}
+    if last == "kv_a_proj_with_mqa":
+        names.add(module)  # beside no q_a_proj it is a module of its own
+    if last == "out_proj" and _TOWERS.intersection(stem.split(".")):
+        names.add(f"{stem}.proj")  # VisionAttention's name for it
+    return names
 
 
 def _named_reason(parts: Sequence[str]) -> Reason | None:
@@ -302,16 +286,16 @@ def _named_reason(parts: Sequence[str]) -> Reason | None:
         return Reason.EMBEDDING
     if module in _HEADS:
         return Reason.LM_HEAD
-    if module.lower().endswith(("norm", "layernorm")) or module in ("ln_f", "ln_1", "ln_2"):
+    if _NORM.search(module.lower()) or module in ("ln_f", "ln_1", "ln_2"):
         return Reason.NORM
     if module in _ROUTERS or last == "e_score_correction_bias":
         return Reason.ROUTER
-    if last == "bias" or last.endswith("_bias"):
-        return Reason.BIAS
-    if module == "eh_proj":
-        return Reason.PREDICTION
     if module in _STATES or last in _STATES:
         return Reason.STATE_SPACE
+    if last == "bias" or last.endswith("_bias"):
+        return Reason.BIAS
+    if module == "eh_proj" or (module == "fc" and "mtp" in parts):
+        return Reason.PREDICTION
     if last.endswith(("_scale", "_scale_inv", "inv_freq")):
         return Reason.SCALE
     return None

@@ -18,13 +18,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl import formats, paths
-from fp8ctl.errors import ConflictError, NotPermittedError
-from fp8ctl.formats import BlockSize, parse_mode
+from fp8ctl.errors import ConflictError, NotPermittedError, UsageError
+from fp8ctl.formats import BlockSize, Mode, parse_mode
 from fp8ctl.interpreter import resolve_model, run_worker, torch_python
 from fp8ctl.manifest import RECORD
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from fp8ctl.manifest import Plan
@@ -37,15 +37,23 @@ _CACHE_SCHEMA = 1
 def run(
     report: Reporter,
     *,
-    model: str,
     out: Path,
-    mode: str,
-    block_size: str | None,
-    backend: str | None,
-    tp: int,
-    python: Path | None,
+    model: str | None = None,
+    mode: str | None = None,
+    block_size: str | None = None,
+    backend: str | None = None,
+    tp: int | None = None,
+    python: Path | None = None,
+    plan_file: Path | None = None,
+    keep: Sequence[str] = (),
+    quantize: Sequence[str] = (),
+    gpu: str | None = None,
 ) -> dict[str, object]:
-    """Convert a checkpoint to FP8 at `out`; return what was written and how fast."""
+    """Convert a checkpoint to FP8 at `out`; return what was written and how fast.
+
+    Args:
+        plan_file: a manifest to follow; options beside it must say what it says.
+    """
     from fp8ctl import planning
     from fp8ctl.environment import parse_backend
     from fp8ctl.render import human_bytes
@@ -54,11 +62,32 @@ def run(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConflictError(f"{out} exists and is not empty", hint="--out /another/folder")
     _require_place(out)
-    form = parse_mode(mode)
-    block = None if block_size is None else BlockSize.parse(block_size)
-    engine = None if backend is None else parse_backend(backend)
-    source = resolve_model(report, model, python)
-    plan = planning.make_plan(source, engine, form, tp, block)
+    typed = planning.Typed(
+        backend=None if backend is None else parse_backend(backend),
+        mode=None if mode is None else parse_mode(mode),
+        tp=tp,
+        block=None if block_size is None else BlockSize.parse(block_size),
+        gpu=None if gpu is None else planning.parse_gpu(gpu),
+        keep=tuple(keep),
+        quantize=tuple(quantize),
+    )
+    if plan_file is not None:
+        plan = planning.read_plan(
+            plan_file, typed, None if model is None else resolve_model(report, model, python)
+        )
+    elif model is not None:
+        plan = planning.make_plan(
+            resolve_model(report, model, python),
+            typed.backend,
+            typed.mode or Mode.BLOCK,
+            typed.tp or 1,
+            typed.block,
+            gpu=planning.parse_gpu(gpu),
+            keep=typed.keep,
+            quantize=typed.quantize,
+        )
+    else:
+        raise UsageError("--model is missing, and no --plan names one", hint="--model FOLDER")
     for line in planning.explain(plan):
         report.say(line)
     for note in plan.notes:
@@ -73,7 +102,7 @@ def run(
     )
     return {
         "out": str(out),
-        "model": str(source),
+        "model": str(plan.model),
         "mode": plan.mode.value,
         "block_size": None if plan.block is None else [plan.block.n, plan.block.k],
         "recipe": formats.RECIPE,

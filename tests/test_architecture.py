@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supervisor",),
     # The bodies of commands.
     (
-        *("bench", "check", "doctor", "install", "planning", "quantizing", "server"),
+        *("bench", "check", "doctor", "install", "planning", "quantizing", "remedy", "server"),
         "patching.commands",
     ),
     ("settings",),
@@ -50,15 +50,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
-    ("checkpoint", "fitting", "gguf", "hfconfig", "manifest", "snippets", "stream"),
-    ("formats", "kernels", "models", "policy"),
+    (
+        *("checkpoint", "fitting", "fusing", "gguf", "hfconfig", "manifest", "selection", "sizing"),
+        *("snippets", "stream", "survey"),
+    ),
+    ("families", "formats", "kernels", "models", "policy"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "gguf", "manifest", "stream"),
-    *("policy", "formats", "models", "errors"),
+    *("policy", "families", "formats", "models", "errors"),
 )
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy"}

@@ -25,6 +25,7 @@ from fp8ctl.errors import (
     AbortedError,
     BusyError,
     CheckFailedError,
+    CheckpointError,
     ConflictError,
     EngineFailedError,
     NotFoundError,
@@ -33,6 +34,7 @@ from fp8ctl.errors import (
 )
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.hardware import Gpu
+from fp8ctl.manifest import dumps
 from fp8ctl.patching import status
 from fp8ctl.patching.names import RelPath, parse_relpath, parse_sha256, sha256_of
 from fp8ctl.patching.status import FileStatus, PatchStatus, SeriesStatus
@@ -795,12 +797,12 @@ def test_plan_and_launch_say_the_same_of_the_kernel_for_128(
 ) -> None:
     model = write_model(tmp_path / "tiny", hidden=256)
     options = engine("vllm", "refit", gpu=(9, 0))
-    note = make_plan(model, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes[0]
+    [problem] = make_plan(model, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).problems
     with pytest.raises(PlanDoesNotFitError, match="its kernel for 128x128 blocks") as caught:
         dry_run(options, model=str(model), block_size="64,64")
-    assert "down_proj (256x512 per GPU)" in note
-    assert "down_proj (256x512 per GPU)" in caught.value.message
-    assert str(caught.value.hint) in note
+    assert "down_proj (256x512 per GPU)" in problem.message
+    assert problem.message in caught.value.message
+    assert caught.value.hint == "--block-size 128,128"
     # An FP8 checkpoint that somebody else made, seen as it lies on the disk.
     config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
     fp8 = write_model(tmp_path / "fp8", hidden=256, dtype="F8_E4M3", quantization_config=config)
@@ -808,10 +810,41 @@ def test_plan_and_launch_say_the_same_of_the_kernel_for_128(
         dry_run(options, model=str(fp8))
     # Every module has a side that 128 does not divide: the kernel takes none, and both say so.
     narrow = write_model(tmp_path / "narrow", hidden=64)
-    assert not make_plan(narrow, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes
+    assert make_plan(narrow, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).fits
     dry_run(options, model=str(narrow), block_size="64,64")
     fp8 = write_model(tmp_path / "f8", hidden=64, dtype="F8_E4M3", quantization_config=config)
     dry_run(options, model=str(fp8))
+
+
+def test_a_plan_that_was_written_is_followed(
+    engine: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "tiny", hidden=256)
+    options = engine("sglang", "refit", "cpu-fp8")
+    plan = make_plan(model, "sglang", Mode.BLOCK, 1, BlockSize(64, 64), keep=["*.o_proj"])
+    path = tmp_path / "plan.json"
+    path.write_text(dumps(plan.to_json()))
+    data = dry_run(options, plan_file=path)
+    assert data["plan"]["digest"] == plan.digest
+    # The same options typed out make another plan only in the GPU that they are for.
+    typed = dry_run(options, model=str(model), block_size="64,64", keep=["*.o_proj"])
+    assert typed["plan"]["keep"] == ["*.o_proj"]
+    assert typed["plan"]["gpu"] is None
+    for more in ({"tp": 2}, {"mode": "per-tensor"}, {"mode": "online"}, {"quantization": "fp8"}):
+        with pytest.raises(UsageError, match="--plan"):
+            dry_run(options, plan_file=path, **more)
+    other = write_model(tmp_path / "other", hidden=64)
+    with pytest.raises(CheckpointError, match="is not the model of"):
+        dry_run(options, plan_file=path, model=str(other))
+
+
+@pytest.mark.parametrize("more", [{"mode": "online"}, {"quantization": "fp8"}])
+def test_rules_are_for_what_fp8ctl_plans(
+    engine: Callable[..., list[str]], tmp_path: Path, more: dict[str, str]
+) -> None:
+    model = write_model(tmp_path / "tiny")
+    with pytest.raises(UsageError, match="--keep is for a plan"):
+        dry_run(engine("sglang", "refit", "cpu-fp8"), model=str(model), keep=["lm_head"], **more)
 
 
 def test_vllm_compiles_apart_for_each_state_of_its_patches(

@@ -5,19 +5,27 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fp8ctl import fitting, planning
-from fp8ctl.errors import PlanDoesNotFitError, UnsupportedError, UsageError
+from fp8ctl.errors import (
+    CheckpointError,
+    NotFoundError,
+    PlanDoesNotFitError,
+    UnsupportedError,
+    UsageError,
+)
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.manifest import Plan
+from fp8ctl.manifest import Plan, dumps
 from fp8ctl.models import read_checkpoint
-from fp8ctl.planning import make_plan, require_fit
+from fp8ctl.planning import Typed, make_plan, read_plan, require_fit
 from fp8ctl.policy import Backend, Reason
 from fp8ctl.render import Reporter
+from tests import public_models
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,9 +140,9 @@ def test_llama_8b_fits_128_up_to_tp_16(llama8b: Path, backend: Backend | None, t
 
 def test_tensor_parallelism_counts_per_rank(llama8b: Path) -> None:
     # 14336 / 32 = 448 = 7 * 64, for gate and up as N and for down as K.
-    plan = make_plan(llama8b, "vllm", Mode.BLOCK, 32, BlockSize(128, 128))
+    plan = make_plan(llama8b, "sglang", Mode.BLOCK, 32, BlockSize(128, 128))
     assert rules(plan) == {"merged-n", "row-k"}
-    assert make_plan(llama8b, "vllm", Mode.BLOCK, 32).block == BlockSize(64, 64)
+    assert make_plan(llama8b, "sglang", Mode.BLOCK, 32).block == BlockSize(64, 64)
 
 
 def test_heads_that_cannot_be_cut_fit_no_block_and_no_mode(smollm2: Path) -> None:
@@ -153,7 +161,7 @@ def test_experts_of_768_do_not_fit_128_over_four_ranks(qwen3_moe: Path) -> None:
     plan = make_plan(qwen3_moe, "vllm", Mode.BLOCK, 4, BlockSize(128, 128))
     assert rules(plan) == {"expert-n", "row-k"}
     assert {p.count for p in plan.problems} == {8}
-    assert make_plan(qwen3_moe, "vllm", Mode.BLOCK, 4).block == BlockSize(64, 64)
+    assert make_plan(qwen3_moe, "sglang", Mode.BLOCK, 4).block == BlockSize(64, 64)
 
 
 def test_routers_are_kept_and_spelled_out(qwen3_moe: Path) -> None:
@@ -180,12 +188,29 @@ def test_parts_fused_on_disk_are_measured_one_by_one(tmp_path: Path) -> None:
         "model.layers.0.self_attn.qkv_proj.weight": (3072 + 2 * 384, 3072),
         "model.layers.0.mlp.gate_up_proj.weight": (2 * 192, 3072),
     }
-    plan = make_plan(
-        save(tmp_path / "phi", config, shapes), None, Mode.BLOCK, 1, BlockSize(128, 128)
-    )
-    assert [p.message for p in plan.problems] == [
+    model = save(tmp_path / "phi", config, shapes)
+    plan = make_plan(model, None, Mode.BLOCK, 1, BlockSize(128, 128))
+    assert [p.message for p in plan.problems if p.rule == "merged-n"] == [
         "gate of gate_up_proj has N = 192, not a multiple of 128"
     ]
+
+
+def test_block_scales_of_parts_fused_on_disk_are_refused_and_single_scales_are_not(
+    tmp_path: Path,
+) -> None:
+    # Both engines' _load_fused_module_from_checkpoint cut scales at the weight's rows.
+    config = {"model_type": "phi3", "hidden_size": 256, "num_attention_heads": 2}
+    shapes = {
+        "model.layers.0.self_attn.qkv_proj.weight": (768, 256),
+        "model.layers.0.self_attn.o_proj.weight": (256, 256),
+    }
+    model = save(tmp_path / "phi", config, shapes)
+    for backend in ("vllm", "sglang"):
+        plan = make_plan(model, backend, Mode.BLOCK)
+        assert [(p.rule, p.tensor) for p in plan.problems] == [
+            ("fused-on-disk", "model.layers.0.self_attn.qkv_proj.weight")
+        ]
+        assert make_plan(model, backend, Mode.PER_TENSOR).fits
 
 
 def test_deepseek_s_576_rows_are_legal(tmp_path: Path) -> None:
@@ -205,23 +230,35 @@ def test_deepseek_s_576_rows_are_legal(tmp_path: Path) -> None:
         assert {plan.scale_shape(t) for t in plan.tensors if "kv_a" in t.name} == {(5, 56)}
 
 
-def test_what_launch_will_refuse_on_a_hopper_gpu_is_said_by_the_plan(
+def test_a_kernel_for_128_refuses_other_blocks_on_the_gpus_that_have_it(
     llama8b: Path, smollm2: Path
 ) -> None:
-    [note] = make_plan(llama8b, "vllm", Mode.BLOCK, 1, BlockSize(64, 64)).notes
-    assert "compute capability 9.x" in note
-    assert "refuses blocks of 64x64" in note
-    assert "down_proj (4096x14336 per GPU) and 3 more" in note
-    assert "--mode per-tensor" in note
-    assert not make_plan(llama8b, "vllm", Mode.BLOCK).notes
+    small = BlockSize(64, 64)
+    plan = make_plan(llama8b, "vllm", Mode.BLOCK, 1, small)
+    [problem] = plan.problems
+    assert problem.rule == "kernel-128"
+    assert problem.count == 14
+    assert "compute capability 9.0" in problem.message
+    assert "down_proj (4096x14336 per GPU) and 3 more" in problem.message
+    for gpu in ((8, 9), (10, 0), None):
+        assert make_plan(llama8b, "vllm", Mode.BLOCK, 1, small, gpu=gpu).fits
+    assert make_plan(llama8b, "vllm", Mode.BLOCK).fits
     # 576 does not divide by 128.
-    assert not make_plan(smollm2, "vllm", Mode.BLOCK).notes
+    assert make_plan(smollm2, "vllm", Mode.BLOCK, 1, small).fits
 
 
-def test_what_launch_switches_off_by_itself_is_not_the_readers_to_do(llama8b: Path) -> None:
-    assert not make_plan(llama8b, "sglang", Mode.BLOCK, 1, BlockSize(64, 64)).notes
-    # Positive control: a plan for both engines holds vLLM's.
-    assert make_plan(llama8b, None, Mode.BLOCK, 1, BlockSize(64, 64)).notes
+def test_what_launch_switches_off_by_itself_is_not_refused(llama8b: Path) -> None:
+    small = BlockSize(64, 64)
+    assert make_plan(llama8b, "sglang", Mode.BLOCK, 1, small).fits
+    # A plan for both engines holds vLLM's rule.
+    assert rules(make_plan(llama8b, None, Mode.BLOCK, 1, small)) == {"kernel-128"}
+
+
+def test_a_fused_moe_has_a_kernel_that_is_told_the_block(qwen3_moe: Path) -> None:
+    plan = make_plan(qwen3_moe, "vllm", Mode.BLOCK, 1, BlockSize(64, 64))
+    [problem] = plan.problems
+    assert "experts" not in problem.tensor
+    assert problem.count == 8  # q, k, v and o of two layers
 
 
 def modules(folder: Path, tp: int) -> set[tuple[str, int, int]]:
@@ -353,3 +390,131 @@ def test_the_command_shows_and_writes_a_plan_that_does_not_fit(
         run(smollm2, tmp_path / "plan.json", block_size="128,128")
     assert caught.value.data["fits"] is False
     assert json.loads((tmp_path / "plan.json").read_text())["fits"] is False
+
+
+# --- a plan that others follow --------------------------------------------------------------------
+
+
+def written(model: Path, out: Path, **options: object) -> Path:
+    run(model, out, **options)
+    return out
+
+
+def test_a_plan_is_followed_as_it_was_written(smollm2: Path, tmp_path: Path) -> None:
+    keep = ["model.layers.0"]
+    path = written(smollm2, tmp_path / "plan.json", keep=keep, gpu="8.9")
+    plan = read_plan(path, Typed())
+    assert plan == make_plan(smollm2, "sglang", Mode.BLOCK, gpu=(8, 9), keep=keep)
+    # What says the same may stand beside it.
+    same = Typed("sglang", Mode.BLOCK, 1, BlockSize(64, 64), (8, 9), tuple(keep))
+    assert read_plan(path, same) == plan
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (Typed(backend="vllm"), "--backend vllm beside --plan"),
+        (Typed(mode=Mode.PER_TENSOR), "--mode per-tensor beside"),
+        (Typed(tp=2), "--tp 2 beside"),
+        (Typed(block=BlockSize(32, 32)), "--block-size 32,32 beside"),
+        (Typed(gpu=(8, 9)), r"--gpu 8\.9 beside"),
+        (Typed(keep=("lm_head",)), "--keep lm_head beside"),
+        (Typed(quantize=("x",)), "--quantize x beside"),
+    ],
+)
+def test_an_option_that_a_plan_contradicts_is_refused(
+    smollm2: Path, tmp_path: Path, typed: Typed, said: str
+) -> None:
+    path = written(smollm2, tmp_path / "plan.json")
+    with pytest.raises(UsageError, match=said) as caught:
+        read_plan(path, typed)
+    assert str(caught.value.hint).startswith("leave --")
+
+
+def test_a_plan_for_both_engines_serves_each(smollm2: Path, tmp_path: Path) -> None:
+    plan = make_plan(smollm2, None, Mode.BLOCK)
+    path = tmp_path / "plan.json"
+    path.write_text(dumps(plan.to_json()))
+    for backend in ("vllm", "sglang"):
+        assert read_plan(path, Typed(backend=backend)) == plan
+
+
+def test_a_plan_goes_with_a_copy_of_its_model_and_with_no_other(
+    smollm2: Path, llama8b: Path, tmp_path: Path
+) -> None:
+    path = written(smollm2, tmp_path / "plan.json")
+    moved = smollm2.rename(tmp_path / "moved")
+    assert read_plan(path, Typed(), moved).model == moved
+    with pytest.raises(CheckpointError, match="is not the model of"):
+        read_plan(path, Typed(), llama8b)
+    with pytest.raises(CheckpointError):
+        read_plan(path, Typed())
+
+
+def test_a_file_that_is_no_plan_is_told_apart(smollm2: Path, tmp_path: Path) -> None:
+    path = written(smollm2, tmp_path / "plan.json")
+    text = path.read_text()
+    with pytest.raises(NotFoundError, match="cannot read"):
+        read_plan(tmp_path / "none.json", Typed())
+    for broken in (
+        "",
+        "[]",
+        "{}",
+        text[:-30],
+        text.replace('"quantize": true', '"quantize": false'),
+    ):
+        path.write_text(broken)
+        with pytest.raises(UsageError):
+            read_plan(path, Typed())
+
+
+def test_a_manifest_has_a_line_for_each_tensor(smollm2: Path, tmp_path: Path) -> None:
+    lines = written(smollm2, tmp_path / "plan.json").read_text().splitlines()
+    plan = make_plan(smollm2, "sglang", Mode.BLOCK)
+    assert len(lines) == len(plan.tensors)
+    # A rule that looks like what is between tensors changes nothing of that.
+    odd = 're:.*}, {"name": "|.*o_proj'
+    plan = make_plan(smollm2, "sglang", Mode.BLOCK, keep=[odd])
+    text = dumps(plan.to_json())
+    assert Plan.from_json(json.loads(text)) == plan
+    assert len(text.splitlines()) == len(plan.tensors)
+
+
+@pytest.mark.parametrize("text", ["9", "9.x", "hopper", "", "-9.0"])
+def test_a_gpu_is_a_compute_capability(text: str) -> None:
+    assert planning.parse_gpu("8.9") == (8, 9)
+    assert planning.parse_gpu("12.0") == (12, 0)
+    assert planning.parse_gpu("none") is None
+    with pytest.raises(UsageError, match="no compute capability"):
+        planning.parse_gpu(text)
+
+
+def test_a_model_that_the_engine_s_version_has_no_class_for_is_noted(tmp_path: Path) -> None:
+    config, shapes = dense(256, 512, 4, 4, 64)
+    model = save(tmp_path / "new", {**config, "model_type": "qwen3_next"}, shapes)
+    [note] = make_plan(model, None, Mode.BLOCK).notes
+    assert "vLLM 0.9.1 and SGLang 0.4.8 have no class of Qwen3-Next" in note
+
+
+def test_a_name_that_transformers_would_take_for_part_of_another_is_noted(tmp_path: Path) -> None:
+    config, shapes = dense(256, 512, 4, 4, 64)
+    router = {"model.layers.1.mlp.gate.weight": (4, 256)}
+    model = save(tmp_path / "both", config, {**shapes, **router})
+    [note] = make_plan(model, "vllm", Mode.BLOCK).notes
+    assert "model.layers.1.mlp.gate in modules_to_not_convert" in note
+    assert "model.layers.1.mlp.gate_proj" in note
+    assert not make_plan(save(tmp_path / "one", config, shapes), "vllm", Mode.BLOCK).notes
+
+
+@pytest.mark.long
+def test_a_trillion_parameters_are_planned_in_two_seconds(tmp_path: Path) -> None:
+    """Kimi-K2's layout in 61 files; seconds of this process, which others do not add to."""
+    model = public_models.save(tmp_path / "k2", public_models.LAYOUTS["Kimi-K2"](), shards=61)
+    taken = []
+    for _ in range(3):
+        started = time.process_time()
+        plan = make_plan(model, "sglang", Mode.BLOCK, 8)
+        taken.append(time.process_time() - started)
+    assert plan.fits
+    assert len(plan.tensors) == 69_975
+    assert min(taken) <= 2, taken

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fp8ctl.policy import (
     FAMILIES,
+    Backend,
     Decision,
+    Family,
     Reason,
     decide,
     family_of,
@@ -83,6 +87,55 @@ EXPECTED: dict[str, dict[str, Reason]] = {
         "model.layers.61.shared_head.norm.weight": Reason.NORM,
     },
     "deepseek_v2": {L + "self_attn.q_proj.weight": Reason.LINEAR},
+    "kimi_k2": {L + "self_attn.q_b_proj.weight": Reason.LINEAR},
+    "gemma": DENSE,
+    "gemma2": {
+        **DENSE,
+        L + "pre_feedforward_layernorm.weight": Reason.NORM,
+        L + "post_feedforward_layernorm.weight": Reason.NORM,
+    },
+    "gemma3_text": DENSE,
+    "gemma3": {
+        "language_model.model.layers.3.mlp.up_proj.weight": Reason.LINEAR,
+        "vision_tower.vision_model.encoder.layers.3.mlp.fc1.weight": Reason.VISION,
+        "multi_modal_projector.mm_input_projection_weight": Reason.VISION,
+    },
+    "glm": {L + "mlp.gate_up_proj.weight": Reason.LINEAR},
+    "glm4": {
+        L + "self_attn.q_proj.weight": Reason.LINEAR,
+        L + "mlp.gate_up_proj.weight": Reason.LINEAR,
+        L + "mlp.down_proj.weight": Reason.LINEAR,
+        L + "post_self_attn_layernorm.weight": Reason.NORM,
+    },
+    "glm4_moe": {
+        **DENSE,
+        **EXPERTS,
+        L + "mlp.shared_experts.gate_proj.weight": Reason.LINEAR,
+        L + "mlp.gate.e_score_correction_bias": Reason.ROUTER,
+    },
+    "qwen3_next": {
+        **DENSE,
+        **EXPERTS,
+        L + "linear_attn.in_proj_qkvz.weight": Reason.LINEAR,
+        L + "linear_attn.out_proj.weight": Reason.LINEAR,
+        L + "linear_attn.in_proj_ba.weight": Reason.STATE_SPACE,
+        L + "linear_attn.A_log": Reason.STATE_SPACE,
+        L + "linear_attn.dt_bias": Reason.STATE_SPACE,
+        L + "linear_attn.norm.weight": Reason.NORM,
+        L + "mlp.shared_expert_gate.weight": Reason.ROUTER,
+        "mtp.layers.0.mlp.gate.weight": Reason.ROUTER,
+        "mtp.layers.0.self_attn.q_proj.weight": Reason.LINEAR,
+        "mtp.fc.weight": Reason.PREDICTION,
+        "mtp.pre_fc_norm_hidden.weight": Reason.NORM,
+    },
+    "phi": {
+        L + "self_attn.q_proj.weight": Reason.LINEAR,
+        L + "self_attn.dense.weight": Reason.LINEAR,
+        L + "self_attn.dense.bias": Reason.BIAS,
+        L + "mlp.fc1.weight": Reason.LINEAR,
+        L + "mlp.fc2.weight": Reason.LINEAR,
+        "lm_head.bias": Reason.LM_HEAD,
+    },
     "phi3": {
         L + "self_attn.qkv_proj.weight": Reason.LINEAR,
         L + "self_attn.o_proj.weight": Reason.LINEAR,
@@ -185,8 +238,91 @@ def test_ignored_layers_are_spelled_for_each_engine() -> None:
     assert set(ignored_layers(kept, None)) == both
 
 
+def family(model_type: str) -> Family:
+    return family_of({"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend", "kept", "spelled"),
+    [
+        # GLM's class asks for parts of what the checkpoint holds in one; Phi-3's does not.
+        (
+            "glm4",
+            "vllm",
+            "model.layers.0.mlp.gate_up_proj",
+            {f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up", "gate_up")},
+        ),
+        ("glm4", "sglang", "model.layers.0.mlp.gate_up_proj", {"model.layers.0.mlp.gate_up_proj"}),
+        # DeepSeek's class in vLLM has no packed_modules_mapping.
+        (
+            "deepseek_v3",
+            "vllm",
+            "model.layers.0.mlp.up_proj",
+            {"model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_up_proj"},
+        ),
+        ("llama", "vllm", "model.layers.0.mlp.up_proj", {"model.layers.0.mlp.up_proj"}),
+        (
+            "deepseek_v3",
+            "sglang",
+            "model.layers.0.self_attn.q_a_proj",
+            {"model.layers.0.self_attn.fused_qkv_a_proj_with_mqa"},
+        ),
+        (
+            "deepseek_v2",
+            "sglang",
+            "model.layers.0.self_attn.kv_a_proj_with_mqa",
+            {
+                "model.layers.0.self_attn.fused_qkv_a_proj_with_mqa",
+                "model.layers.0.self_attn.kv_a_proj_with_mqa",
+            },
+        ),
+        # SGLang builds Mixtral's layers under a bare prefix.
+        ("mixtral", "sglang", "model.layers.3.self_attn.o_proj", {"layers.3.self_attn.o_proj"}),
+        ("mixtral", "vllm", "model.layers.3.self_attn.o_proj", {"model.layers.3.self_attn.o_proj"}),
+        (
+            "gemma3",
+            "sglang",
+            "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj",
+            {
+                "vision_tower.vision_model.encoder.layers.0.self_attn.out_proj",
+                "vision_tower.vision_model.encoder.layers.0.self_attn.proj",
+            },
+        ),
+    ],
+)
+def test_names_that_an_engine_spells_in_its_own_way(
+    model_type: str, backend: Backend, kept: str, spelled: set[str]
+) -> None:
+    assert set(ignored_layers([kept], backend, family(model_type))) == spelled
+
+
 def test_the_head_is_named_even_where_it_is_tied() -> None:
-    family = family_of({"model_type": "qwen3_moe"})
     names = [L + "mlp.gate.weight", L + "mlp.up_proj.weight", "model.embed_tokens.weight"]
-    kept = kept_modules((name, decide(family, name, MATRIX)) for name in names)
+    decisions = [(name, decide(family("qwen3_moe"), name, MATRIX)) for name in names]
+    kept = kept_modules((name, d.reason, MATRIX) for name, d in decisions if not d.quantize)
     assert kept == ("lm_head", L + "mlp.gate")
+
+
+def test_what_transformers_would_convert_is_named_and_what_is_no_matrix_is_not() -> None:
+    shapes = {"in_proj_ba": (64, 128), "conv1d": (8, 1, 4), "norm": (128,)}
+    names = [(f"{L}linear_attn.{name}.weight", shape) for name, shape in shapes.items()]
+    kept = kept_modules(
+        (name, decide(family("qwen3_next"), name, shape).reason, shape) for name, shape in names
+    )
+    assert kept == ("lm_head", L + "linear_attn.in_proj_ba")
+
+
+def test_experts_in_one_tensor_are_kept_for_a_reason_of_their_own() -> None:
+    for name in ("mlp.experts.gate_up_proj", "feed_forward.experts.down_proj"):
+        found = decide(family("never-heard-of"), L + name, (4, 256, 128))
+        assert found == Decision(False, Reason.STACKED)
+
+
+def test_what_decides_is_neither_a_number_in_the_name_nor_a_side_of_the_shape() -> None:
+    # Planning decides one of all names that differ in their numbers only.
+    for model_type, names in EXPECTED.items():
+        for name in names:
+            other = re.sub(r"(?<=\.)\d+(?=\.)", "77", name)
+            assert decide(family(model_type), name, MATRIX) == decide(
+                family(model_type), other, (7, 9)
+            )

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fp8ctl import interpreter, paths, quantizing
-from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
-from fp8ctl.formats import Mode
+from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError, UsageError
+from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels.quantize import quantize_block
-from fp8ctl.manifest import Plan
+from fp8ctl.manifest import Plan, dumps
 from fp8ctl.planning import make_plan
 from fp8ctl.render import Reporter
 
@@ -73,6 +73,29 @@ def test_the_command_writes_the_kernel_s_codes(
     assert torch.equal(found[NAME].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(found[NAME + "_scale_inv"], scales)
     assert "torch.float8_e4m3fn" in str(found[NAME].dtype)
+
+
+def test_a_plan_that_was_written_is_followed(
+    source: Path, tmp_path: Path, report: Reporter
+) -> None:
+    plan = make_plan(source, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
+    path = tmp_path / "plan.json"
+    path.write_text(dumps(plan.to_json()))
+    data = quantizing.run(report, plan_file=path, out=tmp_path / "out")
+    assert data["plan_digest"] == plan.digest
+    assert load_file(tmp_path / "out" / "model.safetensors")[NAME + "_scale_inv"].shape == (4, 2)
+
+
+def test_a_plan_and_another_option_or_neither_plan_nor_model_are_refused(
+    source: Path, tmp_path: Path, report: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid(monkeypatch)
+    path = tmp_path / "plan.json"
+    path.write_text(dumps(make_plan(source, "sglang", Mode.BLOCK).to_json()))
+    with pytest.raises(UsageError, match="--tp 2 beside --plan"):
+        quantizing.run(report, plan_file=path, tp=2, out=tmp_path / "out")
+    with pytest.raises(UsageError, match="--model is missing"):
+        quantizing.run(report, out=tmp_path / "out")
 
 
 def test_what_cannot_be_done_is_refused_before_a_worker_starts(
@@ -141,7 +164,7 @@ _ASK = """
 import io, json, sys
 from pathlib import Path
 from fp8ctl import quantizing
-from fp8ctl.manifest import Plan
+from fp8ctl.manifest import Plan, dumps
 from fp8ctl.render import Reporter
 plan = Plan.from_json(json.loads(Path(sys.argv[1]).read_text()))
 print(quantizing.quantize_cached(Reporter(out=io.StringIO()), plan))

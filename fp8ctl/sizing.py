@@ -1,0 +1,121 @@
+"""How many bytes of weights one GPU holds, and of KV cache for each token.
+
+Cut as both engines cut: column-parallel rows, row-parallel columns, the vocabulary
+in parts of whole 64 rows; all else is whole on every GPU. Pure. Called by `planning`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl import formats, models
+from fp8ctl.fitting import Heads, Linear, rows_per_rank
+from fp8ctl.manifest import Memory
+from fp8ctl.policy import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fp8ctl.families import Role
+    from fp8ctl.formats import BlockSize, Mode
+    from fp8ctl.models import TensorInfo
+    from fp8ctl.policy import Decision
+
+_SERVED_BYTES = 2
+"""Of a float that stays: engines serve BF16 or FP16, also from an FP32 checkpoint."""
+_VOCABULARY_PART = 64
+
+
+class Sizer:
+    """Adds up a model, tensor by tensor; what it asks for each is kept by shape and role."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        mode: Mode,
+        block: BlockSize | None,
+        tp: int,
+    ) -> None:
+        """Prepare for a model.
+
+        Args:
+            config: config.json.
+            mode: of the scales.
+            block: in block mode.
+            tp: tensor-parallel size.
+        """
+        text = config.get("text_config")
+        source = text if isinstance(text, Mapping) else config
+        layers = source.get("num_hidden_layers")
+        ahead = source.get("num_nextn_predict_layers")
+        numbers = ["x"]  # matches no number
+        if isinstance(layers, int):
+            numbers = [str(layers + i) for i in range(ahead if isinstance(ahead, int) else 1)]
+        self._ahead = re.compile(rf"^mtp\.|\.layers\.(?:{'|'.join(numbers)})\.")
+        self.heads = Heads.of(config)
+        self.mode, self.block, self.tp = mode, block, tp
+        self._known: dict[object, tuple[int, int, int, Decision]] = {}
+
+    def memory(self, decided: Iterable[tuple[TensorInfo, Decision]]) -> Memory:
+        """Return the bytes of one GPU."""
+        before = after = cache = 0
+        layers = self._ahead
+        for info, decision in decided:
+            # By identity: decisions are shared, and Python hashes a dataclass slowly.
+            key = (id(decision), info.shape, info.dtype)
+            sizes = self._known.get(key)
+            if sizes is None:
+                sizes = self._known[key] = (*self._sizes(info, decision), decision)
+            if layers.search(info.name) and decision.reason is not Reason.VISION:
+                continue  # engines load no layers for multi-token prediction
+            before += sizes[0]
+            after += sizes[1]
+            cache += sizes[2]
+        return Memory(before, after, cache)
+
+    def _sizes(self, info: TensorInfo, decision: Decision) -> tuple[int, int, int]:
+        name, shape, dtype, role = info.name, info.shape, info.dtype, decision.role
+        each = models.DTYPE_BYTES[dtype]
+        if dtype.startswith(("F", "BF")):
+            each = min(each, _SERVED_BYTES)
+        count = 1
+        for side in shape:
+            count *= side
+        if role is None or len(shape) != 2:
+            if decision.reason in (Reason.EMBEDDING, Reason.LM_HEAD) and len(shape) == 2:
+                padded = -(-shape[0] // _VOCABULARY_PART) * _VOCABULARY_PART
+                count = -(-padded // self.tp) * shape[1]
+            return count * each, count * each, 0
+        local = (_rows(name, (shape[0], shape[1]), role, self.heads, self.tp), shape[1])
+        if role.split == "row":
+            local = (local[0], -(-shape[1] // self.tp))
+        before = local[0] * local[1] * each
+        after = before
+        if decision.quantize:
+            scales = 1
+            for side in formats.scale_shape(local, self.mode, self.block):
+                scales *= side
+            after = local[0] * local[1] + 4 * scales
+        cache = 0
+        if role.part == "kv_b":
+            # Both engines hold it a second time, taken apart, in 16 bits.
+            before += local[0] * local[1] * _SERVED_BYTES
+            after += local[0] * local[1] * _SERVED_BYTES
+        elif role.part == "kv_a":
+            cache = shape[0] * _SERVED_BYTES
+        elif role.fused == "qkv_proj" and role.part in ("k", "v"):
+            cache = local[0] * _SERVED_BYTES
+        elif role.part == "q+k+v":
+            q = self.heads.query * self.heads.size
+            cache = max(0, local[0] - q // self.tp) * _SERVED_BYTES
+        return before, after, cache
+
+
+def _rows(name: str, shape: tuple[int, int], role: Role, heads: Heads, tp: int) -> int:
+    """Return the rows on one GPU; of what does not divide, the larger share."""
+    if role.split != "column":
+        return shape[0]
+    ranks = rows_per_rank(Linear(name, 1, shape, role), heads, tp)
+    return -(-shape[0] // tp) if ranks is None else sum(ranks)
