@@ -100,7 +100,7 @@ def quantize_cached(report: Reporter, plan: Plan, python: Path | None = None) ->
 
     The key is what the bytes depend on: the source's files (names, sizes and
     times), the plan and the recipe. Two processes that want the same one wait
-    for each other; what a killed one left is removed.
+    for each other; what a killed one left is gone on with.
 
     Raises:
         Fp8ctlError: what converting raises.
@@ -112,8 +112,7 @@ def quantize_cached(report: Reporter, plan: Plan, python: Path | None = None) ->
     with _locked(folder.parent, key):
         if _complete(folder, key):
             return folder
-        for stale in (folder, *folder.parent.glob(f".{key}.*.partial")):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         _quantize(report, plan, folder, torch_python(python), {"cache_key": key})
     return folder
 

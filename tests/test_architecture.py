@@ -49,16 +49,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("interpreter",),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
-    ("checkpoint", "fitting", "gguf", "manifest"),
+    ("checkpoint", "checksum", "fitting", "gguf", "layout", "manifest", "partial", "pipeline"),
     ("formats", "kernels", "models", "policy"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
-    *("engines.hooks", "kernels", "worker", "checkpoint", "gguf", "manifest"),
-    *("policy", "formats", "models", "errors"),
+    *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
+    *("partial", "pipeline", "policy", "formats", "models", "errors"),
 )
+WITH_TORCH = ("checkpoint", "checksum", "pipeline")
+# What the worker's tasks are made of.
+WORKERS = (*WITH_TORCH, "gguf", "layout", "partial")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy"}
 LATE = {"rich", "httpx", "psutil", "packaging", "unidiff", "pynvml"}
@@ -307,21 +310,19 @@ def command_modules() -> list[str]:
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
-    workers = {"checkpoint", "gguf", "worker"}
+    workers = {"worker", *WORKERS}
     for name in command_modules():
         kinds: tuple[Kind, ...] = ("run",) if name in workers else ("run", "late")
         heavy = {one.module.split(".")[0] for one in of(name, *kinds)} & HEAVY
-        assert heavy <= ({"torch", "numpy"} if name == "checkpoint" else set()), name
+        assert heavy <= ({"torch"} if name in WITH_TORCH else set()), name
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
     for name in MODULES:
-        if name in {"worker", "checkpoint", "gguf"} or belongs(name, ("kernels", "engines.hooks")):
+        if name in {"worker", *WORKERS} or belongs(name, ("kernels", "engines.hooks")):
             continue
         used = {one.module for one in ours(name, "run", "late")}
-        assert not [m for m in used if belongs(m, ("checkpoint", "gguf", "worker", "kernels"))], (
-            name
-        )
+        assert not [m for m in used if belongs(m, ("worker", "kernels", *WORKERS))], name
 
 
 def test_what_only_some_commands_need_is_imported_in_functions() -> None:

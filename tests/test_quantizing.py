@@ -118,7 +118,7 @@ def test_the_cache_is_made_once_and_again_when_the_source_changes(
     source: Path, report: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(source, "sglang", Mode.BLOCK)
-    stale = paths.cache_dir() / "quantized" / f".{quantizing.cache_key(plan)}.dead.partial"
+    stale = paths.cache_dir() / "quantized" / f".{quantizing.cache_key(plan)}.fp8ctl-partial"
     stale.mkdir(parents=True)
     folder = quantizing.quantize_cached(report, plan)
     assert not stale.exists()
