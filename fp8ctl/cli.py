@@ -317,6 +317,9 @@ def quantize(
         str | None, typer.Option("--backend", help="Fit it to vllm or sglang only.")
     ] = None,
     tp: Tp = 1,
+    verify: Annotated[
+        str, typer.Option("--verify", help="Read the result again: auto, all, sample or off.")
+    ] = "auto",
     python: Python = None,
     json_: Json = False,
 ) -> None:
@@ -335,6 +338,7 @@ def quantize(
             backend=backend,
             tp=tp,
             python=python,
+            verify=verify,
         ),
     )
 

@@ -120,6 +120,12 @@ def opened(out: Path, key: str) -> Iterator[Partial]:
             os.close(descriptor)
 
 
+def left(out: Path) -> Path | None:
+    """Return the folder of what an earlier command left of `out`, None where there is none."""
+    folder, journal = _places(out)
+    return folder if journal.is_file() and folder.is_dir() else None
+
+
 def used(out: Path) -> int:
     """Return the bytes on the disk that the partial of `out` takes now."""
     total = 0

@@ -55,6 +55,8 @@ DTYPES = {
 _BATCH = 32 << 20
 # So many parts ahead of the one that is read, the disk is told which come.
 _AHEAD = 16
+# So many parts behind the one that is written, the disk is to begin with them.
+_BEHIND = 8
 _ALIGN = 256
 # Threads beside those that compute: some always wait for the disk.
 _WAITING = 2
@@ -229,6 +231,8 @@ class Pipeline:
         verify: says whether a part of the result is read again.
         device: that quantises.
         threads: at once; None: as many as the device and this machine can use.
+        batch: bytes of the source that a thread takes at once, at least a part; None: as is
+            best for the device.
 
     Attributes:
         verified: bytes of the result that were read again and were right.
@@ -242,8 +246,10 @@ class Pipeline:
         verify: Callable[[Part], bool],
         device: torch.device,
         threads: int | None = None,
+        batch: int | None = None,
     ) -> None:
         self._plan = plan
+        self._batch = batch or (0 if device.type == "cpu" else _BATCH)
         self._partial = partial
         self._verify = verify
         self._device = device
@@ -311,10 +317,7 @@ class Pipeline:
         return Desk(self._plan, self._device)
 
     def _making(self, shard: Shard) -> list[Job]:
-        numbers = range(len(shard.parts))
-        batches = [[i] for i in numbers]
-        if self._device.type != "cpu":
-            batches = list(_filled(shard.parts, _BATCH))
+        batches = list(_filled(shard.parts, self._batch))
         if not batches:
             return [lambda desk: self._finish(shard)]
         return [functools.partial(self._make, shard, batch) for batch in batches]
@@ -336,6 +339,8 @@ class Pipeline:
                 if scales is not None:
                     _write(target, bytes_of(scales), part.scales_place)
                     shard.sums[number] = checksum(scales, shard.sums[number])
+        for part in shard.parts[max(0, numbers[0] - _BEHIND) : max(0, numbers[-1] + 1 - _BEHIND)]:
+            _push(target, part.place, part.size)
         with self._lock:
             self._done += sum(part.nbytes for part in parts)
             shard.bad += bad
@@ -354,11 +359,9 @@ class Pipeline:
             return
         if not shard.intact():
             raise self._drift(shard, "the header")
-        target = shard.target()
         for i in numbers:
-            # From the disk, not from what the system still has of it in memory.
-            place, size = shard.parts[i].place, shard.parts[i].size
-            os.posix_fadvise(target, place, size, os.POSIX_FADV_DONTNEED)
+            # To be read from the disk, not from what the system still has in memory.
+            _push(shard.target(), shard.parts[i].place, shard.parts[i].size)
         self._board.add([functools.partial(self._verify_part, shard, i) for i in numbers])
 
     def _verify_part(self, shard: Shard, number: int, desk: Desk) -> None:
@@ -533,6 +536,14 @@ def _filled(parts: Sequence[Part], limit: int) -> Iterator[list[int]]:
 def _announce(descriptor: int, start: int, length: int) -> None:
     """Have the system begin to read what will be asked for soon."""
     os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_WILLNEED)
+
+
+def _push(descriptor: int, start: int, length: int) -> None:
+    """Have the system begin to write what is only in its memory, and forget what is not.
+
+    Else it would begin when the file is flushed, and all would wait for it at the end.
+    """
+    os.posix_fadvise(descriptor, start, length, os.POSIX_FADV_DONTNEED)
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

@@ -61,7 +61,7 @@ IN_ENGINE = (
 )
 WITH_TORCH = ("checkpoint", "checksum", "pipeline")
 # What the worker's tasks are made of.
-WORKERS = (*WITH_TORCH, "gguf", "layout", "partial")
+WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy"}
 LATE = {"rich", "httpx", "psutil", "packaging", "unidiff", "pynvml"}
