@@ -27,13 +27,16 @@ LIMIT = 0.1
 @pytest.fixture(scope="session")
 def with_transformers() -> Path:
     """Return a folder for PYTHONPATH with a transformers that reads FP8 without a GPU."""
-    [wanted] = [t for t in PINNED.read_text().split() if t.startswith("transformers==")]
-    folder = CACHE / wanted
+    pinned = {line.partition("==")[0]: line for line in PINNED.read_text().split("\n")}
+    reader, loader = pinned["transformers"], pinned["accelerate"]
+    folder = CACHE / f"{reader} {loader}"
     with _locked(CACHE):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as draft:
                 argv = [sys.executable, "-m", "pip", "install", "-q", "--target", f"{draft}/t"]
-                subprocess.run([*argv, "-c", str(PINNED), wanted], check=True)
+                subprocess.run([*argv, "-c", str(PINNED), reader], check=True)
+                # It would bring another torch.
+                subprocess.run([*argv, "--no-deps", loader], check=True)
                 Path(draft, "t").rename(folder)
     return folder
 
