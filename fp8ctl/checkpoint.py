@@ -1,59 +1,53 @@
-"""Hugging Face checkpoints in, FP8 checkpoints out, one tensor at a time.
+"""Hugging Face checkpoints in, FP8 checkpoints out, streaming.
 
 Runs in an interpreter with torch and numpy, fp8ctl's own or an engine's, from
-`fp8ctl.worker`. A tensor is read, quantised and written at its place before the
-next is read: memory is bounded by the largest tensor. The result gets its name
-by one rename, when it is complete. Python 3.10.
+`fp8ctl.worker`. Memory is bounded by a few parts of tensors (`pipeline`); what a kill
+leaves is found again (`partial`); the result gets its name by one rename, when it is
+complete. Python 3.10.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
-import struct
-import uuid
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import __version__, formats, models
+from fp8ctl import __version__, formats, models, partial
 from fp8ctl.errors import (
     CheckpointError,
     ConflictError,
+    Fp8ctlError,
     NotPermittedError,
     PlanDoesNotFitError,
 )
-from fp8ctl.formats import Mode
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
+from fp8ctl.layout import PART, Layout, layouts
 from fp8ctl.manifest import RECORD
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
+from fp8ctl.pipeline import DTYPES, Bad, Pipeline, Shard, bytes_of, groups_of, writing
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from fp8ctl.layout import Part
     from fp8ctl.manifest import Plan, PlannedTensor
+    from fp8ctl.partial import Partial
 
 Progress = Callable[[int, int], None]
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+# Raised when the same plan and source would give other bytes: no partial counts then.
+_SCHEMA = 1
+
+# A result of up to this many bytes is read again in full, of a larger one as much.
+_VERIFIED = 8 << 30
 
 # Weights in another form, and what belongs to the folder and not to the model.
 _LEFT_BEHIND = (
@@ -68,6 +62,8 @@ _LEFT_BEHIND = (
     ".msgpack",
     ".onnx",
 )
+# How huggingface_hub names the files that its snapshots link to, where they are large.
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def quantize_tensor(
@@ -79,76 +75,100 @@ def quantize_tensor(
         PlanDoesNotFitError: the weight holds NaN or Inf; says where.
     """
     try:
-        if plan.mode is Mode.PER_TENSOR:
-            return kernels.quantize_per_tensor(weight)
-        if plan.mode is Mode.PER_CHANNEL:
-            return kernels.quantize_per_channel(weight)
-        assert plan.block is not None
-        return kernels.quantize_block(weight, (plan.block.n, plan.block.k))
+        return kernels.quantize(weight, groups_of(plan))
     except NonFiniteError as e:
-        raise PlanDoesNotFitError(
-            f"{name}: {e}; FP8 has no code for it",
-            hint="repair the checkpoint: one such value spoils its whole block",
-            data={"tensor": name, "index": list(e.index)},
-        ) from e
+        raise _no_code([Bad(name, e.index, e.value)]) from e
 
 
 def convert(
-    plan: Plan, out: Path, progress: Progress | None = None, extra: Mapping[str, Any] | None = None
+    plan: Plan,
+    out: Path,
+    progress: Progress | None = None,
+    extra: Mapping[str, Any] | None = None,
+    verify: str = "auto",
+    device: torch.device | None = None,
 ) -> dict[str, object]:
     """Write the FP8 checkpoint of `plan` to the folder `out`.
+
+    Where it is broken off after its first file, what is finished stays beside `out` and
+    the next call with the same plan and source goes on from there.
 
     Args:
         plan: must fit; its model is read.
         out: must not exist, or be an empty folder.
         progress: called with bytes of the source done and in all.
         extra: more fields for fp8ctl.json.
+        verify: how much of the result is read again and compared: `all`, `sample`, `off`
+            or `auto`, which is all of a small result and a sample of a large one.
+        device: that quantises; None takes a GPU if there is one.
 
     Returns:
-        `files` (name to bytes), `bytes_before`, `bytes_after`, `device`.
+        `files` (name to bytes), `bytes_before`, `bytes_after`, `device`, `verified` (bytes
+        that were read again), `resumed` (files that an earlier call had finished),
+        `peak_memory` of this process in bytes.
 
     Raises:
+        BusyError: another process writes `out`.
+        CheckpointError: the source cannot be read.
         ConflictError: `out` holds something, or the source is not what was planned.
+        DriftError: what was written reads differently.
         NotPermittedError: `out` cannot be written, or the disk is too small.
         PlanDoesNotFitError: a weight holds NaN or Inf.
     """
     source = models.read_checkpoint(plan.model)
     _require_planned(source, plan)
-    _require_free(out, plan)
-    # Beside the target, so that the rename at the end is one on its file system.
-    work = out.parent / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
-    try:
-        with _permission(out):
+    _require_free(out, source, plan)
+    device = device or _device()
+    tell = progress or (lambda done, total: None)
+    key = _key(source, plan)
+    with contextlib.ExitStack() as stack:
+        with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
-            work.mkdir()
-            files = _write_all(source, plan, work, progress or (lambda done, total: None))
-            _write_json(work / "config.json", _config(source, plan))
-            _copy_rest(source.folder, work)
-            record = {
-                "fp8ctl": __version__,
-                "recipe": formats.RECIPE,
-                "files": files,
-                "plan": plan.to_json(),
-                **(extra or {}),
-            }
-            _write_json(work / RECORD, record)
-            _sync_folder(work)
-            try:
-                # Replaces an empty folder, and nothing else.
-                work.rename(out)
-            except OSError as e:
+            work = stack.enter_context(partial.opened(out, key))
+        try:
+            files = layouts(source, plan)
+            shards = [
+                Shard(layout, source.folder / name, work.folder / name, work.finished.get(name))
+                for name, layout in files.items()
+            ]
+            resumed = [shard.layout.name for shard in shards if shard.made]
+            chosen = _chooser(verify, sum(layout.size for layout in files.values()))
+            line = Pipeline(plan, work, chosen, device)
+            line.run(shards, lambda done: tell(done, plan.bytes_before))
+            bad = [one for shard in shards for one in shard.bad]
+            if bad:
+                raise _no_code(bad)
+            if _key(source, plan) != key:
                 raise ConflictError(
-                    f"cannot put the checkpoint at {out}: {e.strerror}",
-                    hint="--out /another/folder",
-                ) from e
-            _sync_folder(out.parent)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+                    f"{source.folder} changed while it was read", hint="run it again"
+                )
+            sizes = {name: layout.size for name, layout in files.items()}
+            with writing(out):
+                _write_rest(source, plan, files, sizes, work.folder, extra or {})
+            _complete(work, out)
+        except (ConflictError, PlanDoesNotFitError):
+            work.discard()  # the same command would end in the same way
+            raise
+        except Fp8ctlError as e:
+            if not work.finished:
+                work.discard()
+                raise
+            kept = f"{len(work.finished)} of {len(source.files)} files are kept"
+            e.hint = f"{e.hint or 'free some space'}; {kept}, the same command goes on from there"
+            e.data |= {"partial": str(work.folder), "kept": sorted(work.finished)}
+            raise
+        except BaseException:
+            if not work.finished:
+                work.discard()
+            raise
     return {
-        "files": files,
+        "files": sizes,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
-        "device": _device().type,
+        "device": device.type,
+        "verified": line.verified,
+        "resumed": [name for name in resumed if name not in line.lost],
+        "peak_memory": _peak_memory(),
     }
 
 
@@ -203,128 +223,139 @@ def _read_all(
 
 
 def _read(file: Any, info: TensorInfo) -> torch.Tensor:
-    if info.dtype not in _DTYPES:
+    if info.dtype not in DTYPES:
         raise CheckpointError(f"{info.file}: {info.name} has dtype {info.dtype}, unknown here")
-    if info.nbytes == 0:
-        return torch.empty(info.shape, dtype=_DTYPES[info.dtype])
-    data = bytearray(info.nbytes)
+    data = torch.empty(info.nbytes, dtype=torch.uint8)
     file.seek(info.start)
-    if file.readinto(data) != info.nbytes:
+    if file.readinto(bytes_of(data)) != info.nbytes:
         raise CheckpointError(f"{info.file} ends inside {info.name}; it changed while it was read")
-    return torch.frombuffer(data, dtype=_DTYPES[info.dtype]).view(info.shape)
+    return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
-def _write_all(source: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> dict[str, int]:
-    """Write every weight file and the index; return their sizes."""
-    layouts = {name: _Layout(source, plan, name) for name in source.files}
-    done, total = 0, plan.bytes_before
-    name, target = "", -1
-    try:
-        for planned, info, tensor in _read_all(source, plan):
-            if info.file != name:
-                _close(target)
-                name, target = info.file, layouts[info.file].create(folder)
-            for written, value in _become(planned, tensor.to(_device()), plan):
-                _write(target, layouts[name].offsets[written], value.cpu())
-            done += info.nbytes
-            progress(done, total)
-    finally:
-        _close(target)
-    # A file of no tensors is never met above.
-    for name, layout in layouts.items():
-        if not (folder / name).exists():
-            _close(layout.create(folder))
+def _write_rest(
+    source: Checkpoint,
+    plan: Plan,
+    files: Mapping[str, Layout],
+    sizes: Mapping[str, int],
+    folder: Path,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write all that is no weight: index, configuration, what is carried over, the record."""
     if source.sharded:
-        weight_map = {n: f for f, layout in layouts.items() for n in layout.offsets}
+        weight_map = {name: file for file, layout in files.items() for name in layout.offsets}
         index = {
             "metadata": {"total_size": plan.bytes_after},
             "weight_map": dict(sorted(weight_map.items())),
         }
         _write_json(folder / INDEX, index)
-    return {name: layout.size for name, layout in layouts.items()}
+    config = {**source.config, "quantization_config": plan.quantization_config()}
+    _write_json(folder / "config.json", config)
+    for path in _carried(source):
+        target = folder / path.relative_to(source.folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    record = {
+        "fp8ctl": __version__,
+        "recipe": formats.RECIPE,
+        "files": dict(sizes),
+        "source": _identity(source),
+        "plan": plan.to_json(),
+        **extra,
+    }
+    _write_json(folder / RECORD, record)
 
 
-class _Layout:
-    """Where each tensor of one output file lies; known before any is computed.
+def _carried(source: Checkpoint) -> Iterator[Path]:
+    """Yield the files that go along as they are: tokenizer, templates, code, generation config."""
+    ours = {"config.json", INDEX, RECORD, *source.files}
+    for folder, folders, names in os.walk(source.folder, followlinks=False):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(folder) / name
+            inside = str(path.relative_to(source.folder))
+            skip = name.startswith(".") or name.endswith(_LEFT_BEHIND) or inside in ours
+            if not skip and path.is_file():
+                yield path
 
-    As safetensors' own writer: larger elements first, so that every tensor is
-    aligned to its element size; data begin at a multiple of 8 bytes.
 
-    Attributes:
-        offsets: tensor name to position in the file, in bytes.
-        size: of the whole file, in bytes.
-    """
+def _complete(work: Partial, out: Path) -> None:
+    try:
+        work.complete(out)
+    except OSError as e:
+        raise ConflictError(
+            f"cannot put the checkpoint at {out}: {e.strerror}", hint="--out /another/folder"
+        ) from e
 
-    def __init__(self, source: Checkpoint, plan: Plan, file: str) -> None:
-        entries: list[tuple[str, str, tuple[int, ...]]] = []
-        for tensor in plan.tensors:
-            if source.tensors[tensor.name].file != file:
-                continue
-            if tensor.quantize:
-                scales = formats.scale_name(tensor.name, plan.mode)
-                entries.append((tensor.name, formats.CODE_DTYPE, tensor.shape))
-                entries.append((scales, formats.SCALE_DTYPE, plan.scale_shape(tensor)))
+
+def _identity(source: Checkpoint) -> list[dict[str, object]]:
+    """Return what is cheaply known of the source's files: no weight is read for it."""
+    found: list[dict[str, object]] = []
+    for name in ("config.json", *source.files):
+        path = source.folder / name
+        facts = path.stat()
+        one = {"file": name, "bytes": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+        with path.open("rb") as file:
+            if name == "config.json":
+                head = file.read()
             else:
-                entries.append((tensor.name, tensor.dtype, tensor.shape))
-        entries.sort(key=lambda entry: (-models.DTYPE_BYTES[entry[1]], entry[0]))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        places, position = {}, 0
-        for name, dtype, shape in entries:
-            nbytes = models.DTYPE_BYTES[dtype]
-            for side in shape:
-                nbytes *= side
-            header[name] = {
-                "dtype": dtype,
-                "shape": list(shape),
-                "data_offsets": [position, position + nbytes],
-            }
-            places[name] = position
-            position += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self.name = file
-        self.head = struct.pack("<Q", len(text)) + text
-        self.offsets = {name: len(self.head) + place for name, place in places.items()}
-        self.size = len(self.head) + position
-
-    def create(self, folder: Path) -> int:
-        """Create the file with its header and full size; return its descriptor."""
-        descriptor = os.open(folder / self.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        os.truncate(descriptor, self.size)
-        _write_bytes(descriptor, 0, memoryview(self.head))
-        return descriptor
+                head = file.read(8)
+                head += file.read(int.from_bytes(head, "little"))
+        found.append({**one, "header_sha256": hashlib.sha256(head).hexdigest()})
+        if _SHA256.fullmatch(path.resolve().name):
+            found[-1]["sha256"] = path.resolve().name  # of the whole file, by the Hub
+    return found
 
 
-def _write(descriptor: int, offset: int, tensor: torch.Tensor) -> None:
-    if tensor.numel():
-        flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-        _write_bytes(descriptor, offset, flat.numpy().data)
+def _key(source: Checkpoint, plan: Plan) -> str:
+    """Return what the bytes of the result depend on, as 64 hexadecimal digits."""
+    identity = [_SCHEMA, __version__, PART, formats.RECIPE, plan.digest, _identity(source)]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _write_bytes(descriptor: int, offset: int, data: memoryview) -> None:
-    # One call of pwrite takes at most 2 GiB.
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        offset, data = offset + count, data[count:]
+def _chooser(verify: str, size: int) -> Callable[[Part], bool]:
+    """Return the function that says whether a part of the result is read again."""
+    if verify == "off":
+        return lambda part: False
+    every = max(1, -(-size // _VERIFIED))
+    if verify == "sample":
+        every = max(every, 8)
+    if verify == "all" or every == 1:
+        return lambda part: True
+
+    def wanted(part: Part) -> bool:
+        text = f"{part.tensor.name} {part.place}".encode()
+        return int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % every == 0
+
+    return wanted
 
 
-def _close(descriptor: int) -> None:
-    if descriptor >= 0:
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _no_code(bad: list[Bad]) -> PlanDoesNotFitError:
+    """Return the error about weights that hold NaN or Inf: it names every one of them."""
+    first: dict[str, Bad] = {}
+    for one in sorted(bad, key=lambda one: (one.tensor, one.index)):
+        first.setdefault(one.tensor, one)
+    names = sorted(first)
+    one = first[names[0]]
+    others = f"; {len(names) - 1} more weights hold such, next {names[1]}" if names[1:] else ""
+    return PlanDoesNotFitError(
+        f"{one.tensor}: non-finite value {one.value} at index {list(one.index)};"
+        f" FP8 has no code for it{others}",
+        hint="repair the checkpoint: one such value spoils its whole block",
+        data={
+            "tensor": one.tensor,
+            "index": list(one.index),
+            "tensors": {name: list(first[name].index) for name in names},
+        },
+    )
 
 
-def _config(source: Checkpoint, plan: Plan) -> dict[str, Any]:
-    return {**source.config, "quantization_config": plan.quantization_config()}
-
-
-def _copy_rest(source: Path, target: Path) -> None:
-    """Copy what is no weight: tokenizer, templates, generation config."""
-    for path in sorted(source.iterdir()):
-        skip = path.name.startswith(".") or path.name.endswith(_LEFT_BEHIND)
-        if skip or not path.is_file() or (target / path.name).exists() or path.name == RECORD:
-            continue
-        shutil.copyfile(path, target / path.name)
+def _peak_memory() -> int:
+    """Return the largest resident size of this process so far, 0 where it is not told."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _require_planned(source: Checkpoint, plan: Plan) -> None:
@@ -341,27 +372,19 @@ def _require_planned(source: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _require_free(out: Path, plan: Plan) -> None:
+def _require_free(out: Path, source: Checkpoint, plan: Plan) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConflictError(f"{out} exists and is not empty", hint="--out /another/folder")
     near = next(parent for parent in (out, *out.parents) if parent.exists())
-    free = shutil.disk_usage(near).free
-    if free < plan.bytes_after:
+    # What an earlier command left is kept, or makes room.
+    free = shutil.disk_usage(near).free + partial.used(out)
+    needed = plan.bytes_after + sum(path.stat().st_size for path in _carried(source))
+    if free < needed:
         raise NotPermittedError(
-            f"{near} has {free} bytes free, the checkpoint needs {plan.bytes_after}",
+            f"{near} has {free} bytes free, the checkpoint needs {needed}",
             hint="--out /a/folder/on/a/larger/disk",
-            data={"free": free, "needed": plan.bytes_after},
+            data={"free": free, "needed": needed},
         )
-
-
-@contextlib.contextmanager
-def _permission(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise NotPermittedError(
-            f"cannot write {out}: {e.strerror or e}", hint="--out /a/folder/you/own"
-        ) from e
 
 
 def _device() -> torch.device:
@@ -369,16 +392,8 @@ def _device() -> torch.device:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(document, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -373,6 +373,9 @@ def quantize(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    verify: Annotated[
+        str, typer.Option("--verify", help="Read the result again: auto, all, sample or off.")
+    ] = "auto",
     python: Python = None,
     json_: Json = False,
 ) -> None:
@@ -395,6 +398,7 @@ def quantize(
             keep=keep or (),
             quantize=quantize_ or (),
             gpu=gpu,
+            verify=verify,
         ),
     )
 

@@ -9,6 +9,7 @@ that fetches what is not there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -55,7 +56,7 @@ class TensorInfo:
     """One tensor of a checkpoint: its name, dtype (safetensors' spelling), shape and place.
 
     Attributes:
-        file: name of the file in the model's folder.
+        file: path of the file in the model's folder.
         start: first byte of the tensor in that file.
         nbytes: bytes of the tensor.
     """
@@ -171,7 +172,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     files = _weight_files(folder)
     tensors: dict[str, TensorInfo] = {}
     for name in files:
-        for tensor in read_header(folder / name):
+        for found in read_header(folder / name):
+            tensor = found if found.file == name else dataclasses.replace(found, file=name)
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"{folder}: tensor {tensor.name} is in both {tensors[tensor.name].file}"
@@ -275,8 +277,9 @@ def _weight_files(folder: Path) -> tuple[str, ...]:
             raise CheckpointError(f"{index} has no weight_map", hint="fetch the model again")
         names = sorted({str(name) for name in mapping.values()})
         for name in names:
-            # A name from a file of somebody else's: it must stay in the folder.
-            if name != Path(name).name:
+            # A name from a file of somebody else's: it must stay in the folder, or below.
+            inside = Path(name)
+            if inside.is_absolute() or str(inside) != name or ".." in inside.parts:
                 raise CheckpointError(f"{index} names {name!r}, not a file of its folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

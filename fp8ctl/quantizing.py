@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl import formats, paths
+from fp8ctl import formats, partial, paths
 from fp8ctl.errors import ConflictError, NotPermittedError, UsageError
 from fp8ctl.formats import BlockSize, Mode, parse_mode
 from fp8ctl.interpreter import resolve_model, run_worker, torch_python
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 # Raised when the bytes that a plan leads to change: then no cached one counts.
 _CACHE_SCHEMA = 1
+
+# How much of the result is read again; `checkpoint.convert` says more.
+VERIFY = ("auto", "all", "sample", "off")
 
 
 def run(
@@ -48,6 +51,7 @@ def run(
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
     gpu: str | None = None,
+    verify: str = "auto",
 ) -> dict[str, object]:
     """Convert a checkpoint to FP8 at `out`; return what was written and how fast.
 
@@ -58,6 +62,10 @@ def run(
     from fp8ctl.environment import parse_backend
     from fp8ctl.render import human_bytes
 
+    if verify not in VERIFY:
+        raise UsageError(
+            f"--verify {verify!r}; expected one of {', '.join(VERIFY)}", hint="--verify auto"
+        )
     out = out.expanduser().absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConflictError(f"{out} exists and is not empty", hint="--out /another/folder")
@@ -94,11 +102,21 @@ def run(
         report.warn(note)
     planning.require_fit(plan)
     started = time.monotonic()
-    result = _quantize(report, plan, out, torch_python(python), {})
+    if partial.left(out) is not None:
+        report.say("an earlier command was broken off: what it finished is kept, if it fits")
+    try:
+        result = _quantize(report, plan, out, torch_python(python), {}, verify)
+    except KeyboardInterrupt:
+        kept = partial.left(out)
+        if kept is not None:
+            report.say(f"the same command goes on from {kept}, or remove it")
+        raise
     seconds = time.monotonic() - started
+    again = f", {human_bytes(result['verified'])} of it read again" if result["verified"] else ""
     report.data(
-        f"{out}: {human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)},"
-        f" {human_bytes(plan.bytes_before / seconds)}/s on {result['device']}"
+        f"{out}: {human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}{again},"
+        f" {human_bytes(plan.bytes_before / seconds)}/s on {result['device']},"
+        f" {human_bytes(result['peak_memory'])} of memory at most"
     )
     return {
         "out": str(out),
@@ -129,7 +147,7 @@ def quantize_cached(report: Reporter, plan: Plan, python: Path | None = None) ->
 
     The key is what the bytes depend on: the source's files (names, sizes and
     times), the plan and the recipe. Two processes that want the same one wait
-    for each other; what a killed one left is removed.
+    for each other; what a killed one left is gone on with.
 
     Raises:
         Fp8ctlError: what converting raises.
@@ -141,8 +159,7 @@ def quantize_cached(report: Reporter, plan: Plan, python: Path | None = None) ->
     with _locked(folder.parent, key):
         if _complete(folder, key):
             return folder
-        for stale in (folder, *folder.parent.glob(f".{key}.*.partial")):
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         _quantize(report, plan, folder, torch_python(python), {"cache_key": key})
     return folder
 
@@ -159,9 +176,14 @@ def cache_key(plan: Plan) -> str:
 
 
 def _quantize(
-    report: Reporter, plan: Plan, out: Path, python: Path, extra: dict[str, Any]
+    report: Reporter,
+    plan: Plan,
+    out: Path,
+    python: Path,
+    extra: dict[str, Any],
+    verify: str = "auto",
 ) -> dict[str, Any]:
-    arguments = {"plan": plan.to_json(), "out": str(out), "extra": extra}
+    arguments = {"plan": plan.to_json(), "out": str(out), "extra": extra, "verify": verify}
     return run_worker(python, "quantize", arguments, report, f"quantise {plan.model.name}")
 
 

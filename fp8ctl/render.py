@@ -151,7 +151,8 @@ class Reporter:
     def progress(self, title: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
         """Yield a function that takes the amount done so far (absolute).
 
-        A bar on a terminal; in a pipe one plain line at each tenth.
+        A bar on a terminal, with rate and time left where the amounts are bytes; in a pipe
+        one plain line at each tenth.
 
         Args:
             title: what is done.
@@ -160,10 +161,19 @@ class Reporter:
         """
         if self._err.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                TaskProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             console = Console(file=self._err, no_color=not self._colour(self._err))
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+            columns = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
+            if unit == "B":
+                columns += [TransferSpeedColumn(), TimeRemainingColumn()]
             with Progress(*columns, console=console, transient=True) as bar:
                 task = bar.add_task(_fit(self._err, title), total=total)
                 yield lambda done: bar.update(task, completed=done)

@@ -29,7 +29,7 @@ Task = Callable[[dict[str, Any], Progress], dict[str, Any]]
 
 
 def quantize(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Write the checkpoint of `plan` (a manifest) to `out`; `extra` goes into fp8ctl.json."""
+    """Write the checkpoint of `plan` (a manifest) to `out`; see `checkpoint.convert`."""
     from fp8ctl import checkpoint
     from fp8ctl.manifest import Plan
 
@@ -38,6 +38,7 @@ def quantize(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         Path(arguments["out"]),
         progress,
         arguments.get("extra"),
+        arguments.get("verify", "auto"),
     )
 
 

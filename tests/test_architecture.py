@@ -51,8 +51,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("checkpoint", "fitting", "fusing", "gguf", "hfconfig", "manifest", "selection", "sizing"),
-        *("snippets", "stream", "survey"),
+        *("checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig", "layout", "manifest"),
+        *("partial", "pipeline", "selection", "sizing", "snippets", "stream", "survey"),
     ),
     ("families", "formats", "kernels", "models", "policy"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
@@ -60,9 +60,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
-    *("engines.hooks", "kernels", "worker", "checkpoint", "gguf", "manifest", "stream"),
-    *("policy", "families", "formats", "models", "errors"),
+    *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
+    *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
 )
+WITH_TORCH = ("checkpoint", "checksum", "pipeline")
+# What the worker's tasks are made of.
+WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
 HEAVY = {"torch", "triton", "transformers", "vllm", "sglang", "safetensors", "numpy"}
 LATE = {"rich", "httpx", "psutil", "packaging", "pynvml"}
@@ -311,16 +314,16 @@ def command_modules() -> list[str]:
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
-    workers = {"checkpoint", "gguf", "stream", "worker"}
+    workers = {"stream", "worker", *WORKERS}
     for name in command_modules():
         kinds: tuple[Kind, ...] = ("run",) if name in workers else ("run", "late")
         heavy = {one.module.split(".")[0] for one in of(name, *kinds)} & HEAVY
-        early = {"torch", "numpy"} if name in {"checkpoint", "stream"} else set()
+        early = {"torch"} if name in {"stream", *WITH_TORCH} else set()
         assert heavy <= early, name
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
-    theirs = ("checkpoint", "gguf", "stream", "worker", "kernels")
+    theirs = ("stream", "worker", "kernels", *WORKERS)
     for name in MODULES:
         if belongs(name, (*theirs, "engines.hooks")):
             continue

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -18,8 +20,10 @@ from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels import groups, reference
 from fp8ctl.kernels.digest import digest
-from fp8ctl.manifest import Plan
+from fp8ctl.layout import Part
+from fp8ctl.manifest import Plan, PlannedTensor
 from fp8ctl.planning import make_plan
+from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,6 +142,46 @@ def test_the_index_places_scales_beside_weights_and_counts_bytes(tmp_path: Path)
         assert index["weight_map"][tensor.name] == index["weight_map"][f"{tensor.name}_scale_inv"]
 
 
+def test_folders_below_go_along_with_weights_and_without(tmp_path: Path) -> None:
+    source = save(tmp_path / "nested", weights(), 2)
+    (source / "weights").mkdir()
+    index = json.loads((source / models.INDEX).read_text())
+    for file in set(index["weight_map"].values()):
+        (source / file).rename(source / "weights" / file)
+    index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+    (source / models.INDEX).write_text(json.dumps(index))
+    (source / "assets" / "deep").mkdir(parents=True)
+    (source / "assets" / "deep" / "vocab.txt").write_text("a")
+    (source / "original").mkdir()
+    (source / "original" / "consolidated.00.pth").write_bytes(b"left behind")
+    checkpoint.convert(planned(source), tmp_path / "out")
+    found = models.read_checkpoint(tmp_path / "out")
+    assert {info.file for info in found.tensors.values()} == set(index["weight_map"].values())
+    for name, tensor in wanted(weights(), Mode.BLOCK).items():
+        with safe_open(tmp_path / "out" / found.tensors[name].file, "pt") as opened:
+            assert same(opened.get_tensor(name), tensor), name
+    assert (tmp_path / "out" / "assets" / "deep" / "vocab.txt").read_text() == "a"
+    assert not (tmp_path / "out" / "original").exists()
+
+
+def test_the_record_tells_sources_apart(tmp_path: Path) -> None:
+    # The Hub's cache: a link to a file that is named by the SHA-256 of its content.
+    source = save(tmp_path / "source", weights())
+    blob = tmp_path / ("5" * 64)
+    (source / "model.safetensors").rename(blob)
+    (source / "model.safetensors").symlink_to(blob)
+    checkpoint.convert(planned(source), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "fp8ctl.json").read_text())
+    config, weight = record["source"]
+    text = (source / "config.json").read_bytes()
+    assert config["header_sha256"] == hashlib.sha256(text).hexdigest()
+    assert weight["sha256"] == blob.name
+    assert weight["bytes"] == blob.stat().st_size
+    data = blob.read_bytes()
+    head = data[: 8 + int.from_bytes(data[:8], "little")]
+    assert weight["header_sha256"] == hashlib.sha256(head).hexdigest()
+
+
 def test_tensors_are_aligned_to_their_elements(source: Path, tmp_path: Path) -> None:
     checkpoint.convert(planned(source), tmp_path / "out")
     for info in models.read_checkpoint(tmp_path / "out").tensors.values():
@@ -228,6 +272,64 @@ def test_a_source_that_is_not_the_planned_one_is_refused(source: Path, tmp_path:
         checkpoint.convert(plan, tmp_path / "out")
     with pytest.raises(ConflictError):
         checkpoint.expected_digests(source, plan)
+
+
+def test_a_large_result_is_read_again_in_samples_that_do_not_change() -> None:
+    tensor = PlannedTensor("a.weight", "BF16", (1, 1), quantize=True, reason=Reason.LINEAR)
+    parts = [Part(tensor, 0, (1, 1), 0, 2, place, 1) for place in range(4000)]
+
+    def chosen(verify: str, size: int) -> list[int]:
+        wanted = checkpoint._chooser(verify, size)
+        return [part.place for part in parts if wanted(part)]
+
+    assert len(chosen("auto", 8 << 30)) == len(chosen("all", 1 << 50)) == 4000
+    assert chosen("off", 1) == []
+    assert 800 < len(chosen("auto", 40 << 30)) < 1200  # 8 GiB of 40
+    assert 300 < len(chosen("sample", 1)) < 700
+    assert chosen("auto", 40 << 30) == chosen("auto", 40 << 30)
+
+
+_PEAK = """
+import json, sys
+from pathlib import Path
+from fp8ctl import checkpoint
+from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.planning import make_plan
+from fp8ctl.policy import Reason
+plan = make_plan(Path(sys.argv[1]), None, Mode.BLOCK, 1, BlockSize(128, 128))
+before = checkpoint._peak_memory()
+made = checkpoint.convert(plan, Path(sys.argv[2]))
+print(json.dumps({**made, "grown": made["peak_memory"] - before}))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    # Zeros that take no room on the disk: 32 layers of 32 MB in one file.
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "llama"}')
+    side, header = 4096, {}
+    for i in range(32):
+        ends = [2 * side * side * i, 2 * side * side * (i + 1)]
+        entry = {"dtype": "BF16", "shape": [side, side], "data_offsets": ends}
+        header[f"model.layers.{i}.mlp.down_proj.weight"] = entry
+    text = json.dumps(header).encode()
+    with (source / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 64 * side * side)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(source), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    # 7 MB for each of at most 18 threads here, and what the kernels load.
+    assert made["grown"] < 200 << 20
+    shutil.rmtree(tmp_path / "out")
 
 
 _BLOCKED = """

@@ -93,10 +93,24 @@ def test_an_index_that_lies_is_refused(folder: Path) -> None:
         models.read_checkpoint(folder)
 
 
-def test_an_index_cannot_point_out_of_the_folder(folder: Path) -> None:
-    (folder / models.INDEX).write_text('{"weight_map": {"a": "../model.safetensors"}}')
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "a/../../model.safetensors", "/model.safetensors", "./m", ""]
+)
+def test_an_index_cannot_point_out_of_the_folder(folder: Path, name: str) -> None:
+    (folder / models.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CheckpointError, match="not a file of its folder"):
         models.read_checkpoint(folder)
+
+
+def test_weights_may_lie_in_a_folder_below(folder: Path) -> None:
+    before = models.read_checkpoint(folder).tensors
+    (folder / "weights").mkdir()
+    (folder / "model.safetensors").rename(folder / "weights" / "model.safetensors")
+    mapping = dict.fromkeys(before, "weights/model.safetensors")
+    (folder / models.INDEX).write_text(json.dumps({"weight_map": mapping}))
+    found = models.read_checkpoint(folder)
+    assert {info.file for info in found.tensors.values()} == {"weights/model.safetensors"}
+    assert found.tensors.keys() == before.keys()
 
 
 def test_a_tensor_in_two_files_without_an_index_is_refused(folder: Path) -> None:

@@ -13,8 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8ctl import interpreter, paths, quantizing
-from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError, UsageError
+from fp8ctl import interpreter, partial, paths, quantizing
+from fp8ctl.errors import (
+    BusyError,
+    ConflictError,
+    NotPermittedError,
+    PlanDoesNotFitError,
+    UsageError,
+)
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels.quantize import quantize_block
 from fp8ctl.manifest import Plan, dumps
@@ -73,6 +79,28 @@ def test_the_command_writes_the_kernel_s_codes(
     assert torch.equal(found[NAME].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(found[NAME + "_scale_inv"], scales)
     assert "torch.float8_e4m3fn" in str(found[NAME].dtype)
+    assert data["verified"] == data["bytes_after"], "a small result is read again in full"
+    assert data["resumed"] == []
+    assert isinstance(data["peak_memory"], int)
+    assert data["peak_memory"] > 1 << 20
+
+
+def test_a_second_command_for_the_same_folder_is_told_to_wait(
+    source: Path, tmp_path: Path, report: Reporter
+) -> None:
+    out = tmp_path / "out"
+    with partial.opened(out, "somebody else's"), pytest.raises(BusyError, match=str(out)):
+        quantizing.run(
+            report,
+            model=str(source),
+            out=out,
+            mode="block",
+            block_size=None,
+            backend=None,
+            tp=1,
+            python=None,
+        )
+    assert not out.exists()
 
 
 def test_a_plan_that_was_written_is_followed(
@@ -103,7 +131,7 @@ def test_what_cannot_be_done_is_refused_before_a_worker_starts(
 ) -> None:
     forbid(monkeypatch)
 
-    def run(out: Path, block_size: str | None) -> None:
+    def run(out: Path, block_size: str | None, verify: str = "auto") -> None:
         quantizing.run(
             report,
             model=str(source),
@@ -113,12 +141,15 @@ def test_what_cannot_be_done_is_refused_before_a_worker_starts(
             backend="sglang",
             tp=1,
             python=None,
+            verify=verify,
         )
 
     with pytest.raises(ConflictError, match="not empty"):
         run(source, None)
     with pytest.raises(PlanDoesNotFitError):
         run(tmp_path / "out", "128,128")
+    with pytest.raises(UsageError, match="--verify 'some'"):
+        run(tmp_path / "out", None, "some")
     assert not (tmp_path / "out").exists()
 
 
@@ -141,7 +172,7 @@ def test_the_cache_is_made_once_and_again_when_the_source_changes(
     source: Path, report: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(source, "sglang", Mode.BLOCK)
-    stale = paths.cache_dir() / "quantized" / f".{quantizing.cache_key(plan)}.dead.partial"
+    stale = paths.cache_dir() / "quantized" / f".{quantizing.cache_key(plan)}.fp8ctl-partial"
     stale.mkdir(parents=True)
     folder = quantizing.quantize_cached(report, plan)
     assert not stale.exists()

@@ -96,8 +96,9 @@ def cli(engine_python: Path) -> Iterator[Cli]:
 
 
 @pytest.fixture(scope="session")
-def demo_model(cli: Cli) -> Path:
-    """Return SmolLM2-135M-Instruct in BF16, fetched as the demo does."""
+def demo_model(engine_python: Path) -> Path:
+    """Return SmolLM2-135M-Instruct in BF16, fetched as the demo does; nothing is patched."""
+    cli = Cli(engine_python)
     code = (
         "import sys; from pathlib import Path; from fp8ctl.demo import ensure_model;"
         "from fp8ctl.render import Reporter;"

@@ -1,0 +1,1 @@
+"""How fast a checkpoint is converted, beside `cp` and another converter."""
