@@ -41,10 +41,24 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Module, and the tests that are to find its mutants: the quick ones first.
 TARGETS: dict[str, tuple[str, str]] = {
-    "diff": ("fp8ctl/patching/diff.py", "tests/patching/test_diff.py"),
+    "names": ("fp8ctl/patching/names.py", "tests/patching/test_names.py"),
+    "parser": (
+        "fp8ctl/patching/parser.py",
+        "tests/patching/test_parser.py tests/patching/test_diff.py tests/patching/test_hostile.py "
+        "-k 'not costly and not wheels'",
+    ),
+    "catalog": (
+        "fp8ctl/patching/catalog.py",
+        "tests/patching/test_catalog.py tests/patching/test_series.py -m 'not wheels and not long'",
+    ),
+    "diff": (
+        "fp8ctl/patching/diff.py",
+        "tests/patching/test_diff.py tests/patching/test_parser.py",
+    ),
     "plan": (
         "fp8ctl/patching/plan.py",
-        "tests/patching/test_plan.py tests/patching/test_commands.py -m 'not wheels and not long'",
+        "tests/patching/test_plan.py tests/patching/test_series.py tests/patching/test_status.py "
+        "tests/patching/test_commands.py -m 'not wheels and not long'",
     ),
     "store": (
         "fp8ctl/patching/store.py",
