@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ctl import formats, models, policy
 from fp8ctl.errors import NotFoundError, UsageError
@@ -28,9 +28,10 @@ RECORD = "fp8ctl.json"  # in a checkpoint that fp8ctl wrote: its plan and recipe
 _AGAIN = "fp8ctl plan --model MODEL --backend BACKEND --out plan.json"
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedTensor:
+class PlannedTensor(NamedTuple):
     """One tensor of the source checkpoint and what becomes of it.
+
+    A tuple for the same reason as `models.TensorInfo`.
 
     Attributes:
         rule: the user's rule, where the reason is one.

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import re
 import shlex
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -338,19 +339,24 @@ def show(report: Reporter, plan: Plan) -> None:
     """Print a plan: one row for all tensors that differ only in layer and expert."""
     from fp8ctl.render import human_bytes
 
-    groups: dict[tuple[str, tuple[int, ...], bool, str], list[PlannedTensor]] = {}
+    # Reasons by identity: Python hashes an enum slowly, and a model may have 70 000 tensors.
+    groups: dict[tuple[str, tuple[int, ...], bool, int, str], list[PlannedTensor]] = {}
     numbered = Numbered()
     for tensor in plan.tensors:
-        key = (numbered.read(tensor.name)[0], tensor.shape, tensor.quantize, tensor.why)
+        _, pattern = numbered.read(tensor.name)
+        key = (pattern, tensor.shape, tensor.quantize, id(tensor.reason), tensor.rule)
         groups.setdefault(key, []).append(tensor)
     rows = []
     before = after = count = 0
-    for (name, shape, quantize, why), members in groups.items():
+    for (name, shape, quantize, _, _), members in groups.items():
         grid = "x".join(map(str, plan.scale_shape(members[0]))) if quantize else ""
         # All of one shape; a dtype may differ.
-        sizes = {t.dtype: (t.bytes_before, plan.bytes_of(t)) for t in members}
-        mine = [sizes[t.dtype] for t in members]
-        own = (sum(size[0] for size in mine), sum(size[1] for size in mine))
+        dtypes = Counter(tensor.dtype for tensor in members)
+        one = {tensor.dtype: tensor for tensor in members}
+        own = (
+            sum(number * one[dtype].bytes_before for dtype, number in dtypes.items()),
+            sum(number * plan.bytes_of(one[dtype]) for dtype, number in dtypes.items()),
+        )
         before, after = before + own[0], after + own[1]
         count += len(members) if quantize else 0
         rows.append(
@@ -362,7 +368,7 @@ def show(report: Reporter, plan: Plan) -> None:
                 grid,
                 human_bytes(own[0]),
                 human_bytes(own[1]),
-                why,
+                members[0].why,
             )
         )
     report.table(("tensor", "count", "shape", "as", "scales", "before", "after", "why"), rows)

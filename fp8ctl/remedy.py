@@ -73,8 +73,8 @@ def _ignoring(plan: Plan, seen: Survey, target: Target) -> tuple[str | None, str
         for shape in seen.shapes
         if fitting.broken(shape, seen.heads, target.mode, target.block, target.tp, target.backend)
     }
-    mine = [linear for linear in seen.quantized if (linear.role, linear.shape) in bad]
-    if not mine or any(linear.role.expert for linear in mine):
+    mine = [linear for linear in seen.dense if (linear.role, linear.shape) in bad]
+    if not mine or any(role.expert for role, _ in bad):
         return None, None
     # What is built as one stays as one.
     beside: dict[str, list[Linear]] = {}
@@ -92,8 +92,9 @@ def _ignoring(plan: Plan, seen: Survey, target: Target) -> tuple[str | None, str
     if kept.problems(target):
         return None, None
     text = " ".join(f"--keep {shlex.quote(rule)}" for rule in words)
-    sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in seen.quantized}
-    few = sum(sizes[name] for name in names) <= _FEW * sum(sizes.values())
+    sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in seen.dense}
+    total = sum(shape.count * shape.shape[0] * shape.shape[1] for shape in seen.shapes)
+    few = sum(sizes[name] for name in names) <= _FEW * total
     return (text if few else None), text
 
 
@@ -146,6 +147,10 @@ def _shortened(rules: Sequence[str], names: set[str], seen: Survey) -> Iterator[
     for rule in rules:
         inside.setdefault(rule.rpartition(".")[0], []).append(rule)
     for module, own in inside.items():
-        linears = [one.name for one in seen.quantized if one.name.startswith(module + ".")]
+        linears = [
+            name
+            for name, decision in seen.decisions.items()
+            if decision.quantize and name.startswith(module + ".")
+        ]
         whole = len(own) > 1 and "*" not in module and set(linears) <= names
         yield from (module,) if whole else own

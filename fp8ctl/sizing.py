@@ -6,7 +6,6 @@ in parts of whole 64 rows; all else is whole on every GPU. Pure. Called by `plan
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,10 +49,10 @@ class Sizer:
         source = text if isinstance(text, Mapping) else config
         layers = source.get("num_hidden_layers")
         ahead = source.get("num_nextn_predict_layers")
-        numbers = ["x"]  # matches no number
+        self._ahead: tuple[str, ...] = ()
         if isinstance(layers, int):
-            numbers = [str(layers + i) for i in range(ahead if isinstance(ahead, int) else 1)]
-        self._ahead = re.compile(rf"^mtp\.|\.layers\.(?:{'|'.join(numbers)})\.")
+            count = ahead if isinstance(ahead, int) else 1
+            self._ahead = tuple(f".layers.{layers + i}." for i in range(count))
         self.heads = Heads.of(config)
         self.mode, self.block, self.tp = mode, block, tp
         self._known: dict[object, tuple[int, int, int, Decision]] = {}
@@ -61,19 +60,25 @@ class Sizer:
     def memory(self, decided: Iterable[tuple[TensorInfo, Decision]]) -> Memory:
         """Return the bytes of one GPU."""
         before = after = cache = 0
-        layers = self._ahead
         for info, decision in decided:
             # By identity: decisions are shared, and Python hashes a dataclass slowly.
             key = (id(decision), info.shape, info.dtype)
             sizes = self._known.get(key)
             if sizes is None:
                 sizes = self._known[key] = (*self._sizes(info, decision), decision)
-            if layers.search(info.name) and decision.reason is not Reason.VISION:
-                continue  # engines load no layers for multi-token prediction
+            if self._is_ahead(info.name) and decision.reason is not Reason.VISION:
+                continue
             before += sizes[0]
             after += sizes[1]
             cache += sizes[2]
         return Memory(before, after, cache)
+
+    def _is_ahead(self, name: str) -> bool:
+        """Say whether a tensor is of a layer for multi-token prediction: engines load none."""
+        for layer in self._ahead:
+            if layer in name:
+                return True
+        return name.startswith("mtp.")
 
     def _sizes(self, info: TensorInfo, decision: Decision) -> tuple[int, int, int]:
         name, shape, dtype, role = info.name, info.shape, info.dtype, decision.role

@@ -36,17 +36,17 @@ class Numbered:
         self._stems: dict[str, tuple[str, str]] = {}
 
     def read(self, name: str) -> tuple[str, str]:
-        """Return the name with `*` for numbers, and one that sorts layer 10 behind layer 9."""
+        """Return a name that sorts layer 10 behind layer 9, and the name with `*` for numbers."""
         stem, _, leaf = name.rpartition(".")
         stem, _, module = stem.rpartition(".")
         known = self._stems.get(stem)
         if known is None:
             known = self._stems[stem] = (
-                NUMBER.sub("*", stem + ".")[:-1],
                 NUMBER.sub(lambda number: number[0].zfill(8), stem + ".")[:-1],
+                NUMBER.sub("*", stem + ".")[:-1],
             )
         if module.isdigit():
-            return f"{known[0]}.*.{leaf}", f"{known[1]}.{module.zfill(8)}.{leaf}"
+            return f"{known[0]}.{module.zfill(8)}.{leaf}", f"{known[1]}.*.{leaf}"
         rest = f".{module}.{leaf}"
         return known[0] + rest, known[1] + rest
 
@@ -73,22 +73,20 @@ class Survey:
 
     Attributes:
         decisions: of every tensor by name, layer 10 behind layer 9.
-        quantized: every Linear that becomes FP8.
+        shapes: one Linear for all of the same role and shape, of those that become FP8.
+        dense: every Linear that becomes FP8 and is no expert.
         kept: every Linear of a decoder layer that a rule keeps.
         stacked: names of tensors that hold many experts each.
-        shapes: one Linear for all of the same role and shape, of those that become FP8.
-        dense: those that become FP8 and are no experts.
     """
 
     checkpoint: Checkpoint
     family: Family
     heads: Heads
     decisions: dict[str, Decision]
-    quantized: tuple[Linear, ...]
-    kept: tuple[Linear, ...]
-    stacked: tuple[str, ...]
     shapes: tuple[Linear, ...]
     dense: tuple[Linear, ...]
+    kept: tuple[Linear, ...]
+    stacked: tuple[str, ...]
 
     def problems(self, target: Target) -> tuple[Problem, ...]:
         """Return every rule of the engines that these decisions break for a target."""
@@ -97,7 +95,7 @@ class Survey:
         return (
             *fitting.problems(self.shapes, self.heads, t.mode, t.block, t.tp, t.backend),
             *fitting.kernel_problems(self.shapes, modules, t.block, t.backend, t.gpu),
-            *fusing.problems(self.quantized, self.kept, self.stacked, self.family, t.backend),
+            *fusing.problems(self.dense, self.kept, self.stacked, self.family, t.backend),
         )
 
 
@@ -111,8 +109,8 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
     _require_16_bit(checkpoint)
     family = policy.family_of(checkpoint.config)
     decisions = _decide(checkpoint, family, selection.parse(keep, quantize))
-    quantized, kept, stacked = _linears(checkpoint, decisions)
-    if not quantized:
+    shapes, dense, kept, stacked = _linears(checkpoint, decisions)
+    if not shapes:
         raise UnsupportedError(
             f"{checkpoint.folder}: no Linear of a decoder layer to quantise"
             f" (model_type {checkpoint.config.get('model_type', 'unknown')})",
@@ -123,11 +121,10 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
         family=family,
         heads=Heads.of(checkpoint.config),
         decisions=decisions,
-        quantized=tuple(quantized),
+        shapes=shapes,
+        dense=tuple(dense),
         kept=tuple(kept),
         stacked=tuple(stacked),
-        shapes=_by_shape(quantized),
-        dense=tuple(linear for linear in quantized if not linear.role.expert),
     )
 
 
@@ -138,7 +135,7 @@ def _decide(
     # Of names that differ in their numbers only, one is decided: a large MoE has 70 000
     # tensors and some 40 such patterns.
     numbered = Numbered()
-    order = sorted((numbered.read(name)[::-1], name) for name in checkpoint.tensors)
+    order = sorted((numbered.read(name), name) for name in checkpoint.tensors)
     known: dict[tuple[str, int, str], Decision] = {}
     decisions = {}
     for (_, pattern), name in order:
@@ -153,36 +150,40 @@ def _decide(
 
 def _linears(
     checkpoint: Checkpoint, decisions: dict[str, Decision]
-) -> tuple[list[Linear], list[Linear], list[str]]:
-    """Return the Linears that become FP8, those that stay, and tensors of many experts."""
-    quantized: list[Linear] = []
+) -> tuple[tuple[Linear, ...], list[Linear], list[Linear], list[str]]:
+    """Return shapes, dense Linears, Linears that stay, and tensors of many experts."""
+    # By identity: Python hashes a dataclass slowly, and a family shares its roles. No Linear
+    # is made for each expert.
+    counts: dict[tuple[int, tuple[int, ...]], int] = {}
+    first: dict[tuple[int, tuple[int, ...]], Linear] = {}
+    dense: list[Linear] = []
     kept: list[Linear] = []
     stacked: list[str] = []
     for name, decision in decisions.items():
-        if decision.reason is Reason.STACKED:
-            stacked.append(name)
-        if decision.role is not None:
-            n, k = checkpoint.tensors[name].shape
-            linear = Linear(name, 1, (n, k), decision.role)
-            (quantized if decision.quantize else kept).append(linear)
-    return quantized, kept, stacked
-
-
-def _by_shape(linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """Return one Linear for all of the same role and shape."""
-    # By identity first: Python hashes a dataclass slowly, and a family shares its roles.
-    counts: dict[tuple[int, tuple[int, int]], int] = {}
-    first: dict[tuple[int, tuple[int, int]], Linear] = {}
-    for linear in linears:
-        key = (id(linear.role), linear.shape)
-        counts[key] = counts.get(key, 0) + 1
-        if key not in first:
-            first[key] = linear
+        role = decision.role
+        if role is None:
+            if decision.reason is Reason.STACKED:
+                stacked.append(name)
+            continue
+        shape = checkpoint.tensors[name].shape
+        key = (id(role), shape)
+        if decision.quantize:
+            counts[key] = counts.get(key, 0) + 1
+            if role.expert and key in first:
+                continue
+        linear = Linear(name, 1, (shape[0], shape[1]), role)
+        if not decision.quantize:
+            kept.append(linear)
+            continue
+        first.setdefault(key, linear)
+        if not role.expert:
+            dense.append(linear)
+    # Roles that a rule made may be equal without being the same.
     merged: dict[tuple[Role, tuple[int, int]], Linear] = {}
     for key, linear in first.items():
         same = merged.get((linear.role, linear.shape), replace(linear, count=0))
         merged[linear.role, linear.shape] = replace(same, count=same.count + counts[key])
-    return tuple(merged.values())
+    return tuple(merged.values()), dense, kept, stacked
 
 
 def _require_16_bit(checkpoint: Checkpoint) -> None:

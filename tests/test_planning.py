@@ -303,6 +303,8 @@ def test_the_kernel_for_128_takes_whole_multiples_of_both_sides(
 ) -> None:
     one = fitting.Module("m", n, k)
     assert fitting.in_128_kernel((one,)) == ((one,) if taken else ())
+    # Experts have another kernel.
+    assert fitting.in_128_kernel((fitting.Module("m", n, k, expert=True),)) == ()
 
 
 def test_an_unknown_architecture_is_planned_by_names_with_a_warning(tmp_path: Path) -> None:

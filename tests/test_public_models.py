@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fp8ctl.formats import Mode
+from fp8ctl.errors import UnsupportedError
+from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.models import read_checkpoint
 from fp8ctl.planning import plan_checkpoint
-from fp8ctl.policy import Reason
+from fp8ctl.policy import FAMILIES, Reason, should_quantize_param
 from tests.public_models import LAYOUTS, Layout, save
 
 if TYPE_CHECKING:
@@ -328,6 +329,12 @@ def layout(name: str) -> Layout:
     return LAYOUTS[name]()
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@cache
 def read(name: str, folder: Path) -> Checkpoint:
     return read_checkpoint(save(folder / name, layout(name)))
 
@@ -349,10 +356,10 @@ def starred(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_every_tensor_is_decided_as_expected(name: str, tmp_path: Path) -> None:
+def test_every_tensor_is_decided_as_expected(name: str, folder: Path) -> None:
     expected = EXPECTED[name]
     assert layout(name).parameters == expected.parameters
-    plan = plan_checkpoint(read(name, tmp_path), "sglang", Mode.BLOCK)
+    plan = plan_checkpoint(read(name, folder), "sglang", Mode.BLOCK)
     found = Counter((starred(t.name), t.reason, t.quantize) for t in plan.tensors)
     wanted: Counter[tuple[str, Reason, bool]] = Counter()
     for pattern, number in expected.quantized.items():
@@ -365,11 +372,45 @@ def test_every_tensor_is_decided_as_expected(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_the_block_of_each_model_and_engine(name: str, tmp_path: Path) -> None:
-    checkpoint = read(name, tmp_path)
+def test_the_block_of_each_model_and_engine(name: str, folder: Path) -> None:
+    checkpoint = read(name, folder)
     chosen = []
     for backend in ("sglang", "vllm"):
         plan = plan_checkpoint(checkpoint, backend, Mode.BLOCK)
         chosen.append(plan.block.n if plan.block is not None and plan.fits else None)
         assert plan_checkpoint(checkpoint, backend, Mode.PER_TENSOR).fits
     assert tuple(chosen) == EXPECTED[name].blocks
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_no_router_and_no_gate_of_shared_experts_becomes_fp8(name: str, folder: Path) -> None:
+    checkpoint = read(name, folder)
+    routers = [n for n in checkpoint.tensors if re.search(r"\.(gate|shared_expert_gate)\.", n)]
+    # Without a configuration a trainer is told the same.
+    assert not any(should_quantize_param(n, checkpoint.tensors[n].shape) for n in routers)
+    plan = plan_checkpoint(checkpoint, "vllm", Mode.PER_TENSOR)
+    assert {t.reason for t in plan.tensors if t.name in set(routers)} <= {ROUTER}
+    assert bool(routers) is any(".experts." in n for n in checkpoint.tensors)
+
+
+def test_what_is_published_in_fp8_is_refused_as_it_is(tmp_path: Path) -> None:
+    # DeepSeek-V3 and Kimi-K2 are: layouts above are those of their 16-bit copies.
+    config = {**layout("DeepSeek-V2-Lite").config, "quantization_config": {"quant_method": "fp8"}}
+    shapes = {"model.layers.0.self_attn.o_proj.weight": (256, 256)}
+    made = save(tmp_path / "fp8", Layout(config, shapes), dtype="F8_E4M3")
+    with pytest.raises(UnsupportedError, match="quantised already"):
+        plan_checkpoint(read_checkpoint(made), "vllm", Mode.BLOCK)
+
+
+def test_a_forced_block_is_the_one_of_the_plan(folder: Path) -> None:
+    checkpoint = read("Llama-3.1-8B", folder)
+    plan = plan_checkpoint(checkpoint, "sglang", Mode.BLOCK, 1, BlockSize(64, 128))
+    assert plan.fits
+    down = next(t for t in plan.tensors if t.name.endswith("down_proj.weight"))
+    assert plan.scale_shape(down) == (64, 112)
+
+
+def test_there_is_a_model_of_every_family_that_is_not_another_s_twin() -> None:
+    kinds = {layout(name).config["model_type"] for name in EXPECTED}
+    untold = {f.name for f in FAMILIES if not kinds.intersection(f.model_types)}
+    assert untold == {"Gemma", "GLM"}  # the layouts of Llama and of GLM-4

@@ -125,3 +125,14 @@ def test_rules_in_the_hint_are_few_for_many_layers(tmp_path: Path) -> None:
     plan = plan_checkpoint(checkpoint, "vllm", Mode.BLOCK, 1)
     assert smallest_change(plan) == "--keep 'model.layers.*.mlp.down_proj'"
     assert typed(plan, checkpoint).fits
+
+
+def test_what_is_built_as_one_stays_as_one(tmp_path: Path) -> None:
+    # One key-value head of 64 rows breaks 128; q has rows enough, and stays with k and v.
+    checkpoint = read_checkpoint(
+        save(tmp_path / "narrow", dense("llama", 4096, 14336, 4, (32, 1, 64), 640))
+    )
+    plan = plan_checkpoint(checkpoint, "vllm", Mode.BLOCK)
+    rules = [f"--keep 'model.layers.*.self_attn.{part}_proj'" for part in "kqv"]
+    assert smallest_change(plan) == " ".join(rules)
+    assert typed(plan, checkpoint).fits
