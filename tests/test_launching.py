@@ -703,7 +703,7 @@ def test_an_editable_install_that_lacks_a_patch_is_told_why_it_gets_none(
     monkeypatch.setattr(environment, "find", editable)
     with pytest.raises(ConflictError, match="is an editable install") as caught:
         dry_run(options, model=str(model))
-    assert "fp8ctl patch" not in str(caught.value.hint)
+    assert "fp8ctl patch --backend" not in str(caught.value.hint), "which is refused there"
     # What its work tree has already is no one's to apply.
     patches = tuple(PatchStatus(one, one, "applied") for one in ("cpu-fp8", "refit"))
     state = SeriesStatus("sglang", "series", "0.4.8", (), patches, interrupted=False)

@@ -178,9 +178,7 @@ def test_the_configuration_is_the_plans_own(moe: Path, backend: Backend | None) 
 def keeping(plan: Plan, *names: str) -> Plan:
     """Return a plan that keeps these tensors, too."""
     tensors = tuple(
-        dataclasses.replace(t, quantize=False, reason=policy.Reason.UNKNOWN)
-        if t.name in names
-        else t
+        t._replace(quantize=False, reason=policy.Reason.UNKNOWN) if t.name in names else t
         for t in plan.tensors
     )
     return dataclasses.replace(plan, tensors=tensors)

@@ -92,7 +92,7 @@ class TestForms:
         assert (raw["tx"], raw["committed"]) == ("1a-7", True)
         assert raw["ops"][0] == {
             "path": A, "staged": ".a.py.fp8ctl-1a-7", "old": ONE, "new": TWO,
-            "mode": 0o644, "owner": [1, 2],
+            "mode": 0o644, "owner": [1, 2], "old_link": None, "new_link": None,
         }  # fmt: skip
         assert (raw["made"], raw["dropped"]) == (["sglang/new"], ["sglang/old"])
         assert raw["before"] == {"schema": 1, "engines": {}}
