@@ -9,7 +9,6 @@ that fetches what is not there.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -174,7 +173,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         for found in read_header(folder / name):
-            tensor = found if found.file == name else dataclasses.found._replace(file=name)
+            tensor = found if found.file == name else found._replace(file=name)
             if tensor.name in tensors:
                 raise CheckpointError(
                     f"{folder}: tensor {tensor.name} is in both {tensors[tensor.name].file}"
