@@ -53,7 +53,8 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "diff": (
         "fp8ctl/patching/diff.py",
-        "tests/patching/test_diff.py tests/patching/test_parser.py",
+        "tests/patching/test_diff.py tests/patching/test_parser.py tests/patching/test_plan.py "
+        "tests/patching/test_print_diff.py -m 'not wheels and not long'",
     ),
     "plan": (
         "fp8ctl/patching/plan.py",
@@ -73,13 +74,10 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "transaction": (
         "fp8ctl/patching/transaction.py",
-        "tests/patching/test_transaction.py::TestErrors "
-        "tests/patching/test_transaction.py::TestLinksAndModes "
-        "tests/patching/test_transaction.py::TestBytecode "
-        "tests/patching/test_transaction.py::TestStore "
-        "tests/patching/test_faults.py tests/patching/test_power.py "
-        "tests/patching/test_transaction.py::TestDeath "
-        "-k 'not every_call or EIO-once'",
+        "tests/patching/test_transaction.py tests/patching/test_status.py "
+        "tests/patching/test_faults.py tests/patching/test_links.py "
+        "tests/patching/test_commands.py tests/patching/test_power.py "
+        "-k 'not wheels and (not every_call or EIO-once)'",
     ),
 }
 _MARKS = "not long and not gpu and not engine"

@@ -84,7 +84,7 @@ def test_an_editable_install_over_a_patched_one_leaves_orphans(bundled: Any) -> 
     bundled.patch("third")
     uninstall(bundled)
     (bundled.site / INFO).mkdir()
-    told = {"url": "file:///work/sglang", "dir_info": {"editable": True}}
+    told = {"url": "file:///home/me/sglang", "dir_info": {"editable": True}}
     (bundled.site / INFO / "direct_url.json").write_text(json.dumps(told))
     found = left(bundled)
     assert found is not None
