@@ -53,8 +53,7 @@ TARGETS: dict[str, tuple[str, str]] = {
     ),
     "diff": (
         "fp8ctl/patching/diff.py",
-        "tests/patching/test_diff.py tests/patching/test_parser.py tests/patching/test_plan.py "
-        "tests/patching/test_print_diff.py -m 'not wheels and not long'",
+        "tests/patching/test_diff.py tests/patching/test_parser.py tests/patching/test_plan.py ",
     ),
     "plan": (
         "fp8ctl/patching/plan.py",
