@@ -744,7 +744,7 @@ def test_launch_leaves_the_hashes_of_the_patched_files_unless_they_are_a_work_tr
         site_packages=Path(site),
         model=str(write_model(tmp_path / "tiny")),
         mode="online",
-        port=free_port(),
+        port=free_port("127.0.0.1"),
     )
     [files] = left
     if kind == "editable":
