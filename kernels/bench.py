@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.kernels import compare, quantize, recipes, workloads
+from fp8ctl.kernels.inputs import has_triton
 from fp8ctl.kernels.timing import Device, NoCudaError, open_device
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def run(
 
 
 def _versions() -> dict[str, str | None]:
-    triton = importlib.util.find_spec("triton") and importlib.import_module("triton")
+    triton = has_triton() and importlib.import_module("triton")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -351,7 +352,7 @@ def _unread_flags() -> Iterator[None]:
     They write it all the same, and rows called "wall" wait for it. Here the host must be
     ahead, or its own time would lie between the device's events.
     """
-    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+    if not torch.cuda.is_available() or not has_triton():
         yield
         return
     flag = importlib.import_module("fp8ctl.kernels.launch").Flag

@@ -35,7 +35,7 @@ def disabled() -> str:
     return "FP8CTL_NATIVE=0 is set" if os.environ.get("FP8CTL_NATIVE") == "0" else ""
 
 
-def library(source: bytes, flags: Sequence[str], tuning: Sequence[Sequence[str]] = ((),)) -> Path:
+def build(source: bytes, flags: Sequence[str], tuning: Sequence[Sequence[str]] = ((),)) -> Path:
     """Return the path of a shared library, compiled if the cache has none.
 
     Args:

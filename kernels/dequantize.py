@@ -13,7 +13,6 @@ can be built, and torch elsewhere: in tiles, with a few megabytes of extra memor
 
 from __future__ import annotations
 
-import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,7 +95,7 @@ def check_quantized(codes: torch.Tensor, scales: torch.Tensor, groups: Groups) -
 
 
 def _path(device: torch.device) -> Callable[[Tensor, Tensor, Groups, Tensor], None]:
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and inputs.has_triton():
         return by_triton
     return by_native if device.type == "cpu" and native.available() else by_torch
 

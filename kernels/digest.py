@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fp8ctl.kernels import compiled
+from fp8ctl.kernels.inputs import has_triton
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -171,18 +172,9 @@ def by_triton(sums: Sums) -> torch.Tensor:
 
 
 def _path(device: torch.device) -> Callable[[Sums], int | torch.Tensor]:
-    if device.type == "cuda" and _has_triton():
+    if device.type == "cuda" and has_triton():
         return by_triton
     return by_c if device.type == "cpu" and _compiled() is not None else by_torch
-
-
-@functools.cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @functools.cache
@@ -193,7 +185,7 @@ def _compiled() -> Callable[..., int] | None:
     source = Path(__file__).with_name("digest.c").read_bytes()
     fast = ("-march=native",)
     try:
-        function = ctypes.CDLL(str(compiled.library(source, ("-O3",), (fast, ())))).fp8_digest
+        function = ctypes.CDLL(str(compiled.build(source, ("-O3",), (fast, ())))).fp8_digest
     except (OSError, RuntimeError, ValueError, AttributeError):
         return None
     address, number = ctypes.c_void_p, ctypes.c_int64

@@ -117,7 +117,7 @@ def _compiled() -> Callable[..., object] | None:
             return None
         source = Path(__file__).with_name("facts.c").read_bytes()
         # PyDLL: Python's lock is held, as DLPack wants it.
-        function = ctypes.PyDLL(str(compiled.library(source, ("-O2",)))).fp8_facts
+        function = ctypes.PyDLL(str(compiled.build(source, ("-O2",)))).fp8_facts
     except (OSError, RuntimeError, ValueError, AttributeError):
         return None
     forget = ctypes.cast(ctypes.pythonapi.PyErr_Clear, ctypes.c_void_p)

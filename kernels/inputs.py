@@ -6,6 +6,8 @@ Nothing here reads an element of a tensor.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +24,12 @@ CODE_DTYPES = (torch.float8_e4m3fn, torch.uint8)  # bytes of a bucket hold codes
 
 # Beyond this many steps numpy's exact test for shared memory gives up.
 _WORK = 1 << 20
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Say whether the GPU kernels can be used at all; triton itself is not imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 class NonFiniteError(ValueError):

@@ -330,7 +330,7 @@ def _open() -> ctypes.CDLL:
     Raises:
         OSError, RuntimeError, ValueError: there can be none, and why.
     """
-    library = _load(compiled.library(_SOURCE.read_bytes(), _FLAGS, _TUNING))
+    library = _load(compiled.build(_SOURCE.read_bytes(), _FLAGS, _TUNING))
     _test(library)
     return library
 

@@ -11,8 +11,6 @@ Every path gives the same bits; this module only decides who computes them:
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import TYPE_CHECKING, Protocol
 
 from fp8ctl.kernels import native, reference
@@ -21,6 +19,7 @@ from fp8ctl.kernels.inputs import (
     NonFiniteError,
     check_disjoint,
     check_input,
+    has_triton,
     make_outputs,
     matrices,
     unravel,
@@ -225,9 +224,4 @@ def _kind(x: torch.Tensor) -> object:
 
 
 def _on_gpu(x: torch.Tensor) -> bool:
-    return bool(getattr(x, "is_cuda", False)) and _has_triton()
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return bool(getattr(x, "is_cuda", False)) and has_triton()

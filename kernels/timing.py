@@ -10,6 +10,7 @@ Standard library and torch only.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import gc
 import math
@@ -36,7 +37,7 @@ class NoCudaError(RuntimeError):
     """CUDA was asked for and torch has, or sees, none."""
 
 
-class Device:
+class Device(abc.ABC):
     """Where tensors are made and calls are timed.
 
     Attributes:
@@ -55,25 +56,25 @@ class Device:
     many: int
     seconds: float
 
+    @abc.abstractmethod
     def facts(self) -> dict[str, Any]:
         """Return what identifies the device and what drives it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def free(self) -> int:
         """Return the bytes of memory that tensors can have."""
-        raise NotImplementedError
 
     def release(self) -> None:
         """Give back the memory of tensors that are gone."""
         gc.collect()
 
+    @abc.abstractmethod
     def times(self, calls: Sequence[Call], rounds: int) -> list[list[float]]:
         """Return the seconds of each call in each round; in a round they take turns."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def wall(self, call: Call, rounds: int) -> list[float]:
         """Return the seconds until all is done, from an idle device on."""
-        raise NotImplementedError
 
     def rounds(self, calls: Sequence[Call]) -> int:
         """Return how often to time these calls."""

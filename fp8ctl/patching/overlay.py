@@ -323,17 +323,23 @@ def strangers(root: Root, overlay: Overlay) -> list[str]:
     series = [catalog.load(b, SUPPORTED[b]) for b in overlay.engines]
     left = {str(p): f.post for e in ledger.entries.values() for p, f in e.files.items()}
     found = []
-    for folder, folders, names in os.walk(root.path):
-        inside = os.path.relpath(folder, root.path)
-        prefix = "" if inside == "." else f"{inside}/"
-        if inside == ".":
-            folders[:] = [f for f in folders if f != store.FOLDER]
-            names = [n for n in names if n != MARKER]
-        for name in (*names, *(f for f in folders if (Path(folder) / f).is_symlink())):
-            path = prefix + name
-            if not _is_ours(root, overlay, path, left, series):
-                found.append(path)
+    for _, paths in _walk(root):
+        found += [p for p in paths if not _is_ours(root, overlay, p, left, series)]
     return sorted(found)
+
+
+def _walk(root: Root) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder of an overlay, "" for its own, and paths of the files and links in it;
+    without the marker and the store.
+    """
+    for folder, below, names in os.walk(root.path):
+        inside = os.path.relpath(folder, root.path)
+        if inside == ".":
+            inside = ""
+            below[:] = [f for f in below if f != store.FOLDER]
+            names = [n for n in names if n != MARKER]
+        linked = [f for f in below if (Path(folder) / f).is_symlink()]
+        yield inside, [f"{inside}/{name}".removeprefix("/") for name in (*names, *linked)]
 
 
 def _is_ours(
@@ -428,18 +434,11 @@ def _mark(root: Root, overlay: Overlay) -> None:
 def _clear(root: Root, overlay: Overlay) -> None:
     """Remove everything but the marker and the store; `check_own` has looked at it."""
     folders = []
-    for folder, below, names in os.walk(root.path):
-        inside = os.path.relpath(folder, root.path)
-        prefix = "" if inside == "." else f"{inside}/"
-        if inside == ".":
-            below[:] = [f for f in below if f != store.FOLDER]
-            names = [n for n in names if n != MARKER]
-        else:
-            folders.append(inside)
-        linked = [f for f in below if (Path(folder) / f).is_symlink()]
-        for name in (*names, *linked):
-            root.unlink(prefix + name)
-    for inside in sorted(folders, reverse=True):
+    for inside, paths in _walk(root):
+        folders.append(inside)
+        for path in paths:
+            root.unlink(path)
+    for inside in sorted(filter(None, folders), reverse=True):
         root.remove_folder(inside)
 
 

@@ -6,16 +6,18 @@ import base64
 import hashlib
 import importlib.util
 import io
+import os
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fp8ctl import hardware
+from fp8ctl import hardware, process, registry
 from fp8ctl.patching import catalog, diff, transaction
 from fp8ctl.patching.fsops import Root, Syscalls
 from fp8ctl.patching.names import RelPath
@@ -209,6 +211,28 @@ def bundled(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setattr(hardware, "detect", lambda: hardware.Hardware())
     monkeypatch.setenv("FP8CTL_HOME", str(tmp_path / "home"))
     return lab
+
+
+def live_server(site: Path) -> registry.Record:
+    """Register this process as a server of fp8ctl that runs on an environment."""
+    identity = process.identify(os.getpid())
+    assert identity is not None
+    registry.claim("sglang-30000")
+    record = registry.Record(
+        name="sglang-30000",
+        identity=identity,
+        engine="sglang 0.4.8",
+        url="http://127.0.0.1:30000",
+        model="m",
+        source="s",
+        mode="block",
+        await_push=False,
+        python="python",
+        site_packages=str(site),
+        since=time.time(),
+    )
+    registry.write(record)
+    return record
 
 
 @pytest.fixture(scope="session")

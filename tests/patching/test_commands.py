@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +22,7 @@ from fp8ctl.errors import (
 from fp8ctl.patching import catalog, commands
 from fp8ctl.patching.fsops import Syscalls
 from fp8ctl.render import Reporter
+from tests.patching.conftest import live_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,23 +166,7 @@ def test_an_editable_install_is_refused_with_the_reason(bundled: Any) -> None:
 
 
 def test_a_live_server_on_this_environment_is_noticed(bundled: Any) -> None:
-    identity = process.identify(os.getpid())
-    assert identity is not None
-    registry.claim("sglang-30000")
-    record = registry.Record(
-        name="sglang-30000",
-        identity=identity,
-        engine="sglang 0.4.8",
-        url="http://127.0.0.1:30000",
-        model="m",
-        source="s",
-        mode="block",
-        await_push=False,
-        python="python",
-        site_packages=str(bundled.site),
-        since=time.time(),
-    )
-    registry.write(record)
+    record = live_server(bundled.site)
     before = bundled.tree()
     for body in (commands.patch, commands.revert):
         if body is commands.revert:
@@ -195,7 +178,7 @@ def test_a_live_server_on_this_environment_is_noticed(bundled: Any) -> None:
         assert e.value.hint == "fp8ctl stop sglang-30000, or --allow-running"
         assert bundled.tree() == before
     # Another environment's server, or one that has ended, is none of our business.
-    for change in ({"site_packages": "/elsewhere"}, {"identity": _ended(identity)}):
+    for change in ({"site_packages": "/elsewhere"}, {"identity": _ended(record.identity)}):
         registry.write(_replaced(record, change))
         assert commands.live_servers(bundled.site) == {}
 

@@ -150,20 +150,27 @@ def test_the_second_time_no_call_changes_anything(traced: Traced, verb: str) -> 
     assert again
 
 
+def begin(traced: Traced, verb: str, start: Path) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Make the start of a command, keep a copy of it, and let the command run once, which
+    makes its folders in the home; return its words and the tree that it starts from.
+    """
+    before, words = COMMANDS[verb]
+    if before:
+        traced.lab.patch(*before)
+    old = unlocked(tree(traced.lab.site))
+    shutil.copytree(traced.lab.site, start)
+    traced.calls(words)
+    lay(traced.lab.site, start)
+    return words, old
+
+
 @pytest.mark.parametrize("stride", [41, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_a_kill_at_a_call_that_changes_something(
     traced: Traced, tmp_path: Path, verb: str, stride: int
 ) -> None:
-    lab = traced.lab
-    before, words = COMMANDS[verb]
-    if before:
-        lab.patch(*before)
-    old = unlocked(tree(lab.site))
-    start = tmp_path / "start"
-    shutil.copytree(lab.site, start)
-    traced.calls(words)  # which makes its folders in the home, once
-    lay(lab.site, start)
+    lab, start = traced.lab, tmp_path / "start"
+    words, old = begin(traced, verb, start)
     points = [c for c in traced.calls(words) if c.mutates]
     new = unlocked(tree(lab.site))
     ends = {"old": 0, "new": 0}
@@ -185,15 +192,8 @@ def test_a_kill_at_a_call_that_changes_something(
 def test_an_error_at_any_call_is_told_and_mended(
     traced: Traced, tmp_path: Path, verb: str, stride: int
 ) -> None:
-    lab = traced.lab
-    before, words = COMMANDS[verb]
-    if before:
-        lab.patch(*before)
-    old = unlocked(tree(lab.site))
-    start = tmp_path / "start"
-    shutil.copytree(lab.site, start)
-    traced.calls(words)
-    lay(lab.site, start)
+    lab, start = traced.lab, tmp_path / "start"
+    words, old = begin(traced, verb, start)
     calls = traced.calls(words, f"{MUTATING},{READING}")
     # Those that only read are many, and much alike.
     points = [c for c in calls if c.mutates] + [c for c in calls if c.ours and not c.mutates][::9]

@@ -10,13 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fp8ctl import cli, doctor, environment, process, registry
+from fp8ctl import cli, doctor, environment
 from fp8ctl.engines import base
 from fp8ctl.errors import (
     BusyError,
@@ -30,6 +29,7 @@ from fp8ctl.errors import (
 from fp8ctl.patching import commands, overlay
 from fp8ctl.patching.fsops import Root, Syscalls
 from fp8ctl.render import Reporter
+from tests.patching.conftest import live_server
 from tests.patching.installs import DATA, RELEASED, Venv, photograph, write_wheel
 
 if TYPE_CHECKING:
@@ -352,23 +352,7 @@ def test_an_overlay_on_pythonpath_is_not_taken_for_the_environment(
 def test_a_server_that_runs_on_it_is_noticed(venv: Venv, tmp_path: Path) -> None:
     front = tmp_path / "front"
     patch(front, python=venv.python)
-    identity = process.identify(os.getpid())
-    assert identity is not None
-    registry.claim("sglang-30000")
-    record = registry.Record(
-        name="sglang-30000",
-        identity=identity,
-        engine="sglang 0.4.8",
-        url="http://127.0.0.1:30000",
-        model="m",
-        source="s",
-        mode="block",
-        await_push=False,
-        python="python",
-        site_packages=str(front),
-        since=time.time(),
-    )
-    registry.write(record)
+    live_server(front)
     (venv.site / UNTOUCHED).write_bytes(b"x = 2\n")
     before = photograph(front)
     for body in (patch, revert):

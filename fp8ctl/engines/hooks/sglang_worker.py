@@ -192,7 +192,7 @@ def _answer(model: torch.nn.Module, question: dict[str, Any], rank: int) -> dict
         held = shards.shards(model, rank, _as_in_checkpoint if kept else None)
         return {
             "format": "checkpoint" if kept else "engine",
-            "tensors": [shards.describe(shard) for shard in held],
+            "tensors": shards.describe(held),
         }
     raise ValueError(f"unknown question {what!r}")
 

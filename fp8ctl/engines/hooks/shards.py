@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.kernels.digest import digest, to_text
+from fp8ctl.kernels.digest import digests, to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     Form = Callable[[torch.nn.Module, str, torch.Tensor], torch.Tensor | None]
 
@@ -66,17 +66,22 @@ def shards(
                 yield from _of(module, prefix, attribute, tensor, tp_rank)
 
 
-def describe(shard: Shard) -> dict[str, object]:
-    """Return a shard's place, type and digest as JSON."""
-    return {
-        "name": shard.name,
-        "row": shard.row,
-        "column": shard.column,
-        "shape": list(shard.tensor.shape),
-        "dtype": str(shard.tensor.dtype).removeprefix("torch."),
-        "primary": shard.primary,
-        "digest": to_text(digest(shard.tensor, shard.row, shard.column)),
-    }
+def describe(held: Iterable[Shard]) -> list[dict[str, object]]:
+    """Return place, type and digest of each shard as JSON; the device is waited for once."""
+    those = list(held)
+    found = digests((shard.tensor, shard.row, shard.column) for shard in those)
+    return [
+        {
+            "name": shard.name,
+            "row": shard.row,
+            "column": shard.column,
+            "shape": list(shard.tensor.shape),
+            "dtype": str(shard.tensor.dtype).removeprefix("torch."),
+            "primary": shard.primary,
+            "digest": to_text(digest),
+        }
+        for shard, digest in zip(those, found, strict=True)
+    ]
 
 
 def collapse(groups: Sequence[torch.Tensor]) -> torch.Tensor:

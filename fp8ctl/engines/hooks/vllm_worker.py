@@ -117,7 +117,7 @@ class Extension:
             model, tp_rank = self.model_runner.get_model(), get_tensor_model_parallel_rank()
             answer["unfilled"] = _guard("fp8ctl_unfilled", model)
             answer["format"] = "checkpoint" if _keeps_checkpoint(model) else "engine"
-            answer["tensors"] = [shards.describe(shard) for shard in _shards(model, tp_rank)]
+            answer["tensors"] = shards.describe(_shards(model, tp_rank))
         except Exception as e:  # noqa: BLE001 - the answer says it
             traceback.print_exc()
             answer["error"] = f"{type(e).__name__}: {e}"

@@ -242,9 +242,9 @@ class Rank:
 def report(models: Iterable[nn.Module]) -> Report:
     """Return what all ranks tell, and the shards they tell it of."""
     return [
-        (shard, describe(shard))
+        pair
         for rank, model in enumerate(models)
-        for shard in shards(model, rank)
+        for pair in zip(shards(model, rank), describe(shards(model, rank)), strict=True)
     ]
 
 
@@ -443,7 +443,7 @@ def test_a_form_of_the_engine_is_turned_back_and_what_has_none_is_left_out() -> 
     def form(_module: nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
         return None if attribute == "input_scale" else t.t() if attribute == "weight" else t
 
-    lines = [describe(s) for s in shards(nest("down", module), 0, form)]
+    lines = describe(shards(nest("down", module), 0, form))
     assert {str(line["name"]): from_text(str(line["digest"])) for line in lines} == {
         name: digest(t) for name, t in whole.items()
     }
