@@ -47,14 +47,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # What they work with.
     (
         *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "installplan"),
-        *("interpreter",),
+        *("interpreter", "push"),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig", "layout", "manifest"),
+        *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
+        *("layout", "manifest"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "stream", "survey"),
     ),
-    ("families", "formats", "kernels", "models", "policy"),
+    ("families", "formats", "kernels", "models", "policy", "wire"),
     ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
 )
 
@@ -62,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
+    *("wire", "carriers", "push"),
 )
 WITH_TORCH = ("checkpoint", "checksum", "pipeline")
 # What the worker's tasks are made of.
@@ -201,7 +203,7 @@ def test_a_late_import_goes_up_only_where_it_is_known() -> None:
 
 
 def test_the_package_itself_imports_nothing() -> None:
-    for name in ("", "engines", "engines.hooks", "check", "patching"):
+    for name in ("", "engines", "engines.hooks", "check", "patching", "carriers"):
         assert not GRAPH[name], name
 
 

@@ -1,0 +1,1 @@
+"""Weights of a trainer into running servers."""
