@@ -55,7 +55,9 @@ class Workers(Protocol):
           `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which
           part} of the unscaled guard, `missing` (the first of `expected` that never arrived) and
           `missing_count`.
-        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing.
+        - "trust" {names}: {}. These tensors were verified to lie where they should.
+        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
+          nothing.
         - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
 
         Raises:
