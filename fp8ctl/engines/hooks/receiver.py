@@ -13,7 +13,7 @@ two ways:
 Copies are sound for the tensors that `trust` has let in, and only for them. That
 takes all of this:
 
-- The engine's module says so (`Engine.copied`): memory has the checkpoint's own form,
+- The engine's module says so (`Engine.copies`): memory has the checkpoint's own form,
   and the loader does nothing but copy. Scales whose loader renews a kernel's copy,
   and weights that the engine quantises itself, are never in.
 - The tensor went in through its loader before, and afterwards the digest of what all
@@ -73,8 +73,9 @@ class Engine:
     Attributes:
         form: gives a parameter the form that it has in a checkpoint, from what the kernels
             really read; None for a model in which some layer cannot show it.
-        copied: returns the parameter in that form where memory has this form and the
-            loader does nothing but copy into it; None for every other one.
+        copies: gives the parameter in that form where memory has this form and its loader
+            does nothing but copy into it, None for every other one; None for a model in
+            which something is derived from the weights after they are loaded.
         obstacles: returns why a model cannot be loaded a second time; empty where it can.
         guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
             {} where that patch is not applied.
@@ -82,8 +83,8 @@ class Engine:
     """
 
     form: Callable[[torch.nn.Module], Form | None]
-    copied: Form
-    obstacles: Callable[[torch.nn.Module], Sequence[str]]
+    copies: Callable[[torch.nn.Module], Form | None]
+    obstacles: Callable[[torch.nn.Module], Iterable[str]]
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
 
@@ -120,7 +121,7 @@ class Receiver:
         self.arrived: set[str] = set()
         self.broken = False
         self._engine = engine
-        self._load_weights: Any = model.load_weights
+        self._load_weights: Any = getattr(model, "load_weights", None)
         self._open = open_carrier or _open_carrier
         self._carrier: Bucket | None = None
         self._by_loader: set[str] = set()
@@ -325,7 +326,8 @@ class Receiver:
         """Return the rectangles into which each tensor may be copied."""
         if self._rectangles is None:
             found: dict[str, list[Shard]] = defaultdict(list)
-            for shard in shards.shards(self.model, self.rank, self._engine.copied):
+            copied = self._engine.copies(self.model)
+            for shard in shards.shards(self.model, self.rank, copied) if copied else ():
                 found[shard.name].append(shard)
             self._rectangles = dict(found)
         return self._rectangles
