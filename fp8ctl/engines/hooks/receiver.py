@@ -35,7 +35,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,24 +46,13 @@ from fp8ctl.kernels.digest import digests
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from fp8ctl.carriers.ends import Receiver as Carrier
     from fp8ctl.engines.hooks.shards import Form, Shard
 
 #: "1": no copies, whatever was verified.
 LOADERS_ONLY = "FP8CTL_PUSH_LOADERS"
 
 Named = tuple[str, torch.Tensor]
-
-
-class Bucket(Protocol):
-    """One end of a carrier, as `carriers` makes it for a rank."""
-
-    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
-        """Return the bytes of the bucket in a slot; they stand until that slot's next."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -106,7 +95,7 @@ class Receiver:
         rank: int,
         engine: Engine,
         *,
-        open_carrier: Callable[[Mapping[str, Any], int, torch.device], Bucket] | None = None,
+        open_carrier: Callable[[Mapping[str, Any], int, torch.device], Carrier] | None = None,
     ) -> None:
         """Take a model over.
 
@@ -123,7 +112,7 @@ class Receiver:
         self._engine = engine
         self._load_weights: Any = getattr(model, "load_weights", None)
         self._open = open_carrier or _open_carrier
-        self._carrier: Bucket | None = None
+        self._carrier: Carrier | None = None
         self._by_loader: set[str] = set()
         self._trusted: set[str] = set()
         self._rectangles: dict[str, list[Shard]] | None = None
@@ -360,11 +349,10 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _open_carrier(offer: Mapping[str, Any], rank: int, device: torch.device) -> Bucket:
-    from fp8ctl.carriers import ends  # type: ignore[attr-defined]
+def _open_carrier(offer: Mapping[str, Any], rank: int, device: torch.device) -> Carrier:
+    from fp8ctl.carriers import ends
 
-    opened: Bucket = ends.receive(offer, rank, device)
-    return opened
+    return ends.receive(offer, rank, device)
 
 
 def _pairs(

@@ -143,7 +143,10 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
     question = named_tensors[0][1]
     if not isinstance(question, Question):
         return
-    asked = json.loads(question)
+    try:
+        asked = json.loads(question)
+    except ValueError:
+        return
     from sglang.srt.distributed import get_tensor_model_parallel_rank
 
     rank = get_tensor_model_parallel_rank()
