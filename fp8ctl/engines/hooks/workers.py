@@ -56,6 +56,8 @@ class Workers(Protocol):
           part} of the unscaled guard, `missing` (the first of `expected` that never arrived) and
           `missing_count`.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing.
+        - "trust" {names}: of tensors whose digests were found to be those that were sent. From
+          now on the rank may copy these to where it holds them, around the loaders.
         - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
 
         Raises:
