@@ -247,6 +247,7 @@ def test_launch_listens_on_loopback_unless_told_otherwise() -> None:
 CONTRACT = {
     "Fp8ctlError": 1,
     "CatalogError": 1,
+    "CarrierError": 5,
     "UsageError": 2,
     "NotFoundError": 3,
     "CheckpointError": 3,
