@@ -5,6 +5,7 @@ Runs in the tests' interpreter, which has another torch than the engine.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -103,9 +104,6 @@ class Pusher:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        address = urlsplit(self.url)
-        assert address.hostname
-        self._http = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
         self.sender = ends.sender("memory", self.slot_bytes)
         answer = self.call(wire.CONNECT, protocol=wire.PROTOCOL, carrier=self.sender.offer())
         self.connection = answer["connection"]
@@ -113,7 +111,6 @@ class Pusher:
 
     def close(self) -> None:
         """Say nothing more, as a client that was killed."""
-        self._http.close()
         self.sender.close()
 
     def __enter__(self) -> Pusher:
@@ -128,10 +125,13 @@ class Pusher:
         Raises:
             RefusedError: it is not 200.
         """
-        headers = {"content-type": "application/json"}
-        self._http.request(method, path, json.dumps(body), headers)
-        response = self._http.getresponse()
-        answer: Json = json.loads(response.read())
+        address = urlsplit(self.url)
+        assert address.hostname
+        server = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
+        with contextlib.closing(server):
+            server.request(method, path, json.dumps(body), {"content-type": "application/json"})
+            response = server.getresponse()
+            answer: Json = json.loads(response.read())
         if response.status != 200:
             raise RefusedError(response.status, answer)
         return answer
