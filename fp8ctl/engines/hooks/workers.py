@@ -55,9 +55,9 @@ class Workers(Protocol):
           `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which
           part} of the unscaled guard, `missing` (the first of `expected` that never arrived) and
           `missing_count`.
-        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing.
-        - "trust" {names}: of tensors whose digests were found to be those that were sent. From
-          now on the rank may copy these to where it holds them, around the loaders.
+        - "trust" {names}: {}. These tensors were verified to lie where they should.
+        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
+          nothing.
         - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
 
         Raises:
