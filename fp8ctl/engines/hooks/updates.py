@@ -445,8 +445,11 @@ class Updates:
 
     async def _trust(self, names: Collection[str]) -> None:
         """Tell the ranks which tensors lie where they should, so that they may copy them."""
+        if self._kind == "disk":
+            self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
+            return
         more = [name for name in names if name not in self._trusted]
-        if more and self._kind != "disk":
+        if more:
             await self._workers.ask("trust", names=more)
             self._trusted.update(more)
 
