@@ -444,13 +444,12 @@ class Updates:
             raise error
 
     async def _trust(self, names: Collection[str]) -> None:
-        """Tell the ranks which tensors lie where they should, so that they may copy them."""
+        """Tell the ranks which tensors lie where they should: it makes the next update faster."""
         if self._kind == "disk":
             self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
             return
         more = [name for name in names if name not in self._trusted]
-        if more:
-            await self._workers.ask("trust", names=more)
+        if more and not await _quietly(self._workers.ask("trust", names=more)):
             self._trusted.update(more)
 
     async def _distrust(self) -> None:

@@ -134,6 +134,18 @@ def test_what_is_verified_may_be_copied_and_is_told_once() -> None:
     run(test())
 
 
+def test_ranks_that_cannot_be_told_that_are_told_again(capsys: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        server = Server()
+        server.workers.faults["trust"] = RuntimeError("busy")
+        assert (await server.push("B"))[0] == 200
+        assert (await server.push("C"))[0] == 200
+        assert server.workers.calls.count("trust") == 2
+        assert server.workers.versions == {"C"}
+
+    run(test())
+
+
 @pytest.mark.parametrize("in_flight", ["abort", "pause"])
 def test_requests_in_flight_are_ended_or_go_on_with_the_new_weights(in_flight: str) -> None:
     async def test() -> None:
@@ -484,7 +496,6 @@ FAILURES: dict[str, tuple[Step, tuple[int, str, str]]] = {
     "one scale flipped": (_flipped, (500, "FP8-UNEQUAL", TOUCHED)),
     "codes are nowhere": (_lost, (500, "FP8-UNEQUAL", TOUCHED)),
     "digests raise": (_with(_whole, digests=BOOM), (500, "FP8-ENGINE", TOUCHED)),
-    "trusting raises": (_with(_whole, trust=BOOM), (500, "FP8-ENGINE", TOUCHED)),
     "caches stay": (_with(_whole, flush=BOOM), (500, "FP8-ENGINE", TOUCHED)),
     "the engine stays at rest": (_with(_whole, resume=BOOM), (500, "FP8-ENGINE", TOUCHED)),
     "it does not come to rest": (_with(_whole, hold_finish=BOOM), (500, "FP8-ENGINE", UNTOUCHED)),
