@@ -290,20 +290,11 @@ class Updates:
             async with self._or_ends(push):
                 entries = intake.read(found, disk=self._kind == "disk")
                 self._expected.check(entries, push.entries)
-                loaded, seconds = await intake.load(
-                    self._workers, push, found, disk=self._kind == "disk"
-                )
+                loaded = await intake.load(self._workers, push, found, disk=self._kind == "disk")
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
-                push.bucket, push.taken = (
-                    request,
-                    {
-                        "number": number,
-                        "loaded": loaded,
-                        "seconds": seconds,
-                    },
-                )
-                push.took(seconds)
+                push.bucket, push.taken = request, {"number": number, **loaded}
+                push.took(loaded["seconds"])
             return push.taken
 
     async def end(self, found: Body) -> Body:

@@ -58,7 +58,7 @@ class Loading:
 
     def __init__(self, whole: Whole, rank: int, tp: int) -> None:
         self.model: Any = Rank(whole, rank, tp).model()
-        self.model.load_weights = self._load
+        self.model.load_weights = self._load  # type: ignore[assignment]
         self.whole = dict(whole)
         self.rank, self.tp = rank, tp
         self.names: list[str] = []
