@@ -206,6 +206,7 @@ LIMIT = {"block": 0.1, "per-tensor": 0.1, "static": 0.1, "online": 0.15}
 def _check_refit(found: dict[str, Any], limit: float) -> None:
     assert found["equal"] == [True] * 4, "A, B, A, B against nets built afresh"
     assert found["addresses_kept"]
+    assert found["grown"] == 0, "no second copy of the weights"
     assert found["plain"], "torch.compile takes no Parameter subclasses"
     assert found["host_syncs"] == []
     assert found["different"] > 0.5, "A and B must differ, or equality proves nothing"
@@ -218,10 +219,21 @@ def test_refit_of_linear_layers_is_bit_equal_to_a_fresh_start(run: Run, mode: st
     _check_refit(run((REFIT,), "refit", mode, "none", "eager"), LIMIT[mode])
 
 
-@pytest.mark.parametrize("mode", ["block", "per-tensor", "static"])
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "static", "online"])
 def test_refit_of_experts_is_bit_equal_to_a_fresh_start(run: Run, mode: str) -> None:
     # A router decides otherwise for a token or two, so the limit is wider.
     _check_refit(run((REFIT,), "refit", mode, "moe", "eager"), 0.2)
+
+
+@pytest.mark.parametrize("ids", [(REFIT,), (REFIT, GUARD)], ids="+".join)
+@pytest.mark.parametrize("how", ["tensor", "expert", "stacked"])
+def test_every_rank_quantises_its_own_part_of_the_experts(
+    run: Run, ids: tuple[str, ...], how: str
+) -> None:
+    found = run(ids, "spread", how)
+    assert len(found["equal"]) == (6 if how == "stacked" else 12)
+    assert all(found["equal"]), "as a rank that started on these weights"
+    assert max(found["errors"]) < 0.05, "and they are those of its own part"
 
 
 @pytest.mark.parametrize("mode", ["per-tensor", "static"])
@@ -319,6 +331,35 @@ def test_forced_serialized_on_a_16_bit_checkpoint_is_refused(run: Run) -> None:
     assert found["error"].startswith("fp8ctl unscaled-guard:")
     stock = run((GUARD,), "guard", "online", "complete")
     assert stock == {"unfilled": {}, "error": "", "warnings": []}
+
+
+@GUARDED
+def test_a_16_bit_checkpoint_that_lost_an_expert_is_refused_too(
+    run: Run, ids: tuple[str, ...]
+) -> None:
+    _refused(
+        run(ids, "guard", "online", "experts.2.up_proj.weight"),
+        "experts.w13_weight",
+        "experts 2, 1 of 4, w3",
+    )
+
+
+def test_what_the_engine_quantises_itself_is_counted_from_nothing_again(run: Run) -> None:
+    found = run((REFIT, GUARD), "online")
+    steps = found["steps"]
+    assert steps["started"] == {}
+    assert len(steps["forgotten"]) == 7, "five linear modules, w13 and w2 of the experts"
+    assert (
+        steps["short"]
+        == steps["refused"]
+        == {
+            f"{AT}self_attn.qkv_proj.weight": "rows 256-383 of 512, in shards 1",
+            f"{AT}experts.w13_weight": "experts 2, 1 of 4, w3",
+        }
+    )
+    assert steps["whole"] == {}
+    assert len(found["refused"]) == 2, "FP8 codes are not 16-bit weights"
+    assert found["kept"]
 
 
 @GUARDED

@@ -362,7 +362,7 @@ class Net(torch.nn.Module):
     mix: Any
     experts: Any
 
-    def __init__(self, fp8: Any, mode: str, moe: bool = False) -> None:
+    def __init__(self, fp8: Any, mode: str, moe: bool = False, ranks: int = 1) -> None:
         super().__init__()
         from vllm.model_executor.layers import linear
         from vllm.model_executor.layers.fused_moe import FusedMoE
@@ -392,7 +392,7 @@ class Net(torch.nn.Module):
         self.moe = moe
         if moe:
             self.experts = FusedMoE(
-                EXPERTS, 2, HIDDEN, 128, renormalize=False, tp_size=1, **at("experts")
+                EXPERTS, 2, HIDDEN, 128, renormalize=False, tp_size=ranks, **at("experts")
             )
         torch.set_default_dtype(torch.float32)
 
@@ -525,11 +525,22 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def _fresh(fp8: Any, mode: str, moe: bool, tensors: Checkpoint) -> Net:
-    net = Net(fp8, mode, moe)
+def _fresh(fp8: Any, mode: str, moe: bool, tensors: Checkpoint, ranks: int = 1) -> Net:
+    net = Net(fp8, mode, moe, ranks)
     net.load(tensors.items())
     net.process()
     return net
+
+
+def _held(net: Net) -> int:
+    """Return the bytes of all tensors that layers have, by whatever name."""
+    found = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for m in net.modules()
+        for t in (*vars(m).values(), *m._parameters.values(), *m._buffers.values())
+        if isinstance(t, torch.Tensor)
+    }
+    return sum(found.values())
 
 
 def _inputs() -> torch.Tensor:
@@ -555,6 +566,7 @@ def refit(tree: Path, mode: str, experts: str, how: str) -> dict[str, Any]:
         run = torch.compile(net, backend="eager", fullgraph=True)
         watch = nullcontext
     before, equal = addresses(), [torch.equal(run(x), fresh["A"])]
+    held = _held(net)
     for step, name in enumerate(("B", "A", "B")):
         pieces = list(sets[name].items())
         random.Random(step).shuffle(pieces)  # any order, one tensor at a time
@@ -567,11 +579,69 @@ def refit(tree: Path, mode: str, experts: str, how: str) -> dict[str, Any]:
     return {
         "equal": equal,
         "addresses_kept": before == addresses(),
+        "grown": _held(net) - held,
         "plain": all(type(p) is torch.nn.Parameter for p in net.parameters()),
         "host_syncs": [op for op in syncs.seen if op != "equal"],
         "different": _relative(fresh["A"], fresh["B"]),
         "error": {n: _relative(fresh[n], dense(sets[n], moe, x)) for n in sets},
     }
+
+
+def spread(tree: Path, how: str) -> dict[str, Any]:
+    """Refit experts that the engine quantises itself on each of two ranks.
+
+    how: "tensor" or "expert" parallel; or "stacked", which is one rank that gets all
+    experts as one tensor, as Llama 4 has them.
+    """
+    fp8 = install(tree)
+    from vllm.model_executor.layers.fused_moe import layer
+
+    _Config.parallel_config.enable_expert_parallel = how == "expert"
+    ranks = 1 if how == "stacked" else 2
+    a, b = (checkpoint(seed, "online", moe=True) for seed in (1, 2))
+    equal, errors = [], []
+    for rank in range(ranks):
+        layer.get_tensor_model_parallel_rank = lambda rank=rank: rank
+        net, want = (_fresh(fp8, "online", True, t, ranks).experts for t in (a, b))
+        owner: Any = types.SimpleNamespace(experts=net)
+        before = {k: v.clone() for k, v in net.state_dict(keep_vars=True).items()}
+        pieces = [item for item in b.items() if item[0].startswith("experts.")]
+        random.Random(rank).shuffle(pieces)
+        if how == "stacked":
+            for name, shard in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+                stack = torch.stack([b[f"experts.{e}.{name}.weight"] for e in range(EXPERTS)])
+                param = net.w2_weight if shard == "w2" else net.w13_weight
+                param.weight_loader(param, stack, "w13_weight", shard_id=shard, expert_id=0)
+        else:
+            owner.named_parameters = lambda net=net: (
+                (f"experts.{k}", v) for k, v in net.named_parameters()
+            )
+            Net.load(owner, pieces)
+        for name in ("w13_weight", "w2_weight"):
+            codes, scales = (getattr(net, n).data for n in (name, f"{name}_scale_expanded"))
+            equal += [
+                torch.equal(codes.view(torch.uint8), getattr(want, name).data.view(torch.uint8)),
+                torch.equal(scales, getattr(want, f"{name}_scale_expanded")),
+                not torch.equal(codes.view(torch.uint8), before[name].view(torch.uint8)),
+            ]
+        errors += _experts_errors(net, b, rank, how)
+    return {"equal": equal, "errors": errors}
+
+
+def _experts_errors(net: Any, tensors: Checkpoint, rank: int, how: str) -> list[float]:
+    """Return how far what a rank holds is from the part of the checkpoint that is its own."""
+    errors = []
+    for e in range(net.w2_weight.shape[0]):
+        expert = e + rank * net.w2_weight.shape[0] if how == "expert" else e
+        w1, w2, w3 = (
+            tensors[f"experts.{expert}.{n}.weight"] for n in ("gate_proj", "down_proj", "up_proj")
+        )
+        if how == "tensor":
+            w1, w3, w2 = w1.chunk(2)[rank], w3.chunk(2)[rank], w2.chunk(2, 1)[rank]
+        for name, w in (("w13_weight", torch.cat([w1, w3])), ("w2_weight", w2)):
+            scale = getattr(net, f"{name}_scale_expanded")[e]
+            errors.append(_relative(getattr(net, name)[e].float() * scale, w))
+    return errors
 
 
 def second_load(tree: Path, mode: str) -> dict[str, Any]:
@@ -676,6 +746,30 @@ def await_push(tree: Path, mode: str) -> dict[str, Any]:
     fp8.fp8ctl_forget(net)
     steps["forgotten"] = fp8.fp8ctl_unfilled(net)
     return {"steps": steps, "equal": equal, "warnings": warnings_logged}
+
+
+def online(tree: Path) -> dict[str, Any]:
+    """Count what a refit of a net that quantises itself brings, and send it FP8."""
+    fp8 = install(tree)
+    tensors, x = checkpoint(1, "online", moe=True), _inputs()
+    net = _fresh(fp8, "online", True, tensors)
+    steps = {"started": fp8.fp8ctl_unfilled(net)}
+    fp8.fp8ctl_forget(net)
+    steps["forgotten"] = fp8.fp8ctl_unfilled(net)
+    lost = ("experts.2.up_proj.weight", "self_attn.k_proj.weight")
+    net.load((k, v) for k, v in tensors.items() if k not in lost)
+    steps["short"] = fp8.fp8ctl_unfilled(net)
+    before, refused = net(x), []
+    for name in lost:
+        try:
+            net.load([(name, tensors[name].to(FP8))])
+        except ValueError as e:
+            refused.append(str(e))
+    kept = torch.equal(net(x), before)
+    steps["refused"] = fp8.fp8ctl_unfilled(net)
+    net.load((k, tensors[k]) for k in lost)
+    steps["whole"] = fp8.fp8ctl_unfilled(net)
+    return {"steps": steps, "refused": refused, "kept": kept}
 
 
 def serialized(tree: Path) -> dict[str, Any]:
@@ -851,11 +945,13 @@ def code(tree: Path, *files: str) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "refit": refit,
+    "spread": spread,
     "second-load": second_load,
     "forward": forward,
     "fused": fused,
     "guard": guard,
     "await-push": await_push,
+    "online": online,
     "serialized": serialized,
     "worker": worker,
     "push": push,
