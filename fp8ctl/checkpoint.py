@@ -75,7 +75,7 @@ def quantize_tensor(
         PlanDoesNotFitError: the weight holds NaN or Inf; says where.
     """
     try:
-        return kernels.quantize(weight, groups_of(plan))
+        return kernels.quantize(weight, groups_of(plan), plan.recipe)
     except NonFiniteError as e:
         raise _no_code([Bad(name, e.index, e.value)]) from e
 
@@ -256,7 +256,7 @@ def _write_rest(
         shutil.copyfile(path, target)
     record = {
         "fp8ctl": __version__,
-        "recipe": formats.RECIPE,
+        "recipe": plan.recipe,
         "files": dict(sizes),
         "source": _identity(source),
         "plan": plan.to_json(),
@@ -308,7 +308,7 @@ def _identity(source: Checkpoint) -> list[dict[str, object]]:
 
 def _key(source: Checkpoint, plan: Plan) -> str:
     """Return what the bytes of the result depend on, as 64 hexadecimal digits."""
-    identity = [_SCHEMA, __version__, PART, formats.RECIPE, plan.digest, _identity(source)]
+    identity = [_SCHEMA, __version__, PART, plan.recipe, plan.digest, _identity(source)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 

@@ -136,6 +136,10 @@ Gpu = Annotated[
     str | None,
     typer.Option("--gpu", help="Compute capability to serve on, or none; default 9.0."),
 ]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", help="Scales: fp32 (default), or ue8m0: powers of two, in FP32."),
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A manifest that `fp8ctl plan --out` wrote.")
 ]
@@ -255,6 +259,7 @@ def plan(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = "fp32",
     out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
     snippet: Annotated[
         str | None, typer.Option("--snippet", help="Print what to paste into a trainer instead.")
@@ -279,6 +284,7 @@ def plan(
             gpu=gpu,
             keep=keep or (),
             quantize=quantize_ or (),
+            scale=scale,
         ),
     )
 
@@ -373,6 +379,7 @@ def quantize(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = None,
     verify: Annotated[
         str, typer.Option("--verify", help="Read the result again: auto, all, sample or off.")
     ] = "auto",
@@ -398,6 +405,7 @@ def quantize(
             keep=keep or (),
             quantize=quantize_ or (),
             gpu=gpu,
+            scale=scale,
             verify=verify,
         ),
     )

@@ -476,7 +476,7 @@ class Desk:
     def _run(self, xs: list[torch.Tensor], outs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         if self._device.type == "cpu":
             for x, out in zip(xs, outs, strict=True):
-                kernels.quantize(x, self._groups, out=out)
+                kernels.quantize(x, self._groups, self._plan.recipe, out=out)
             return
         if not xs:
             return
@@ -484,7 +484,7 @@ class Desk:
             there = [x.to(self._device, non_blocking=True) for x in xs]
             self._stream.synchronize()  # so that nobody waits for a copy behind the lock
             with _ONE_AT_A_TIME:
-                pairs = kernels.quantize_many(there, self._groups)
+                pairs = kernels.quantize_many(there, self._groups, self._plan.recipe)
             for pair, out in zip(pairs, outs, strict=True):
                 for value, host in zip(pair, out, strict=True):
                     host.view(torch.uint8).copy_(value.view(torch.uint8), non_blocking=True)

@@ -18,7 +18,7 @@ from fp8ctl import fitting, models, policy
 from fp8ctl.errors import CheckpointError, NotPermittedError, PlanDoesNotFitError, UsageError
 from fp8ctl.families import ENGINES
 from fp8ctl.fitting import HOPPER, SQUARES, Heads, Linear
-from fp8ctl.formats import BlockSize, Mode, parse_mode
+from fp8ctl.formats import RECIPE, BlockSize, Mode, parse_mode, parse_scale, scale_word
 from fp8ctl.manifest import Plan, PlannedTensor, Problem, dumps
 from fp8ctl.sizing import Sizer
 from fp8ctl.survey import Numbered, Survey, Target, survey
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from fp8ctl.families import Backend
     from fp8ctl.fitting import Module
+    from fp8ctl.formats import RecipeName
     from fp8ctl.models import Checkpoint
     from fp8ctl.render import Reporter
 
@@ -47,6 +48,7 @@ def make_plan(
     gpu: tuple[int, int] | None = HOPPER,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    recipe: RecipeName = RECIPE,
 ) -> Plan:
     """Plan the model in `model`; a plan that does not fit says so in `problems`.
 
@@ -59,6 +61,7 @@ def make_plan(
         gpu: compute capability of the GPU; None where the engine computes on none.
         keep: rules for what stays, see `selection`.
         quantize: rules for what becomes FP8.
+        recipe: the arithmetic of scales and codes.
 
     Raises:
         CheckpointError: the folder is not a model's, or is broken.
@@ -68,7 +71,15 @@ def make_plan(
     with _no_collections():
         checkpoint = models.read_checkpoint(model)
         return plan_checkpoint(
-            checkpoint, backend, mode, tp, block_size, gpu=gpu, keep=keep, quantize=quantize
+            checkpoint,
+            backend,
+            mode,
+            tp,
+            block_size,
+            gpu=gpu,
+            keep=keep,
+            quantize=quantize,
+            recipe=recipe,
         )
 
 
@@ -95,6 +106,7 @@ def plan_checkpoint(
     gpu: tuple[int, int] | None = HOPPER,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    recipe: RecipeName = RECIPE,
 ) -> Plan:
     """Plan a checkpoint that was read; otherwise as `make_plan`."""
     if tp < 1:
@@ -141,6 +153,7 @@ def plan_checkpoint(
         memory=Sizer(checkpoint.config, mode, target.block, tp).memory(
             (checkpoint.tensors[name], decision) for name, decision in seen.decisions.items()
         ),
+        recipe=recipe,
     )
 
 
@@ -199,6 +212,7 @@ def run(
     gpu: str | None = None,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    scale: str | None = None,
 ) -> dict[str, object]:
     """Plan, print a table or a snippet, write the manifest to `out`; exit 8 if it does not fit."""
     from fp8ctl import snippets
@@ -209,6 +223,7 @@ def run(
     form = parse_mode(mode)
     block = None if block_size is None else BlockSize.parse(block_size)
     capability = parse_gpu(gpu)
+    recipe = RECIPE if scale is None else parse_scale(scale)
     if snippet is not None:
         snippets.engine_of(snippet, engine)
     with _no_collections():
@@ -221,6 +236,7 @@ def run(
             gpu=capability,
             keep=keep,
             quantize=quantize,
+            recipe=recipe,
         )
         if snippet is None:
             show(report, plan)
@@ -260,6 +276,7 @@ class Typed:
     gpu: tuple[int, int] | None = None
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    recipe: RecipeName | None = None
 
 
 def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
@@ -284,6 +301,7 @@ def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
         ("--gpu", typed.gpu and _dotted(typed.gpu), _dotted(plan.gpu)),
         ("--keep", typed.keep or None, plan.keep),
         ("--quantize", typed.quantize or None, plan.quantize),
+        ("--scale", typed.recipe and scale_word(typed.recipe), scale_word(plan.recipe)),
     )
     for option, asked, planned in pairs:
         if asked is not None and asked != planned:
@@ -396,6 +414,8 @@ def explain(plan: Plan) -> list[str]:
         lines.append(f"{block.label} does not fit: {_summary(problems)}")
     verdict = "fits" if plan.fits else f"does not fit: {_summary(plan.problems)}"
     form = plan.mode.value if plan.block is None else f"blocks of {plan.block.label}"
+    if plan.recipe == "ue8m0":
+        form += ", scales powers of two"
     lines.append(f"{plan.family}, {form}, tp {plan.tp}, {engine}: {verdict}")
     return lines
 

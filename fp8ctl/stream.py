@@ -21,7 +21,7 @@ import torch
 
 from fp8ctl import formats, policy
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.formats import BlockSize, Mode, RecipeName
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.groups import PER_TENSOR, Groups, block
 from fp8ctl.kernels.inputs import NonFiniteError
@@ -205,6 +205,7 @@ class _Form:
     mode: Mode
     quantized: Callable[[str, torch.Size], bool]
     names: frozenset[str] | None
+    recipe: RecipeName = formats.RECIPE
 
 
 def _form(plan: Plan | Mapping[str, Any]) -> _Form:
@@ -239,7 +240,8 @@ def _form(plan: Plan | Mapping[str, Any]) -> _Form:
             )
         return one.quantize
 
-    return _Form(_groups(plan.mode, plan.block), plan.mode, quantized, frozenset(planned))
+    groups = _groups(plan.mode, plan.block)
+    return _Form(groups, plan.mode, quantized, frozenset(planned), plan.recipe)
 
 
 def _form_of_config(config: Mapping[str, Any]) -> _Form:
@@ -381,7 +383,8 @@ class _Taker:
     ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
         xs = [bucket[i][1] for i in those]
         try:
-            return iter([*zip(those, kernels.quantize_many(xs, self._form.groups), strict=True)])
+            made = kernels.quantize_many(xs, self._form.groups, self._form.recipe)
+            return iter([*zip(those, made, strict=True)])
         except NonFiniteError as e:
             name = bucket[those[e.tensor or 0]][0]
             raise PlanDoesNotFitError(

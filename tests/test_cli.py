@@ -319,6 +319,23 @@ def test_under_json_stdout_is_one_document(
     assert plain.out or command == ["ps"]
 
 
+def test_scales_that_were_asked_for_are_in_both_documents(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model")
+    for word, recipe in (("fp32", "ieee"), ("ue8m0", "ue8m0")):
+        file = tmp_path / f"{word}.json"
+        argv = ["plan", "--model", folder, "--backend", "sglang", "--scale", word, "--json"]
+        planned = invoke(*argv, "--out", file)
+        assert json.loads(planned.out)["data"]["recipe"] == recipe
+        assert json.loads(file.read_text())["recipe"] == recipe
+    out = tmp_path / "out"
+    made = fp8ctl("quantize", "--plan", file, "--scale", "ue8m0", "--out", out, "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["data"]["recipe"] == "ue8m0"
+    assert json.loads((out / "fp8ctl.json").read_text())["recipe"] == "ue8m0"
+    refused = invoke("plan", "--model", folder, "--backend", "sglang", "--scale", "bf16", "--json")
+    assert (refused.code, refused.error()["hint"]) == (2, "--scale fp32")
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from fp8ctl.formats import RecipeName
+
 DOWN = f"{LAYER}.mlp.down_proj.weight"
 CPU = torch.device("cpu")
 
@@ -65,9 +67,10 @@ def test_neither_threads_nor_parts_change_a_bit(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["ieee", "ue8m0"])
 @pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
-def test_a_gpu_writes_the_same_bytes(tmp_path: Path, mode: Mode) -> None:
-    plan = planned(save(tmp_path / "source", weights(), 3), mode)
+def test_a_gpu_writes_the_same_bytes(tmp_path: Path, mode: Mode, recipe: RecipeName) -> None:
+    plan = planned(save(tmp_path / "source", weights(), 3), mode, recipe)
     checkpoint.convert(plan, tmp_path / "cpu", device=CPU)
     made = checkpoint.convert(plan, tmp_path / "gpu", device=torch.device("cuda"))
     assert made["device"] == "cuda"

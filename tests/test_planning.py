@@ -348,6 +348,14 @@ def test_a_manifest_that_was_edited_is_refused(smollm2: Path) -> None:
     for key, value in (("tp", 2), ("schema", 99), ("tensors", []), ("mode", "x"), ("notes", None)):
         with pytest.raises(UsageError):
             Plan.from_json({**good, key: value})
+    with pytest.raises(UsageError, match="was edited"):
+        Plan.from_json({**good, "recipe": "ue8m0"})
+    with pytest.raises(UsageError, match="recipe 'inverse-scale'"):
+        Plan.from_json({**good, "recipe": "inverse-scale"})
+    # Of that schema every plan was for one recipe, whatever it said.
+    with pytest.raises(UsageError, match="schema 2; expected 3: another version of fp8ctl") as e:
+        Plan.from_json({**good, "schema": 2})
+    assert "fp8ctl plan" in (e.value.hint or "")
     moved = Plan.from_json({**good, "model": "/elsewhere"})
     assert moved.digest == good["digest"]
 
@@ -383,6 +391,16 @@ def test_the_command_groups_layers_and_writes_the_manifest(smollm2: Path, tmp_pa
     written = json.loads((tmp_path / "plan.json").read_text())
     assert written == data
     assert Plan.from_json(written).fits
+
+
+def test_the_command_plans_scales_that_are_powers_of_two(smollm2: Path) -> None:
+    data, text = run(smollm2, scale="ue8m0")
+    assert data["recipe"] == "ue8m0"
+    assert "blocks of 64x64, scales powers of two, tp 1" in text
+    plain, said = run(smollm2, scale="fp32")
+    assert plain == run(smollm2)[0]
+    assert (plain["recipe"], "powers of two" in said) == ("ieee", False)
+    assert plain["digest"] != data["digest"]
 
 
 def test_the_command_shows_and_writes_a_plan_that_does_not_fit(
