@@ -135,7 +135,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan without the place of the model, in hexadecimal."""
-        return self._digest(self._head())
+        pairs = zip(self.tensors, self._shared(), strict=True)
+        return _digest(self._head(), [f"{t.name!r} {line}" for t, (_, line) in pairs])
 
     @property
     def bytes_before(self) -> int:
@@ -179,12 +180,13 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Return the manifest: JSON types only."""
         head = self._head()
-        tensors = []
-        for t, (rest, _) in zip(self.tensors, self._shared(), strict=True):
+        tensors, lines = [], []
+        for t, (rest, line) in zip(self.tensors, self._shared(), strict=True):
             tensors.append({"name": t.name, **rest})
+            lines.append(f"{t.name!r} {line}")
         return {
             "schema": SCHEMA,
-            "digest": self._digest(head),
+            "digest": _digest(head, lines),
             "model": str(self.model),
             "fits": self.fits,
             **head,
@@ -294,14 +296,6 @@ class Plan:
             "notes": list(self.notes),
         }
 
-    def _digest(self, head: dict[str, object]) -> str:
-        # Lines, not JSON: a model of 70 000 tensors is to be planned in a second.
-        lines = [json.dumps(head, sort_keys=True, separators=(",", ":"))]
-        lines += [
-            f"{t.name!r} {line}" for t, (_, line) in zip(self.tensors, self._shared(), strict=True)
-        ]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
     def _shared(self) -> Iterator[tuple[dict[str, object], str]]:
         """Yield of each tensor all but its name: for JSON, and in a line."""
         # Most tensors of a model are alike in this; an enum is told by identity, its hash is slow.
@@ -320,6 +314,12 @@ class Plan:
                 }
                 shared = known[key] = (rest, json.dumps(rest))
             yield shared
+
+
+def _digest(head: dict[str, object], tensors: list[str]) -> str:
+    # Lines, not JSON: a model of 70 000 tensors is to be planned in a second.
+    lines = [json.dumps(head, sort_keys=True, separators=(",", ":")), *tensors]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def dumps(document: dict[str, object]) -> str:

@@ -35,6 +35,8 @@ _STYLES = {
 _PLAIN = str.maketrans({"✓": "ok", "✗": "x", "▸": ">", "·": "-", "…": "..."})
 # The narrowest last column of a table that is still read with ease.
 _NARROWEST = 24
+# A longer document is not indented: that takes json four times as long.
+_READ_BY_PEOPLE = 1 << 20
 
 
 class StdoutError(OSError):
@@ -218,7 +220,10 @@ class Reporter:
             self.say(f"{self.style('hint:', 'bold', self._err)} {error.hint}")
 
     def _document(self, document: JsonObject) -> None:
-        self._write(self._out, json.dumps(document, indent=2, default=str) + "\n")
+        text = json.dumps(document, default=str)
+        if len(text) < _READ_BY_PEOPLE:
+            text = json.dumps(document, default=str, indent=2)
+        self._write(self._out, text + "\n")
 
     def _colour(self, stream: TextIO) -> bool:
         return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
