@@ -32,7 +32,7 @@ from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.layout import PART, Layout, layouts
-from fp8ctl.manifest import RECORD
+from fp8ctl.manifest import RECORD, dumps
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
 from fp8ctl.pipeline import DTYPES, Bad, Pipeline, Shard, bytes_of, groups_of, writing
 
@@ -262,7 +262,7 @@ def _write_rest(
         "plan": plan.to_json(),
         **extra,
     }
-    _write_json(folder / RECORD, record)
+    _write_text(folder / RECORD, dumps(record))
 
 
 def _carried(source: Checkpoint) -> Iterator[Path]:
@@ -392,8 +392,12 @@ def _device() -> torch.device:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what others read, too, as they write it."""
+    _write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())

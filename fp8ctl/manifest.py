@@ -322,8 +322,8 @@ def _digest(head: dict[str, object], tensors: list[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def dumps(document: dict[str, object]) -> str:
-    """Return a manifest as text, with a line for each tensor."""
+def dumps(document: Mapping[str, object]) -> str:
+    """Return a manifest, or a document that holds one, as text, with a line for each tensor."""
     # `indent` would leave json's fast encoder. Quotes inside a string are escaped, so that
     # what is replaced is nowhere but between tensors.
     text = json.dumps(document)

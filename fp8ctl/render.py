@@ -238,15 +238,19 @@ class Reporter:
         try:
             yield
         except OSError as e:
-            # What is left in the buffer would fail once more when the interpreter ends.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            forget(stream)
             # A reader that has gone away (`fp8ctl ps | head -1`) is no error of ours,
             # and of a lost stderr nobody can be told.
             if isinstance(e, BrokenPipeError) or stream is not self._out:
                 return
             self._closed = True
             raise StdoutError(e.errno, f"cannot write to stdout: {e.strerror}") from e
+
+
+def forget(stream: TextIO) -> None:
+    """Have nothing more written; what is left in the buffer would fail again at the very end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fit(stream: TextIO, text: str) -> str:

@@ -260,6 +260,25 @@ def test_a_stdout_that_takes_nothing_is_not_permitted(flags: list[str], tmp_path
     assert "'nobody'" in done.stderr or "nobody" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_a_help_that_stdout_does_not_take_is_told_in_a_line(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fp8ctl", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 6
+    first, _, hint = done.stderr.partition("\n\n")
+    assert first == "error: cannot write to stdout: No space left on device"
+    assert hint.startswith("hint: df -h")
+    assert len(hint.splitlines()) == 1
+
+
 def test_a_stdout_of_another_encoding_does_not_end_a_command(tmp_path: Path) -> None:
     site = engine(tmp_path / "site")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "FP8CTL_TRACEBACK": "1"}
