@@ -100,12 +100,13 @@ def convert(
         extra: more fields for fp8ctl.json.
         verify: how much of the result is read again and compared: `all`, `sample`, `off`
             or `auto`, which is all of a small result and a sample of a large one.
-        device: that quantises; None takes a GPU if there is one.
+        device: that quantises; None takes a GPU if there is one. Beside a GPU, in block mode,
+            the cores do, too.
 
     Returns:
-        `files` (name to bytes), `bytes_before`, `bytes_after`, `device`, `verified` (bytes
-        that were read again), `resumed` (files that an earlier call had finished),
-        `peak_memory` of this process in bytes.
+        `files` (name to bytes), `bytes_before`, `bytes_after`, `device` (`cuda` where a GPU
+        took part), `verified` (bytes that were read again), `resumed` (files that an earlier
+        call had finished), `peak_memory` of this process in bytes.
 
     Raises:
         BusyError: another process writes `out`.
@@ -165,7 +166,7 @@ def convert(
         "files": sizes,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
-        "device": device.type,
+        "device": "cuda" if "cuda" in line.used else "cpu",
         "verified": line.verified,
         "resumed": [name for name in resumed if name not in line.lost],
         "peak_memory": _peak_memory(),
