@@ -55,7 +55,7 @@ def test_neither_threads_nor_parts_change_a_bit(
     plan = planned(source, mode)
     checkpoint.convert(plan, tmp_path / "wanted")
     monkeypatch.setattr(layout, "PART", part)
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), sys.getswitchinterval()
     with partial.opened(tmp_path / "out", "key") as work:
         line = pipeline.Pipeline(plan, work, lambda part: True, CPU, threads, batch)
         shards = shards_of(source, work.folder, mode)
@@ -64,7 +64,7 @@ def test_neither_threads_nor_parts_change_a_bit(
             assert data == (tmp_path / "wanted" / name).read_bytes(), name
         assert line.verified == plan.bytes_after
         assert work.finished.keys() == {shard.layout.name for shard in shards}
-    assert torch.get_num_threads() == before
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == before
 
 
 @pytest.mark.gpu
