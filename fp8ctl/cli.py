@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # UsageError, root of what the parser raises: Typer publishes its subclasses only.
 _PARSER_ERROR: Any = typer.BadParameter.__base__
 
+_ELSEWHERE = "df -h, or send the output to a file on another disk"
+
 _commands: list[tuple[Callable[..., None], dict[str, Any]]] = []
 
 
@@ -77,6 +79,20 @@ def main() -> None:
             sys.exit(_refuse("", "a command is missing"))
         e.show()  # no command at all: the help
         sys.exit(e.exit_code)
+    except OSError as e:
+        # A help or the version was printed: what a command raises never comes here.
+        sys.exit(_lost(name, f"cannot write to stdout: {e.strerror}"))
+
+
+def _lost(name: str, why: str) -> int:
+    """Tell that stdout took nothing."""
+    from fp8ctl.errors import NotPermittedError
+    from fp8ctl.render import Reporter, forget
+
+    forget(sys.stdout)
+    error = NotPermittedError(why, hint=_ELSEWHERE)
+    Reporter().fail(name, error)
+    return error.exit_code
 
 
 def _refuse(name: str, message: str) -> int:
@@ -136,6 +152,10 @@ Gpu = Annotated[
     str | None,
     typer.Option("--gpu", help="Compute capability to serve on, or none; default 9.0."),
 ]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", help="Scales: fp32 (default), or ue8m0: powers of two, in FP32."),
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A manifest that `fp8ctl plan --out` wrote.")
 ]
@@ -160,10 +180,7 @@ def _run(command: str, json_mode: bool, body: Callable[[Reporter], dict[str, obj
     except KeyboardInterrupt:
         error = AbortedError("interrupted")
     except StdoutError as e:
-        error = NotPermittedError(
-            str(e.strerror),
-            hint="df -h, or send the output to a file on another disk",
-        )
+        error = NotPermittedError(str(e.strerror), hint=_ELSEWHERE)
     except Exception as e:
         if os.environ.get("FP8CTL_TRACEBACK"):
             raise
@@ -255,6 +272,7 @@ def plan(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = "fp32",
     out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
     snippet: Annotated[
         str | None, typer.Option("--snippet", help="Print what to paste into a trainer instead.")
@@ -279,6 +297,7 @@ def plan(
             gpu=gpu,
             keep=keep or (),
             quantize=quantize_ or (),
+            scale=scale,
         ),
     )
 
@@ -373,6 +392,7 @@ def quantize(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = None,
     verify: Annotated[
         str, typer.Option("--verify", help="Read the result again: auto, all, sample or off.")
     ] = "auto",
@@ -398,6 +418,7 @@ def quantize(
             keep=keep or (),
             quantize=quantize_ or (),
             gpu=gpu,
+            scale=scale,
             verify=verify,
         ),
     )

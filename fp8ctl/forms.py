@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import policy
+from fp8ctl import formats, policy
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.formats import BlockSize, Mode, RecipeName
 from fp8ctl.kernels.groups import PER_TENSOR, Groups, block
 from fp8ctl.manifest import Plan
 
@@ -33,6 +33,7 @@ class Form:
         quantized: says whether a name of this shape becomes FP8; raises where it cannot be.
         names: all that have to come; None: nobody knows.
         dtype: says what a tensor of this name is rounded to; None: nothing.
+        recipe: the arithmetic.
     """
 
     groups: Groups
@@ -40,6 +41,7 @@ class Form:
     quantized: Callable[[str, torch.Size], bool]
     names: frozenset[str] | None
     dtype: Callable[[str], torch.dtype | None] = lambda _: None
+    recipe: RecipeName = formats.RECIPE
 
 
 def of_push(plan: Plan | None, dtype: torch.dtype | None) -> Form:
@@ -70,7 +72,8 @@ def of_push(plan: Plan | None, dtype: torch.dtype | None) -> Form:
         one = planned[name]
         return dtype if dtype is not None and one.quantize else _FLOATS.get(one.dtype)
 
-    return Form(_groups(plan.mode, plan.block), plan.mode, quantized, names, rounded)
+    groups = _groups(plan.mode, plan.block)
+    return Form(groups, plan.mode, quantized, names, rounded, plan.recipe)
 
 
 def of(plan: Plan | Mapping[str, Any]) -> Form:
@@ -102,7 +105,8 @@ def of(plan: Plan | Mapping[str, Any]) -> Form:
             raise _misshapen(name, shape, one.shape)
         return one.quantize
 
-    return Form(_groups(plan.mode, plan.block), plan.mode, quantized, frozenset(planned))
+    groups, names = _groups(plan.mode, plan.block), frozenset(planned)
+    return Form(groups, plan.mode, quantized, names, recipe=plan.recipe)
 
 
 def _stranger(name: str, plan: Plan) -> ConflictError:

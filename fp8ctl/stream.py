@@ -473,7 +473,7 @@ class _Taker:
         xs = [bucket[i][1] for i in those]
         out: Any = [places[i] for i in those] if places else None
         try:
-            made = kernels.quantize_many(xs, self._form.groups, out=out)
+            made = kernels.quantize_many(xs, self._form.groups, self._form.recipe, out=out)
         except NonFiniteError as e:
             name = bucket[those[e.tensor or 0]][0]
             raise PlanDoesNotFitError(

@@ -240,6 +240,7 @@ def _tell(
             report.data(f"and {len(unequal) - _SHOWN} more (--json lists them)")
     workers = "1 worker" if ranks == 1 else f"{ranks} workers"
     mode = plan.mode.value + (f" {plan.block.label}" if plan.block else "")
+    mode += "" if plan.recipe == formats.RECIPE else f", {plan.recipe}"
     report.data(
         f"weights: {counts['equal']} of {len(lines)} equal in {workers} ({mode}): {message}"
     )
@@ -249,7 +250,7 @@ def _tell(
         "message": message,
         "model": str(plan.model),
         "mode": plan.mode.value,
-        "recipe": formats.RECIPE,
+        "recipe": plan.recipe,
         "ranks": ranks,
         "counts": counts,
         "tensors": [line.to_json() for line in unequal],

@@ -116,6 +116,13 @@ def test_one_digest_that_differs_is_found_by_name(
     )
 
 
+def test_weights_of_another_recipe_are_wrong(plan: Plan, expected: dict[str, int]) -> None:
+    other = replace(plan, recipe="ue8m0")
+    assert word(other, checkpoint.expected_digests(plan.model, other), held_of(expected))[0] == (
+        "wrong-weights"
+    )
+
+
 @pytest.mark.parametrize("name", [Q, SCALE])
 def test_a_code_or_a_scale_that_is_missing_is_wrong(
     name: str, plan: Plan, expected: dict[str, int]
@@ -292,7 +299,22 @@ def test_a_server_is_compared_with_what_the_kernel_makes_of_the_source(
     assert found["tensors"] == []
     assert found["mode"] == "block"
     assert "weights: 8 of 8 equal in 1 worker (block 32x32)" in out.getvalue()
+    assert found["recipe"] == "ieee"
     json.dumps(found)
+
+
+def test_the_expectation_is_made_under_the_plan_s_recipe(
+    serve: Serve, plan: Plan, expected: dict[str, int]
+) -> None:
+    """With the real worker: powers of two are right where they were planned."""
+    powers = replace(plan, recipe="ue8m0")
+    held = checkpoint.expected_digests(plan.model, powers)
+    report, out = reporter()
+    shards = [shard(name, value) for name, value in held.items()]
+    found = weights.verify(serve(200, answer(powers, shards)), None, report, None)
+    assert (found["verdict"], found["recipe"]) == ("fp8-ok", "ue8m0")
+    assert "(block 32x32, ue8m0)" in out.getvalue()
+    assert held[SCALE] != expected[SCALE]
 
 
 def test_a_bit_that_differs_is_told_with_its_place(
