@@ -322,20 +322,11 @@ class Updates:
             async with self._or_ends(push):
                 entries = intake.read(found, disk=self._kind == "disk")
                 self._expected.check(entries, push.entries)
-                loaded, seconds = await intake.load(
-                    self._workers, push, found, disk=self._kind == "disk"
-                )
+                loaded = await intake.load(self._workers, push, found, disk=self._kind == "disk")
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
-                push.bucket, push.taken = (
-                    request,
-                    {
-                        "number": number,
-                        "loaded": loaded,
-                        "seconds": seconds,
-                    },
-                )
-                push.took(seconds)
+                push.bucket, push.taken = request, {"number": number, **loaded}
+                push.took(loaded["seconds"])
             return push.taken
 
     async def end(self, found: Body) -> Body:
@@ -481,12 +472,11 @@ class Updates:
 
     async def _trust(self, names: Collection[str]) -> None:
         """Tell the ranks which tensors lie where they should: it makes the next update faster."""
+        if self._kind == "disk":
+            self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
+            return
         more = [name for name in names if name not in self._trusted]
-        if (
-            more
-            and self._kind != "disk"
-            and not await _quietly(self._workers.ask("trust", names=more))
-        ):
+        if more and not await _quietly(self._workers.ask("trust", names=more)):
             self._trusted.update(more)
 
     async def _distrust(self) -> None:
