@@ -138,5 +138,22 @@ def test_log_probabilities_of_a_prompt_are_not_told_twice(run: Run) -> None:
     assert found["schedulers"] == {"told": 1, "plain": None, "soon": 1}
 
 
+def test_every_client_of_a_request_that_is_aborted_has_an_answer(run: Run) -> None:
+    """By vLLM's own output processor; a client that waits for ever fails the scenario."""
+    found = run("tell")
+    assert found["first"] == [[5, 6]]
+    assert found["told"] == {
+        "stream": [[0, [], "abort", 0]],
+        "stream-of-log-probabilities": [[0, [], "abort", 0]],
+        "whole": [[0, [5, 6], "abort", 0]],
+        "not-begun": [[0, [], "abort", 0]],
+        "many": [[0, [5, 6], "abort", 0], [1, [], "abort", 0]],
+        "many-streams": [[0, [5, 6], "abort", 0], [1, [], "abort", 0]],
+    }
+    assert found["left"] == ["late"]
+    assert found["parents"] == []
+    assert found["again"] == []
+
+
 def test_keys_and_values_in_use_are_not_said_to_be_forgotten(run: Run) -> None:
     assert "cannot be forgotten" in run("in-use")["answer"]

@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 #: Modules that are vLLM's own.
-REAL = frozenset(
+REAL = frozenset({"vllm.outputs"}) | frozenset(
     f"vllm.v1.{name}"
     for name in (
         *("request", "outputs", "utils", "engine", "engine.core", "kv_cache_interface"),
+        *("engine.detokenizer", "engine.logprobs", "engine.output_processor"),
+        "engine.parallel_sampling",
         *("core", "core.block_pool", "core.encoder_cache_manager", "core.kv_cache_coordinator"),
         *("core.kv_cache_manager", "core.kv_cache_utils", "core.single_type_kv_cache_manager"),
         *("core.sched", "core.sched.interface", "core.sched.output", "core.sched.scheduler"),
@@ -97,10 +99,12 @@ class Params(_Empty):
 
     def __init__(self, max_tokens: int, prompt_logprobs: int | None = None) -> None:
         self.max_tokens, self.prompt_logprobs = max_tokens, prompt_logprobs
+        self.n, self.seed, self.output_kind, self.detokenize = 1, None, 0, False
+        self.logprobs: int | None = None
         self.ignore_eos, self.top_p, self.repetition_penalty = True, 1.0, 1.0
         self.top_k = self.min_tokens = 0
         self.min_p = self.frequency_penalty = self.presence_penalty = 0.0
-        self.logprobs = self.logit_bias = self.guided_decoding = self.extra_args = None
+        self.logit_bias = self.guided_decoding = self.extra_args = None
         self.allowed_token_ids = self.bad_words_token_ids = self.stop_token_ids = None
         self.sampling_type = "greedy"
 
@@ -113,6 +117,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: object = None) -> Any:
         top = name.split(".")[0]
+        empty = {"vllm", "msgspec", "zmq", "prometheus_client", "pydantic", "transformers"}
         if name in REAL:
             file = self._sources / Path(*name.split("."))
             package = file.is_dir()
@@ -121,7 +126,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return importlib.util.spec_from_file_location(
                 name, file, submodule_search_locations=places
             )
-        if top in {"vllm", "msgspec", "zmq", "prometheus_client", "pydantic", "transformers"}:
+        if top in empty | {"tokenizers", "packaging"}:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
@@ -138,6 +143,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             },
             "vllm.sampling_params": {
                 "SamplingParams": Params,
+                "RequestOutputKind": types.SimpleNamespace(CUMULATIVE=0, DELTA=1, FINAL_ONLY=2),
                 "SamplingType": types.SimpleNamespace(GREEDY="greedy", RANDOM_SEED="seed"),
             },
             "msgspec": {"Struct": _Struct},
@@ -520,6 +526,77 @@ def in_use() -> dict[str, Any]:
     return {"answer": core.ask("fp8ctl_flush")}
 
 
+def tell() -> dict[str, Any]:
+    """End requests towards their clients, in all the ways in which those listen."""
+    import asyncio
+
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    from fp8ctl.engines.hooks import vllm_ranks
+
+    processor = OutputProcessor(types.SimpleNamespace(get_lora_tokenizer=lambda _lora: None), True)
+    queues: dict[str, Any] = {}
+
+    def request(name: str, kind: int, logprobs: int | None) -> Any:
+        params = Params(50)
+        params.output_kind, params.logprobs, params.n = kind, logprobs, 2
+        return types.SimpleNamespace(
+            request_id=name,
+            sampling_params=params,
+            lora_request=None,
+            prompt_token_ids=[1, 2],
+            arrival_time=0.0,
+        )
+
+    def add(name: str, kind: int, logprobs: int | None = None, parent: Any = None) -> None:
+        key = parent.request_id if parent else name
+        if key not in queues:
+            queues[key] = RequestOutputCollector(kind)
+        index = int(name[0]) if parent else 0
+        one = request(name, kind, logprobs)
+        processor.add_request(one, None, parent, index, queues[key])
+
+    add("stream", 1)
+    add("stream-of-log-probabilities", 1, 2)
+    add("whole", 2)
+    add("not-begun", 2, 1)
+    for name, kind in (("many", 2), ("many-streams", 1)):
+        parent = ParentRequest(name, request(name, kind, None).sampling_params)
+        for index in range(2):
+            child, _ = parent.get_child_info(index)
+            add(child, kind, parent=parent)
+    begun = ["stream", "whole", "0_many", "0_many-streams"]
+    processor.process_outputs([EngineCoreOutput(name, [5, 6]) for name in begun], 1.0, None)
+    first = queues["stream"].get_nowait()
+    known = list(processor.request_states)
+    add("late", 2)
+    vllm_ranks._tell(processor, [*known, "gone"])
+
+    async def read(queue: Any) -> list[Any]:
+        # As `AsyncLLM.generate` does.
+        found: list[Any] = []
+        while not (found and found[-1].finished):
+            found.append(queue.get_nowait() or await asyncio.wait_for(queue.get(), 5))
+        return [
+            [c.index, list(c.token_ids), c.finish_reason, len(c.logprobs or [])]
+            for one in found
+            for c in one.outputs
+        ]
+
+    told = {name: asyncio.run(read(queue)) for name, queue in queues.items() if name != "late"}
+    # What the core gave before it heard of it comes to nobody.
+    processor.process_outputs([EngineCoreOutput(name, [7]) for name in known], 2.0, None)
+    return {
+        "first": [list(c.token_ids) for c in first.outputs],
+        "told": told,
+        "left": list(processor.request_states),
+        "parents": list(processor.parent_requests),
+        "again": [name for name, queue in queues.items() if queue.get_nowait() is not None],
+    }
+
+
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "pause": pause,
     "without-a-step": without_a_step,
@@ -528,6 +605,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "finish": finish,
     "refused": refused,
     "told": told,
+    "tell": tell,
     "in-use": in_use,
 }
 
