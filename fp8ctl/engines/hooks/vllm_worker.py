@@ -64,6 +64,7 @@ class Extension:
     rank: int
     model_runner: Any
     model_config: Any
+    parallel_config: Any
 
     def fp8ctl_ask(self, what: str, details: str) -> dict[str, Any]:
         """Answer a question of the server.
@@ -82,6 +83,9 @@ class Extension:
             receiver = self._fp8ctl_receiver()
             if what == "reload":
                 return answer | _reload(receiver, Path(asked["path"]))
+            if what == "refittable" and self.parallel_config.data_parallel_size > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                return answer | {"refittable": False, "why": why}
             return answer | receiver.answer(what, asked)
         except Exception as e:  # noqa: BLE001 - the answer says it
             traceback.print_exc()
