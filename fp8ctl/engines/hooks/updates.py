@@ -181,7 +181,8 @@ class Updates:
                 begin = wire.Begin(name, "", version="", manifest="", complete=False)
                 push = await self._open(begin)
                 async with self._or_ends(push):
-                    await intake.folder(self._workers, push, path)
+                    self._trusted.clear()
+                    push.took(await intake.folder(self._workers, push, path))
                     with push.timed("settle"):
                         missing, message = await self._evidence.missing(push, folder=True)
                     with push.timed("flush"):
