@@ -19,7 +19,7 @@ import httpx
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fp8ctl import wire
 from tests.conftest import HOME, ROOT
@@ -423,33 +423,10 @@ def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
                 assert len(request.tokens) == TOKENS
                 pusher.update("A", one.a)
         assert far(seen["A"], seen["B"])
-        disk = Disk(one.url)
-        for i in range(2):
-            version = "BA"[i % 2]
-            buckets = one.b if version == "B" else one.a
-            disk.update(version, buckets, tmp_path / f"{version}{i}")
-            assert seen[version] == one.logprobs, i
-
-
-class Disk:
-    """Pushes by folders that the engine reads itself."""
-
-    def __init__(self, url: str) -> None:
-        self._raw = Pusher.__new__(Pusher)
-        self._raw.url = url
-        connected = self._raw.call(wire.CONNECT, protocol=wire.PROTOCOL, carrier={"kind": "disk"})
-        self._raw.connection, self._raw.manifest = connected["connection"], connected["manifest"]
-
-    def update(self, version: str, sent: list[Bucket], folder: Path) -> Json:
-        folder.mkdir()
-        save_file(
-            {n: t.contiguous() for one in sent for n, t in one.named},
-            str(folder / "model.safetensors"),
-        )
-        push = self._raw.begin(version)
-        entries = [entry.to_json() for one in sent for entry in one.entries]
-        self._raw.call(wire.BUCKET, push=push, number=0, path=str(folder), entries=entries)
-        return self._raw.end(push, 1)
+        with Pusher(one.url, "disk") as disk:
+            for version in "BA":
+                disk.update_from(tmp_path / version, version, one.b if version == "B" else one.a)
+                assert seen[version] == one.logprobs, version
 
 
 @pytest.mark.long
