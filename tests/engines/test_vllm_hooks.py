@@ -271,6 +271,7 @@ def test_while_a_push_is_open_nothing_else_touches_the_weights(path: str) -> Non
 
     async def test() -> None:
         offer = {"protocol": wire.PROTOCOL, "client": {}, "carrier": None}
+
         async def ask(what: str, **details: Any) -> list[dict[str, Any]]:
             return [{"refittable": True}]
 
@@ -420,6 +421,36 @@ def test_aborting_tells_every_client_that_the_core_knew(monkeypatch: pytest.Monk
         assert states["ended"].told == late.told == []
         assert engine.request_states == {"late": late}
         assert engine.parent_requests == {}
+
+    asyncio.run(test())
+
+
+def test_aborting_goes_on_to_tell_the_clients_where_its_caller_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The core has dropped the requests: nobody else would."""
+    _fake_vllm(monkeypatch)
+
+    async def test() -> None:
+        engine = Engine()
+        engine.request_states = {"a": State("a")}
+        [state] = engine.request_states.values()
+        go_on = asyncio.Event()
+
+        async def hold() -> dict[str, Any]:
+            await go_on.wait()
+            return {"held": True, "begun": 1}
+
+        engine.core["fp8ctl_hold"] = hold
+        workers = of(engine)
+        holding = asyncio.ensure_future(workers.hold("abort", 0.0))
+        await asyncio.sleep(0.01)
+        holding.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await holding
+        go_on.set()
+        await asyncio.sleep(0.05)
+        assert state.told == ["a abort"]
 
     asyncio.run(test())
 

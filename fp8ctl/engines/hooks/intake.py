@@ -73,6 +73,15 @@ async def load(
     return {**loaded, "ways": ways} if ways else loaded
 
 
+def _most(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest value of each name on any rank."""
+    most: dict[str, float] = {}
+    for one in told:
+        for name, value in one.items():
+            most[name] = max(value, most.get(name, 0))
+    return most
+
+
 async def folder(workers: Workers, push: OpenPush, path: str) -> dict[str, float]:
     """Have every rank load a folder; as `load`, but for what it returns: the seconds alone."""
     before, push.touched = push.touched, True
@@ -82,12 +91,3 @@ async def folder(workers: Workers, push: OpenPush, path: str) -> dict[str, float
         push.touched = before or done.changed
         raise RefusedError(500, "FP8-LOAD", done.message)
     return {"load": time.monotonic() - started}
-
-
-def _most(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Return the largest value of each name on any rank."""
-    most: dict[str, float] = {}
-    for one in told:
-        for name, value in one.items():
-            most[name] = max(value, most.get(name, 0))
-    return most
