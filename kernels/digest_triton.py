@@ -18,7 +18,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8ctl.kernels.digest import Sums
+    # `digest.Sums`: bits, outer, inner.
+    Sums = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Bytes of a row that a program reads at a time, and such rows at a time; tuned on an H100.
 _WIDTH = 4096
