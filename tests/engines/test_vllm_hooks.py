@@ -271,6 +271,7 @@ def test_while_a_push_is_open_nothing_else_touches_the_weights(path: str) -> Non
 
     async def test() -> None:
         offer = {"protocol": wire.PROTOCOL, "client": {}, "carrier": None}
+
         async def ask(what: str, **details: Any) -> list[dict[str, Any]]:
             return [{"refittable": True}]
 
