@@ -148,7 +148,7 @@ class Filler:
     def add(self, pairs: Sequence[Named]) -> None:
         """Take what the stream gives: places that are written now."""
         self._written += len(pairs)
-        if self._written == len(self._batch):
+        if pairs and self._written == len(self._batch):
             self._settle()
 
     def finish(self) -> None:
