@@ -118,11 +118,11 @@ def test_the_guard_counts_what_the_engine_quantises_itself(seen: Seen) -> None:
     result = seen["online"]
     lost = "model.layers.1.mlp.experts.w13_weight"
     assert result["lost"].startswith("fp8ctl unscaled-guard:")
-    assert f"{lost} (experts 2 of 4, w3)" in result["lost"]
+    assert f"{lost} (experts 0 of 4, w3)" in result["lost"]
     started, forgotten, short, refused, whole = result["unfilled"]
     assert started == {}
     assert len(forgotten) == 8, "of two layers: qkv_proj, o_proj, w13 and w2 of the experts"
-    assert short == {lost: "experts 2 of 4, w3"}
+    assert short == {lost: "experts 0 of 4, w3"}
     assert refused == short
     assert whole == {}
 

@@ -354,7 +354,7 @@ def test_what_the_engine_quantises_itself_is_counted_from_nothing_again(run: Run
         == steps["refused"]
         == {
             f"{AT}self_attn.qkv_proj.weight": "rows 256-383 of 512, in shards 1",
-            f"{AT}experts.w13_weight": "experts 2, 1 of 4, w3",
+            f"{AT}experts.w13_weight": "experts 0, 1 of 4, w3",
         }
     )
     assert steps["whole"] == {}
