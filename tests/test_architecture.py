@@ -56,14 +56,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("partial", "pipeline", "selection", "sizing", "snippets", "stream", "survey"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
-    ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
+    ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push"),
+    *("wire", "carriers", "push", "held"),
 )
 WITH_TORCH = ("checkpoint", "checksum", "pipeline")
 # What the worker's tasks are made of.
@@ -312,7 +312,8 @@ def test_no_module_runs_a_shell() -> None:
 
 
 def command_modules() -> list[str]:
-    return [name for name in MODULES if not belongs(name, ("engines.hooks", "kernels"))]
+    elsewhere = ("engines.hooks", "kernels", "carriers")
+    return [name for name in MODULES if not belongs(name, elsewhere)]
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:

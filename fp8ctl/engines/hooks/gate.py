@@ -101,6 +101,7 @@ class Gate:
         ranks: number of workers, once known.
         started: False while the engine warms itself up: it has no state to tell yet,
             and its own requests must pass.
+        about: what others add to the state: of pushes, for instance.
     """
 
     def __init__(self, *, engine: str, engine_version: str, await_push: bool) -> None:
@@ -109,6 +110,7 @@ class Gate:
         self.await_push = await_push
         self.ranks: int | None = None
         self.started = True
+        self.about: dict[str, object] = {}
         self._lock = threading.Lock()
         self._updates = 0
         self._updates_done = 0
@@ -127,6 +129,12 @@ class Gate:
         """The state that holds but for updates on their way."""
         with self._lock:
             return self._settled
+
+    @property
+    def updates(self) -> int:
+        """How many updates have changed weights."""
+        with self._lock:
+            return self._updates_done
 
     @property
     def in_flight(self) -> int:
@@ -172,6 +180,7 @@ class Gate:
                 "await_push": self.await_push,
                 "updates": self._updates_done,
                 "ranks": self.ranks,
+                **self.about,
             }
 
     def lose(self, message: str) -> None:
@@ -231,12 +240,16 @@ async def answer_json(send: Send, status: int, data: object, *more: tuple[bytes,
     await send({"type": "http.response.body", "body": body})
 
 
-def is_open(scope: Scope) -> bool:
-    """Say whether a request needs no weights, by its path below the app's root."""
+def below_root(scope: Scope) -> str:
+    """Return the path of a request below the app's root."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    if root and path.startswith(f"{root}/"):
-        path = path[len(root) :]
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def is_open(scope: Scope) -> bool:
+    """Say whether a request needs no weights, by its path below the app's root."""
+    path = below_root(scope)
     return path in OPEN or path.startswith(_OPEN_BELOW) or scope.get("method") == "OPTIONS"
 
 

@@ -1,0 +1,628 @@
+"""A push as a server sees it: connect, begin, buckets, end; all of it or nothing.
+
+`Updates` knows no engine: it asks `workers.Workers`. An engine's server module makes one,
+
+    updates = Updates(gate, workers, manifest.read(), device="cuda", folder=ranklog.run_dir())
+
+and mounts `routes.PushRoutes(app, updates)`, an ASGI middleware, behind the gate and the API
+key. A route of the engine's own that writes weights, or gives them up, runs inside
+
+    async with updates.alone("/update_weights_from_disk"): ...
+
+which raises `RefusedError` (409) while a push is open, and keeps pushes out meanwhile.
+
+One request at a time has its turn; a BEGIN of a second client is refused at once. Buckets are
+numbered from 0. Every request is a sign of life, a repeated BEGIN too. No request may be
+cancelled half-way: `routes` works each off to its end, so that one that is repeated finds the
+first one's answer and never half of its work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import traceback
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from fp8ctl import wire
+from fp8ctl.engines.hooks.expected import Expected, compared
+from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.openpush import OpenPush
+from fp8ctl.engines.hooks.pushlog import PushLog
+from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.held import gather
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+    from pathlib import Path
+
+    from fp8ctl.engines.hooks.gate import Gate
+    from fp8ctl.engines.hooks.workers import Workers
+    from fp8ctl.held import Held
+
+    Body = dict[str, Any]
+
+#: Seconds by which holding may overrun what the client allows, before it counts as hung; and
+#: within which what is paused must be ended after a failure.
+GRACE = 30.0
+#: How many ended updates are remembered, for a client that did not get the last answer.
+REMEMBERED = 16
+
+
+@dataclass
+class _Ended:
+    """An update that is over.
+
+    Attributes:
+        begun: whether its BEGIN succeeded.
+        answer: to its END; None where it ended otherwise.
+    """
+
+    outcome: Outcome
+    begun: bool
+    answer: Body | RefusedError | None = None
+
+
+class Updates:
+    """The updates of one server, one at a time.
+
+    Attributes:
+        log: what they brought.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        workers: Workers,
+        plan: Mapping[str, Any],
+        *,
+        device: str,
+        folder: Path | None,
+    ) -> None:
+        """Make the session; nothing is asked yet.
+
+        Args:
+            gate: of this server.
+            workers: of its engine.
+            plan: the manifest that it was started with; {} where the engine quantises itself.
+            device: "cuda" or "cpu".
+            folder: of this run, for the log.
+        """
+        self.log = PushLog(folder)
+        self._gate = gate
+        self._workers = workers
+        self._expected = Expected(plan)
+        self._turn = asyncio.Lock()
+        self._engines_turn = asyncio.Lock()
+        self._alone = ""
+        self._connection = ""
+        self._kind = ""
+        self._push: OpenPush | None = None
+        self._ended: dict[str, _Ended] = {}
+        self._holding: asyncio.Future[None] | None = None
+        self._watching: asyncio.Future[None] | None = None
+        gate.about.update(device=device, version=None, push=wire.PROTOCOL)
+
+    @property
+    def state(self) -> str:
+        """Of the gate, now."""
+        return self._gate.state
+
+    @property
+    def open(self) -> bool:
+        """Whether a push is on its way."""
+        return self._push is not None
+
+    @contextlib.contextmanager
+    def hearing(self, push: object) -> Iterator[None]:
+        """Surround a request: while it is worked off the client of `push` is alive."""
+        mine = self._push
+        if mine is None or mine.begin.push != push:
+            yield
+            return
+        mine.serving += 1
+        try:
+            yield
+        finally:
+            mine.serving -= 1
+            mine.heard = time.monotonic()
+
+    @contextlib.asynccontextmanager
+    async def alone(self, what: str) -> AsyncIterator[None]:
+        """Surround what else writes weights: no push meanwhile, and one of these at a time.
+
+        Args:
+            what: the route, for messages.
+
+        Raises:
+            RefusedError: a push is open.
+        """
+        self._without_push()
+        async with self._engines_turn:
+            async with self._turn:
+                await self._expire()
+                self._without_push()
+                self._alone = what
+            before = self._gate.updates
+            try:
+                yield
+            finally:
+                self._alone = ""
+                if self._gate.updates != before:
+                    self._gate.about["version"] = None  # nobody said which these are
+
+    # --- connection -------------------------------------------------------------------------
+
+    async def connect(self, found: Body) -> Body:
+        """Open a client's carrier in every rank; a connection before it is closed."""
+        wire.check_protocol(found)
+        offer = found.get("carrier")
+        kind = offer.get("kind") if isinstance(offer, dict) else None
+        if kind not in get_args(wire.Kind):
+            raise wire.WireError(f"carrier {offer!r:.200}; expected an offer of a known kind")
+        self._free()
+        async with self._turn:
+            await self._expire()
+            self._free()
+            answers = await self._asked("refittable")
+            why = [a.get("why", "") for a in answers if not a["refittable"]]
+            if why:
+                raise RefusedError(
+                    409,
+                    "FP8-REFIT",
+                    f"this server cannot load weights a second time: {why[0]}",
+                    hint=f"fp8ctl patch --backend {self._gate.engine}",
+                )
+            await self._hang_up()
+            if kind != "disk":
+                try:
+                    await self._workers.ask("connect", carrier=offer)
+                except Exception as e:
+                    await _quietly(self._workers.ask("disconnect"))
+                    hint = 'via="disk", or via="nccl"' if kind in {"memory", "ipc"} else ""
+                    raise RefusedError(422, "FP8-CARRIER", str(e), hint=hint) from e
+            self._connection, self._kind = uuid.uuid4().hex, str(kind)
+            return {
+                "connection": self._connection,
+                "ranks": self._workers.ranks,
+                "engine": self._gate.engine,
+                "device": self._gate.about["device"],
+                "manifest": self._expected.digest,
+                "refittable": True,
+            }
+
+    async def disconnect(self, found: Body) -> Body:
+        """Close a connection; an update that came over it ends."""
+        async with self._turn:
+            self._connected(found.get("connection"))
+            if self._push is not None:
+                await self._close(self._push, _broken(self._push, "the client disconnected"))
+            connection = self._connection
+            await self._hang_up()
+            return {"connection": connection}
+
+    async def _hang_up(self) -> None:
+        if self._connection and self._kind != "disk":
+            await _quietly(self._workers.ask("disconnect"))
+        self._connection = self._kind = ""
+
+    def _connected(self, connection: object) -> None:
+        if not connection or connection != self._connection:
+            raise RefusedError(
+                404,
+                "FP8-CONNECTION",
+                f"there is no connection {connection!r:.60}: another client came, or the server"
+                " was started again",
+                hint=f"POST {wire.CONNECT}",
+            )
+
+    # --- an update --------------------------------------------------------------------------
+
+    async def begin(self, found: Body) -> Body:
+        """Close the gate, bring the engine to rest, open an update."""
+        begin = wire.Begin.from_json(found)
+        if not (0 < begin.lease < 1e6 and 0 <= begin.within < 1e6):
+            raise wire.WireError(f"lease {begin.lease}, within {begin.within}: expected seconds")
+        if self._push is None or self._push.begin.push != begin.push:
+            self._free()
+        async with self._turn:
+            push = self._push
+            if push is not None and push.begin.push == begin.push:
+                if push.begin != begin or push.begun is None:
+                    raise RefusedError(409, "FP8-ORDER", f"{begin.push} was begun otherwise")
+                return push.begun
+            await self._expire()
+            self._free()
+            ended = self._ended.get(begin.push)
+            if ended is not None and ended.begun:
+                raise RefusedError(
+                    409, "FP8-ORDER", f"{begin.push} has ended: {_told(ended.outcome)}"
+                )
+            self._connected(begin.connection)
+            if begin.manifest != self._expected.digest:
+                raise RefusedError(
+                    409,
+                    "FP8-MANIFEST",
+                    f"these weights are made by plan {begin.manifest[:16] or '(none)'}, the"
+                    f" server's is {self._expected.digest[:16] or '(none)'}",
+                    hint="the plan in the server's run folder: manifest.json",
+                    data={"found": begin.manifest, "expected": self._expected.digest},
+                )
+            before = self._gate.about["version"]
+            self._push = push = OpenPush(begin, settled=self._gate.settled)
+            self._gate.begin_update()
+            async with self._or_ends(push):
+                with push.timed("hold"):
+                    await self._hold(push)
+                # Where weights are mixed or missing, all must be sent.
+                if begin.digests and push.settled == "ready":
+                    with push.timed("digests"):
+                        push.held = await self._held()
+            push.begun = {
+                "push": begin.push,
+                "ranks": self._workers.ranks,
+                "version": before,
+                "state": push.settled,
+                "digests": push.held and {name: one.text for name, one in push.held.items()},
+            }
+            push.heard = time.monotonic()
+            self._watching = asyncio.ensure_future(self._watch(push))
+            return push.begun
+
+    async def bucket(self, found: Body) -> Body:
+        """Load one bucket, after all of it was compared with the plan."""
+        async with self._turn:
+            push = await self._mine(found)
+            number = found.get("number")
+            request = {k: v for k, v in found.items() if k != "push"}
+            if number == push.number - 1 and request == push.bucket:
+                return {**push.taken, "repeated": True}
+            if number != push.number:
+                raise RefusedError(
+                    409,
+                    "FP8-ORDER",
+                    f"bucket {number!r}; expected {push.number}"
+                    + (", or the one before again as it was" if push.number else ""),
+                )
+            async with self._or_ends(push):
+                entries = self._entries(found)
+                self._expected.check(entries, push.entries)
+                loaded, seconds = await self._load(push, found)
+                push.entries.update((entry.name, entry) for entry in entries)
+                push.number += 1
+                push.bucket, push.taken = (
+                    request,
+                    {
+                        "number": number,
+                        "loaded": loaded,
+                        "seconds": seconds,
+                    },
+                )
+                push.took(seconds)
+            return push.taken
+
+    async def end(self, found: Body) -> Body:
+        """Take an update as complete, prove what the ranks hold, open the gate."""
+        skipped, verify = found.get("skipped", []), found.get("verify", True)
+        if not isinstance(skipped, list) or not all(isinstance(n, str) for n in skipped):
+            raise wire.WireError("skipped: expected a list of names")
+        async with self._turn:
+            ended = self._ended.get(str(found.get("push")))
+            if not self.open and ended is not None and ended.answer is not None:
+                if isinstance(ended.answer, RefusedError):
+                    raise ended.answer
+                return ended.answer
+            push = await self._mine(found)
+            if found.get("buckets") != push.number:
+                told = f"{found.get('buckets')!r} buckets were sent; {push.number} arrived"
+                raise RefusedError(409, "FP8-ORDER", told)
+            push.skipped = tuple(skipped)
+            async with self._or_ends(push, at_end=True):
+                missing, message = await self._complete(push)
+                verified = await self._verified(push) if verify else None
+                if push.touched:
+                    with push.timed("flush"):
+                        await self._workers.flush()
+            outcome = await self._close(push, Outcome("applied", missing, message))
+            if outcome.kind != "applied":
+                self._ended[push.begin.push].answer = e = RefusedError(
+                    500, "FP8-ENGINE", outcome.message
+                )
+                raise e
+            answer = {
+                "outcome": outcome.kind,
+                "state": self.state,
+                "version": push.begin.version,
+                "missing": missing,
+                "message": message,
+                "verified": verified,
+                "seconds": push.seconds,
+            }
+            self._ended[push.begin.push].answer = answer
+            return answer
+
+    async def abort(self, found: Body) -> Body:
+        """End an update whose client gives up; one that still waits for requests at once."""
+        name, told = found.get("push"), f"aborted: {str(found.get('reason', ''))[:500]}"
+        push = self._push
+        if push is not None and push.begin.push == name and self._holding is not None:
+            self._holding.cancel()
+        async with self._turn:
+            ended = self._ended.get(str(name))
+            if ended is None:
+                push = await self._mine(found)
+                outcome = await self._close(push, _broken(push, told))
+            else:
+                outcome = ended.outcome
+            return {"outcome": outcome.kind, "state": self.state, "message": outcome.message}
+
+    # --- what may be asked now --------------------------------------------------------------
+
+    def _free(self) -> None:
+        """Refuse a client where the server is not for it now."""
+        if not self._gate.started:
+            raise RefusedError(503, "FP8-BUSY", "the engine warms up")
+        if self._alone:
+            raise RefusedError(409, "FP8-BUSY", f"{self._alone} is on its way")
+        self._without_push()
+
+    def _without_push(self) -> None:
+        push = self._push
+        if push is not None and not push.lapsed:
+            told = f"update {push.begin.push} to version {push.begin.version} is on its way"
+            raise RefusedError(409, "FP8-BUSY", told, data={"push": push.begin.push})
+
+    async def _mine(self, found: Body) -> OpenPush:
+        """Return the open update that a request is of."""
+        await self._expire()
+        name = found.get("push")
+        if self._push is not None and self._push.begin.push == name:
+            return self._push
+        ended = self._ended.get(str(name))
+        how = f"it has ended: {_told(ended.outcome)}" if ended else "it was not begun"
+        raise RefusedError(409, "FP8-ORDER", f"{name!r:.80} is no open update: {how}")
+
+    async def _expire(self) -> None:
+        push = self._push
+        if push is not None and push.lapsed:
+            told = f"its client was not heard of for {push.begin.lease:g} s"
+            await self._close(push, _broken(push, told))
+
+    async def _watch(self, push: OpenPush) -> None:
+        """End an update whose client is gone."""
+        while self._push is push:
+            left = push.heard + push.begin.lease - time.monotonic()
+            await asyncio.sleep(max(left, min(1.0, push.begin.lease)))
+            async with self._turn:
+                if self._push is push:
+                    await self._expire()
+
+    # --- steps ------------------------------------------------------------------------------
+
+    async def _hold(self, push: OpenPush) -> None:
+        begin = push.begin
+        holding = asyncio.ensure_future(self._workers.hold(begin.in_flight, begin.within))
+        self._holding = holding
+        try:
+            done, _ = await asyncio.wait({holding}, timeout=begin.within + GRACE)
+            if not done:
+                holding.cancel()
+                await asyncio.wait({holding}, timeout=GRACE)
+        finally:
+            self._holding = None
+        if not done:
+            raise RefusedError(408, "FP8-DRAIN", f"the engine did not rest in {begin.within:g} s")
+        if holding.cancelled():
+            raise RefusedError(409, "FP8-ORDER", "the update was aborted before it began")
+        error = holding.exception()
+        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+            raise RefusedError(
+                408,
+                "FP8-DRAIN",
+                f"requests still run after {begin.within:g} s",
+                hint='in_flight="pause", or in_flight="abort"',
+            )
+        if error is not None:
+            raise error
+
+    def _entries(self, found: Body) -> list[wire.Entry]:
+        entries = found.get("entries")
+        if self._kind != "disk":
+            nbytes = found.get("nbytes")
+            if type(nbytes) is not int or type(found.get("slot")) is not int:
+                raise wire.WireError("slot and nbytes: expected whole numbers")
+            return wire.read_entries(entries, nbytes)
+        path = found.get("path")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise wire.WireError(f"path {path!r}; expected a folder that starts with /")
+        # In files of their own, no tensor lies at a place in a bucket.
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise wire.WireError("entries: expected a list of objects")
+        read = [wire.read_entries([{**e, "offset": 0}], 1 << 62)[0] for e in entries]
+        if len({entry.name for entry in read}) < len(read):
+            raise wire.WireError("a name comes twice in one folder")
+        return read
+
+    async def _load(self, push: OpenPush, found: Body) -> tuple[int, dict[str, float]]:
+        before, push.touched = push.touched, True  # until the ranks say otherwise
+        started = time.monotonic()
+        if self._kind == "disk":
+            done = await self._workers.load_from_disk(found["path"])
+            if not done.ok:
+                push.touched = before or done.changed
+                raise RefusedError(500, "FP8-LOAD", done.message)
+            return len(found["entries"]), {"load": time.monotonic() - started}
+        details = {name: found[name] for name in ("number", "slot", "nbytes", "entries")}
+        answers = await self._workers.ask("receive", **details)
+        errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
+        if errors:
+            untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)
+            push.touched = before or not untouched
+            raise RefusedError(500, "FP8-LOAD", "; ".join(errors))
+        seconds: dict[str, float] = {}
+        for a in answers:
+            for stage, took in a.get("seconds", {}).items():
+                seconds[stage] = max(took, seconds.get(stage, 0.0))
+        return min(int(a["loaded"]) for a in answers), seconds
+
+    async def _complete(self, push: OpenPush) -> tuple[int, str]:
+        """Return how much is missing after an update that is not said to be complete, and what."""
+        known = push.held or {}
+        stray = [n for n in push.skipped if n not in known or n in push.entries]
+        if stray:
+            told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
+            raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
+        missing: list[str] = []
+        unfilled: list[str] = []
+        whole = push.begin.complete
+        if push.touched:
+            needed = push.settled != "ready" and not whole
+            names = self._expected.missing(()) if needed else []
+            with push.timed("settle"):
+                answers = await self._workers.ask("progress", expected=names)
+            if any(a["broken"] for a in answers):
+                raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through a tensor")
+            worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
+            unfilled = [*worst["missing"][: worst["missing_count"]], *worst["unfilled"]]
+            count = int(worst["missing_count"]) + len(worst["unfilled"])
+        else:
+            count = 0
+        if whole:
+            missing = await self._not_sent(push)
+            count += len(missing)
+        if not count and (whole or push.settled == "ready" or self._expected.tensors):
+            return 0, ""
+        if not count:
+            return 1, "without a plan only a complete update makes the weights whole again"
+        first = [*missing, *unfilled]
+        told = f"{count} tensors have not arrived, such as {first[0]}"
+        if whole:
+            raise RefusedError(
+                422, "FP8-INCOMPLETE", told, data={"names": first[:20], "count": count}
+            )
+        return count, told
+
+    async def _not_sent(self, push: OpenPush) -> list[str]:
+        """Return the names that a complete update should have brought, or skipped, and did not."""
+        there = {*push.entries, *push.skipped}
+        if self._expected.tensors:
+            missing = self._expected.missing(there)
+            if missing:  # a tied head, a layer that this engine leaves out
+                held = await self._held()
+                nowhere = self._expected.held_nowhere(missing, held) if held else set()
+                missing = [name for name in missing if name not in nowhere]
+            return missing
+        if push.settled == "ready":
+            return []
+        # The engine quantises itself, and weights are mixed: what it holds says what it needs.
+        ranks = await self._workers.ask("digests")
+        return [n for n in gather(ranks) if "_scale" not in n and n not in there]
+
+    async def _held(self) -> dict[str, Held] | None:
+        """Return what all ranks hold; None where they hold it in a kernel's own form."""
+        ranks = await self._workers.ask("digests")
+        return gather(ranks) if all(r["format"] == "checkpoint" for r in ranks) else None
+
+    async def _verified(self, push: OpenPush) -> int | None:
+        """Compare what the ranks hold with what was sent; None where that cannot be seen."""
+        with push.timed("verify"):
+            held = await self._held()
+        if held is None:
+            return None
+        wanted = {n: (e.dtype, e.digest) for n, e in push.entries.items() if e.digest}
+        for name in push.skipped:
+            one = (push.held or {})[name]
+            wanted[name] = (one.dtype, one.text)
+        found = compared(wanted, self._expected, held)
+        if found is None:
+            return None
+        equal, unequal = found
+        if unequal:
+            raise RefusedError(
+                500,
+                "FP8-UNEQUAL",
+                f"{len(unequal)} tensors are not what was sent, such as {unequal[0]}",
+                data={"names": unequal[:20], "count": len(unequal)},
+            )
+        return equal
+
+    async def _asked(self, what: str) -> list[dict[str, Any]]:
+        try:
+            return await self._workers.ask(what)
+        except Exception as e:
+            raise RefusedError(500, "FP8-ENGINE", f"{type(e).__name__}: {e}") from e
+
+    # --- the end of an update ---------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _or_ends(self, push: OpenPush, *, at_end: bool = False) -> AsyncIterator[None]:
+        """End the update where what is inside fails; weights that may be mixed close the gate."""
+        try:
+            yield
+        except Exception as e:
+            if isinstance(e, RefusedError):
+                refused = e
+            elif isinstance(e, wire.WireError):
+                refused = RefusedError(400, "FP8-WIRE", str(e))
+            else:
+                traceback.print_exc()
+                refused = RefusedError(500, "FP8-ENGINE", f"{type(e).__name__}: {e}")
+            await self._close(push, _broken(push, refused.message))
+            if at_end:
+                self._ended[push.begin.push].answer = refused
+            raise refused from e
+
+    async def _close(self, push: OpenPush, outcome: Outcome) -> Outcome:
+        """Let the engine compute again and settle the gate.
+
+        Returns:
+            The outcome; "failed" also where the engine could not be brought back.
+        """
+        may_run = True
+        if outcome.kind == "failed":
+            await _quietly(self._workers.ask("forget"))
+            # What is paused must not go on with weights of two versions.
+            ended = await _quietly(asyncio.wait_for(self._workers.hold("abort", GRACE), 2 * GRACE))
+            may_run = not ended
+            await _quietly(self._workers.flush())
+        with push.timed("resume"):
+            trouble = await _quietly(self._workers.resume()) if may_run else ""
+        if trouble:
+            told = f"the engine could not be brought back: {trouble}"
+            outcome = Outcome("failed", message="; ".join(filter(None, (outcome.message, told))))
+        if outcome.kind != "rejected":
+            applied = outcome.kind == "applied"
+            self._gate.about["version"] = push.begin.version if applied else None
+        self._push = None
+        self._ended.pop(push.begin.push, None)
+        self._ended[push.begin.push] = _Ended(outcome, begun=push.begun is not None)
+        while len(self._ended) > REMEMBERED:
+            del self._ended[next(iter(self._ended))]
+        self._gate.end_update(outcome)
+        if self._watching is not None and self._watching is not asyncio.current_task():
+            self._watching.cancel()
+        self._watching = None
+        await asyncio.to_thread(self.log.write, list(push.lines(outcome)))
+        return outcome
+
+
+def _broken(push: OpenPush, why: str) -> Outcome:
+    """Return how an update ends that goes no further."""
+    return Outcome("failed" if push.touched else "rejected", message=why)
+
+
+def _told(outcome: Outcome) -> str:
+    return outcome.kind + (f" ({outcome.message})" if outcome.message else "")
+
+
+async def _quietly(doing: Awaitable[object]) -> str:
+    """Wait for what may fail; return why it did, "" where it did not."""
+    try:
+        await doing
+    except Exception as e:  # noqa: BLE001 - the caller goes on either way
+        traceback.print_exc()
+        return f"{type(e).__name__}: {e}"
+    return ""
