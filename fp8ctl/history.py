@@ -6,16 +6,16 @@ wrote: of each update its tensors, then the update itself.
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from fp8ctl import gate, wire
 from fp8ctl.check.command import parse_url
-from fp8ctl.engines.base import API_KEY_VARIABLE, is_loopback
+from fp8ctl.engines.base import API_KEY_VARIABLE
 from fp8ctl.errors import NotFoundError, NotPermittedError, UsageError
 from fp8ctl.render import human_bytes, plural
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     Line = Mapping[str, Any]
 
 _TIMEOUT = 60.0
+_LIMIT = 256 << 20
 _COLUMNS = ("version", "outcome", "started", "sent", "skipped", "bytes", "seconds", "rate")
 _FACTS = ("amax", "saturated")
 
@@ -233,34 +234,29 @@ def _no_log(path: Path, number: int) -> UsageError:
 
 
 def _of_server(url: str) -> Iterator[Line]:
-    import httpx
-
-    key = gate.api_key()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    trust = not is_loopback(urlsplit(url).hostname or "")
     after = 0
-    with httpx.Client(headers=headers, timeout=_TIMEOUT, trust_env=trust) as client:
-        while True:
-            try:
-                answer = client.get(url + wire.LOG, params={"after": after})
-            except httpx.TransportError as e:
-                raise NotFoundError(
-                    f"{url} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
-                ) from e
-            if answer.status_code in {401, 403}:
-                raise NotPermittedError(
-                    f"{url} answers {answer.status_code}: it wants an API key",
-                    hint=f"export {API_KEY_VARIABLE}=KEY",
-                )
-            try:
-                body = answer.json() if answer.status_code == 200 else {}
-                lines, following = body["lines"], int(body["next"])
-            except (ValueError, KeyError, TypeError):
-                raise NotFoundError(
-                    f"{url} has no log of updates: {wire.LOG} answers {answer.status_code}",
-                    hint="fp8ctl launch --backend BACKEND --model MODEL starts one that has",
-                ) from None
-            yield from lines
-            if not lines or following <= after:
-                return
-            after = following
+    while True:
+        path = f"{wire.LOG}?after={after}"
+        try:
+            status, body = gate.get(url, path, gate.api_key(), _TIMEOUT, _LIMIT)
+        except (OSError, http.client.HTTPException) as e:
+            raise NotFoundError(
+                f"{url} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
+            ) from e
+        if status in {401, 403}:
+            raise NotPermittedError(
+                f"{url} answers {status}: it wants an API key",
+                hint=f"export {API_KEY_VARIABLE}=KEY",
+            )
+        try:
+            found = json.loads(body) if status == 200 else {}
+            lines, following = found["lines"], int(found["next"])
+        except (ValueError, KeyError, TypeError):
+            raise NotFoundError(
+                f"{url} has no log of updates: {wire.LOG} answers {status}",
+                hint="fp8ctl launch --backend BACKEND --model MODEL starts one that has",
+            ) from None
+        yield from lines
+        if not lines or following <= after:
+            return
+        after = following

@@ -105,13 +105,13 @@ def snapshot(model: torch.nn.Module, quantized: set[str]) -> dict[str, Form]:
 
 @torch.no_grad()
 def spread(model: torch.nn.Module) -> None:
-    """Move every weight at random to where it still rounds to the same BF16 number."""
+    """Move every weight at random within what rounds to the same BF16 number."""
     noise = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         exponent = torch.frexp(weight).exponent
         # 0.5 <= mantissa < 1 and 8 bits of it: neighbours are 2^(exponent - 8) apart.
         half = torch.ldexp(torch.ones_like(weight), exponent - 9)
-        weight.add_((torch.rand(weight.shape, generator=noise) * 2 - 1) * 0.99 * half)
+        weight.add_((torch.rand(weight.shape, generator=noise) * 2 - 1) * half)
 
 
 def changes(before: dict[str, Form], after: dict[str, Form]) -> dict[str, dict[str, float]]:
