@@ -95,7 +95,10 @@ def group(lines: Iterable[Line]) -> list[Pushed]:
         if line.get("kind") == "tensor":
             tensors[str(line["name"])] = line
         elif line.get("kind") == "update":
-            found.append(Pushed(line, tensors))
+            # A recorded update that was killed left its tensors in front of the next one's.
+            own = line.get("push")
+            kept = {n: one for n, one in tensors.items() if one.get("push", own) == own}
+            found.append(Pushed(line, kept))
             tensors = {}
     return found
 
@@ -210,27 +213,25 @@ def _row(line: Line) -> list[str]:
 
 def _of_file(path: Path) -> Iterator[Line]:
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().splitlines()
     except OSError as e:
         raise NotFoundError(f"cannot read {path}: {e.strerror}", hint="push --record FILE") from e
-    except UnicodeDecodeError as e:
-        raise _no_log(path, 1) from e
-    whole, end, _ = text.rpartition("\n")  # a killed writer may leave half a line
-    for number, line in enumerate((whole + end).splitlines(), 1):
-        try:
-            found = json.loads(line)
-        except ValueError as e:
-            raise _no_log(path, number) from e
-        if not isinstance(found, dict):
-            raise _no_log(path, number)
-        yield found
+    found = [line for line in map(_line, lines) if line is not None]
+    if lines and not found:
+        raise UsageError(
+            f"{path} has no line of a log of updates",
+            hint="fp8ctl push URL --model M --record FILE writes one",
+        )
+    yield from found
 
 
-def _no_log(path: Path, number: int) -> UsageError:
-    return UsageError(
-        f"{path}: line {number} is no JSON object, so this is no log of updates",
-        hint="fp8ctl push URL --model M --record FILE writes one",
-    )
+def _line(text: bytes) -> Line | None:
+    """Return a line of a log, None for another: a writer that was killed leaves half a line."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "kind" in found else None
 
 
 def _of_server(url: str) -> Iterator[Line]:

@@ -7,6 +7,7 @@ interpreter with torch) streams the checkpoint through `push.Rollout`.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -77,9 +78,8 @@ def run(
     """
     _require_sense(urls, via, in_flight)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
-    servers = [Server(url, gate.api_key(), _ASK, None) for url in addresses]
-    states = {server.url: server.state() for server in servers}
-    plan = _plan_of([server.url for server in servers])
+    states = {url: _state(url) for url in addresses}
+    plan = _plan_of(addresses)
     local = _local(addresses)
     folder = resolve_model(report, model, python or local, fetch=not dry_run)
     source = models.read_checkpoint(folder)
@@ -130,6 +130,16 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str) -> None:
         raise UsageError(
             f"--in-flight {in_flight!r}; expected one of {known}", hint="--in-flight finish"
         )
+
+
+def _state(url: str) -> dict[str, Any]:
+    """Return what a server says of itself.
+
+    Raises:
+        Fp8ctlError: it is none that could take a push.
+    """
+    with contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server:
+        return server.state()
 
 
 def _plan_of(urls: Sequence[str]) -> Plan | None:

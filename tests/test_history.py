@@ -139,18 +139,26 @@ def test_a_version_that_is_not_there_is_refused_with_those_that_are(
         history.run(report, source=str(file), versions=("v1", "v3"))
 
 
-def test_half_a_last_line_is_a_writer_that_was_killed(report: Reporter, file: Path) -> None:
+def test_half_a_line_is_a_writer_that_was_killed(report: Reporter, file: Path) -> None:
     with file.open("a") as log:
-        log.write('{"kind": "upda')
+        log.write('{"kind": "upda\n' + json.dumps(update("v4")) + '\n{"ki')
     data: Any = history.run(report, source=str(file))
-    assert len(data["updates"]) == 3
+    assert [u["version"] for u in data["updates"]] == ["v1", "v2", "v2", "v4"]
+
+
+def test_what_a_killed_update_left_is_not_taken_for_the_next_one_s(file: Path) -> None:
+    killed = [tensor(A, "v3", "a3"), tensor(B, "v3", "b3")]
+    lines = [{**line, "push": "p-killed"} for line in killed]
+    lines += [{**tensor(A, "v4", "a4"), "push": "p-v4"}, update("v4")]
+    [one] = history.group(lines)
+    assert set(one.tensors) == {A}
 
 
 @pytest.mark.parametrize("text", ["no JSON\n{}\n", "[1]\n", "\xff\n"])
 def test_a_file_that_is_no_log_is_refused(tmp_path: Path, report: Reporter, text: str) -> None:
     path = tmp_path / "x"
     path.write_text(text, encoding="latin-1")
-    with pytest.raises(UsageError, match="line 1 is no JSON object"):
+    with pytest.raises(UsageError, match="has no line of a log"):
         history.run(report, source=str(path))
 
 

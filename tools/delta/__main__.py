@@ -49,6 +49,8 @@ def main() -> None:
     quantized = {
         n for n, p in model.named_parameters() if policy.decide(family, n, p.shape).quantize
     }
+    if asked.spread:
+        spread(model)
     before = snapshot(model, quantized)
     steps = []
     for step in range(asked.steps):
