@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from fp8ctl.errors import UsageError
 from fp8ctl.wire import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    import torch
 
     from fp8ctl.wire import Kind
 
@@ -67,10 +67,9 @@ class Sender(Protocol):
         """
 
     def cancel(self, why: str) -> None:
-        """End a `join` or `send` that waits in another thread, and the next if none waits.
+        """End a `join` or `send` that waits in another thread: it raises ConflictError.
 
-        What was not on its way yet is withdrawn: the ranks hear `why` and the carrier stays
-        alive.
+        A group ends with it, and its ranks hear `why`; other carriers stay alive.
         """
 
     def close(self) -> None:
@@ -127,6 +126,13 @@ def sender(
         from fp8ctl.carriers.memory import MemorySender
 
         return MemorySender(nbytes, slots)
+    if kind == "group":
+        from fp8ctl.carriers.group import GroupSender
+
+        if not ranks or min(ranks) < 1:
+            raise UsageError(f"a group of {list(ranks)} ranks", hint="one number for each server")
+        where = torch.device("cpu" if device is None else device)
+        return GroupSender(nbytes, slots, where, ranks, host, timeout)
     raise UsageError(f"no carrier is called {kind!r}", hint="'memory', 'ipc' or 'group'")
 
 
@@ -148,4 +154,8 @@ def receive(offer: Mapping[str, Any], rank: int, device: torch.device) -> Receiv
         from fp8ctl.carriers.memory import MemoryReceiver
 
         return MemoryReceiver(offer)
+    if kind == "group":
+        from fp8ctl.carriers.group import GroupReceiver
+
+        return GroupReceiver(offer, rank, device)
     raise WireError(f"a carrier of kind {kind!r}; expected 'memory', 'ipc' or 'group'")

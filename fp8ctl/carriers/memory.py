@@ -69,6 +69,8 @@ class MemorySender:
 
     def offer(self, server: int = 0) -> dict[str, Any]:
         """Return where a server of this host finds the slots."""
+        if not self.alive:
+            raise CarrierError("the carrier was closed")
         return {
             "kind": self.kind,
             "pid": os.getpid(),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from fp8ctl.errors import CarrierError
 from fp8ctl.wire import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -53,3 +53,18 @@ def part(slots: list[torch.Tensor], slot: int, nbytes: int) -> torch.Tensor:
     if not 0 <= nbytes <= len(slots[slot]):
         raise CarrierError(f"a bucket of {nbytes} bytes in a slot of {len(slots[slot])}")
     return slots[slot][:nbytes]
+
+
+def allocate(sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
+    """Return a buffer of each size.
+
+    Raises:
+        CarrierError: the device does not have so much memory.
+    """
+    try:
+        return [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in sizes]
+    except (RuntimeError, MemoryError) as e:
+        raise CarrierError(
+            f"no {len(sizes)} slots of {sizes[0]} bytes on {device}: {str(e).splitlines()[0]}",
+            hint="a smaller bucket_bytes",
+        ) from e

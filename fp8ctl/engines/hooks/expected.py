@@ -105,37 +105,3 @@ class Expected:
         if any("#" in name for name in held):
             return set()  # a part of something fused that nobody has a name for
         return {n for n in names if n not in held and not self.tensors[n].quantized}
-
-
-def compared(
-    wanted: Mapping[str, tuple[str, str]], expected: Expected, held: Mapping[str, Held]
-) -> tuple[int, list[str]] | None:
-    """Compare what ranks hold with what was sent.
-
-    Args:
-        wanted: by name, dtype and digest.
-        expected: of this server.
-        held: of all ranks together.
-
-    Returns:
-        How many are equal, and the names of those that are not. A kept tensor that the engine
-        holds in another dtype, or not at all, is neither. None where codes lie under names
-        that are not the checkpoint's, so that nothing can be said.
-    """
-    equal, unequal = 0, []
-    for name, (dtype, digest) in wanted.items():
-        one = held.get(name)
-        tensor = expected.tensors.get(name)
-        quantized = tensor is not None and tensor.quantized
-        if one is None or one.dtype != dtype:
-            if quantized:
-                unequal.append(name)
-        elif one.digest == int(digest, 16) and one.replicas_agree:
-            equal += 1
-        else:
-            unequal.append(name)
-    lost = [name for name in unequal if name not in held]
-    strays = [n for n, one in held.items() if CODES in one.dtype and n not in expected.tensors]
-    if strays and lost and len(lost) == len(unequal):
-        return None
-    return equal, unequal

@@ -57,15 +57,7 @@ class PushLog:
                     self.path.replace(self._older)
                     self._first += self._in_older
                     self._in_older, self._in_newer = self._in_newer, 0
-                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                with open(os.open(self.path, flags, 0o600), "w") as file:
-                    size = os.fstat(file.fileno()).st_size
-                    try:
-                        file.writelines(texts)
-                        file.flush()
-                    except OSError:
-                        file.truncate(size)
-                        raise
+                _append(self.path, "".join(texts).encode())
                 self._in_newer += len(texts)
             except OSError as e:
                 sys.stderr.write(f"fp8ctl: {self.path} could not be written: {e}\n")
@@ -86,3 +78,18 @@ class PushLog:
                         if number >= after:
                             found.append(json.loads(line))
             return found, after + len(found)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Write all or nothing at the end of a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            while data:
+                data = data[os.write(file, data) :]
+        except OSError:
+            os.ftruncate(file, size)
+            raise
+    finally:
+        os.close(file)

@@ -23,9 +23,10 @@ takes all of this:
   shape. Norms that are all ones would be equal wherever they went.
 - The dtype is that of the memory: a cast is the loader's business.
 
-What is left is an engine that changes its layout later; every push with `verify`
-compares digests after its copies too. A push that broke off takes all trust away.
-`FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves everything to the loaders.
+Later digests cannot prove it again: they look where the copies went. So what could bring
+the weights into another form, a load by a route of the engine's own, takes all trust
+away, and so does a push that broke off; where parameters lie is looked up anew for each
+push. `FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves all to the loaders.
 """
 
 from __future__ import annotations
@@ -209,8 +210,9 @@ class Receiver:
             copies, others = self._part(held)
             clock.lap("bucket")
             touched = True
+            self._settled = False
             if others:
-                self.load(others)
+                self._load(others)
             clock.lap("loaders")
             _copy([pair for pairs in copies.values() for pair in pairs])
             clock.lap("copies")
@@ -291,8 +293,12 @@ class Receiver:
     # --- loading ---------------------------------------------------------------------------
 
     def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
-        """Call the model's `load_weights`, and remember what it took or that it raised."""
+        """Load by a route of the engine's own; remember what was taken or that it raised."""
+        self._trusted.clear()
         self._settled = False
+        return self._load(named, *args, **kwargs)
+
+    def _load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
 
         def tap() -> Iterator[Named]:
             for name, tensor in named:

@@ -28,20 +28,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from fp8ctl import wire
-from fp8ctl.engines.hooks.expected import Expected, compared
+from fp8ctl.engines.hooks import intake
+from fp8ctl.engines.hooks.evidence import Evidence
+from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
 from fp8ctl.engines.hooks.openpush import OpenPush
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
-from fp8ctl.held import gather
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from fp8ctl.engines.hooks.gate import Gate
     from fp8ctl.engines.hooks.workers import Workers
-    from fp8ctl.held import Held
 
     Body = dict[str, Any]
 
@@ -97,6 +97,9 @@ class Updates:
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
+        self._evidence = Evidence(workers, self._expected)
+        #: Tensors that the ranks were told they hold as they were sent.
+        self._trusted: set[str] = set()
         self._turn = asyncio.Lock()
         self._engines_turn = asyncio.Lock()
         self._alone = ""
@@ -154,6 +157,7 @@ class Updates:
             finally:
                 self._alone = ""
                 if self._gate.updates != before:
+                    self._trusted.clear()
                     self._gate.about["version"] = None  # nobody said which these are
 
     # --- connection -------------------------------------------------------------------------
@@ -161,7 +165,7 @@ class Updates:
     async def connect(self, found: Body) -> Body:
         """Open a client's carrier in every rank; a connection before it is closed."""
         wire.check_protocol(found)
-        offer = found.get("carrier")
+        offer = found.get("carrier") or {"kind": "disk"}
         kind = offer.get("kind") if isinstance(offer, dict) else None
         if kind not in get_args(wire.Kind):
             raise wire.WireError(f"carrier {offer!r:.200}; expected an offer of a known kind")
@@ -256,13 +260,8 @@ class Updates:
             before = self._gate.about["version"]
             self._push = push = OpenPush(begin, settled=self._gate.settled)
             self._gate.begin_update()
-            async with self._or_ends(push):
-                with push.timed("hold"):
-                    await self._hold(push)
-                # Where weights are mixed or missing, all must be sent.
-                if begin.digests and push.settled == "ready":
-                    with push.timed("digests"):
-                        push.held = await self._held()
+            with self.hearing(begin.push):
+                await self._rest(push)
             push.begun = {
                 "push": begin.push,
                 "ranks": self._workers.ranks,
@@ -270,7 +269,6 @@ class Updates:
                 "state": push.settled,
                 "digests": push.held and {name: one.text for name, one in push.held.items()},
             }
-            push.heard = time.monotonic()
             self._watching = asyncio.ensure_future(self._watch(push))
             return push.begun
 
@@ -279,6 +277,8 @@ class Updates:
         async with self._turn:
             push = await self._mine(found)
             number = found.get("number")
+            if type(number) is not int:
+                raise RefusedError(409, "FP8-ORDER", f"bucket {number!r:.40}; expected a number")
             request = {k: v for k, v in found.items() if k != "push"}
             if number == push.number - 1 and request == push.bucket:
                 return {**push.taken, "repeated": True}
@@ -286,24 +286,17 @@ class Updates:
                 raise RefusedError(
                     409,
                     "FP8-ORDER",
-                    f"bucket {number!r}; expected {push.number}"
+                    f"bucket {number}; expected {push.number}"
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._or_ends(push):
-                entries = self._entries(found)
+                entries = intake.read(found, disk=self._kind == "disk")
                 self._expected.check(entries, push.entries)
-                loaded, seconds = await self._load(push, found)
+                loaded = await intake.load(self._workers, push, found, disk=self._kind == "disk")
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
-                push.bucket, push.taken = (
-                    request,
-                    {
-                        "number": number,
-                        "loaded": loaded,
-                        "seconds": seconds,
-                    },
-                )
-                push.took(seconds)
+                push.bucket, push.taken = request, {"number": number, **loaded}
+                push.took(loaded["seconds"])
             return push.taken
 
     async def end(self, found: Body) -> Body:
@@ -313,7 +306,7 @@ class Updates:
             raise wire.WireError("skipped: expected a list of names")
         async with self._turn:
             ended = self._ended.get(str(found.get("push")))
-            if not self.open and ended is not None and ended.answer is not None:
+            if ended is not None and ended.answer is not None:
                 if isinstance(ended.answer, RefusedError):
                     raise ended.answer
                 return ended.answer
@@ -323,8 +316,11 @@ class Updates:
                 raise RefusedError(409, "FP8-ORDER", told)
             push.skipped = tuple(skipped)
             async with self._or_ends(push, at_end=True):
-                missing, message = await self._complete(push)
-                verified = await self._verified(push) if verify else None
+                with push.timed("settle"):
+                    missing, message = await self._evidence.missing(push)
+                with push.timed("verify"):
+                    equal = await self._evidence.equal(push) if verify else None
+                await self._trust(equal or ())
                 if push.touched:
                     with push.timed("flush"):
                         await self._workers.flush()
@@ -340,7 +336,7 @@ class Updates:
                 "version": push.begin.version,
                 "missing": missing,
                 "message": message,
-                "verified": verified,
+                "verified": None if equal is None else len(equal),
                 "seconds": push.seconds,
             }
             self._ended[push.begin.push].answer = answer
@@ -404,6 +400,16 @@ class Updates:
 
     # --- steps ------------------------------------------------------------------------------
 
+    async def _rest(self, push: OpenPush) -> None:
+        """Bring the engine to rest, and note what it holds where the client asked."""
+        async with self._or_ends(push):
+            with push.timed("hold"):
+                await self._hold(push)
+            # Where weights are mixed or missing, all must be sent.
+            if push.begin.digests and push.settled == "ready":
+                with push.timed("digests"):
+                    push.held = await self._evidence.held()
+
     async def _hold(self, push: OpenPush) -> None:
         begin = push.begin
         holding = asyncio.ensure_future(self._workers.hold(begin.in_flight, begin.within))
@@ -430,126 +436,19 @@ class Updates:
         if error is not None:
             raise error
 
-    def _entries(self, found: Body) -> list[wire.Entry]:
-        entries = found.get("entries")
-        if self._kind != "disk":
-            nbytes = found.get("nbytes")
-            if type(nbytes) is not int or type(found.get("slot")) is not int:
-                raise wire.WireError("slot and nbytes: expected whole numbers")
-            return wire.read_entries(entries, nbytes)
-        path = found.get("path")
-        if not isinstance(path, str) or not path.startswith("/"):
-            raise wire.WireError(f"path {path!r}; expected a folder that starts with /")
-        # In files of their own, no tensor lies at a place in a bucket.
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise wire.WireError("entries: expected a list of objects")
-        read = [wire.read_entries([{**e, "offset": 0}], 1 << 62)[0] for e in entries]
-        if len({entry.name for entry in read}) < len(read):
-            raise wire.WireError("a name comes twice in one folder")
-        return read
-
-    async def _load(self, push: OpenPush, found: Body) -> tuple[int, dict[str, float]]:
-        before, push.touched = push.touched, True  # until the ranks say otherwise
-        started = time.monotonic()
+    async def _trust(self, names: Collection[str]) -> None:
+        """Tell the ranks which tensors lie where they should: it makes the next update faster."""
         if self._kind == "disk":
-            done = await self._workers.load_from_disk(found["path"])
-            if not done.ok:
-                push.touched = before or done.changed
-                raise RefusedError(500, "FP8-LOAD", done.message)
-            return len(found["entries"]), {"load": time.monotonic() - started}
-        details = {name: found[name] for name in ("number", "slot", "nbytes", "entries")}
-        answers = await self._workers.ask("receive", **details)
-        errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
-        if errors:
-            untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)
-            push.touched = before or not untouched
-            raise RefusedError(500, "FP8-LOAD", "; ".join(errors))
-        seconds: dict[str, float] = {}
-        for a in answers:
-            for stage, took in a.get("seconds", {}).items():
-                seconds[stage] = max(took, seconds.get(stage, 0.0))
-        return min(int(a["loaded"]) for a in answers), seconds
+            self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
+            return
+        more = [name for name in names if name not in self._trusted]
+        if more and not await _quietly(self._workers.ask("trust", names=more)):
+            self._trusted.update(more)
 
-    async def _complete(self, push: OpenPush) -> tuple[int, str]:
-        """Return how much is missing after an update that is not said to be complete, and what."""
-        known = push.held or {}
-        stray = [n for n in push.skipped if n not in known or n in push.entries]
-        if stray:
-            told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
-            raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
-        missing: list[str] = []
-        unfilled: list[str] = []
-        whole = push.begin.complete
-        if push.touched:
-            needed = push.settled != "ready" and not whole
-            names = self._expected.missing(()) if needed else []
-            with push.timed("settle"):
-                answers = await self._workers.ask("progress", expected=names)
-            if any(a["broken"] for a in answers):
-                raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through a tensor")
-            worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-            unfilled = [*worst["missing"][: worst["missing_count"]], *worst["unfilled"]]
-            count = int(worst["missing_count"]) + len(worst["unfilled"])
-        else:
-            count = 0
-        if whole:
-            missing = await self._not_sent(push)
-            count += len(missing)
-        if not count and (whole or push.settled == "ready" or self._expected.tensors):
-            return 0, ""
-        if not count:
-            return 1, "without a plan only a complete update makes the weights whole again"
-        first = [*missing, *unfilled]
-        told = f"{count} tensors have not arrived, such as {first[0]}"
-        if whole:
-            raise RefusedError(
-                422, "FP8-INCOMPLETE", told, data={"names": first[:20], "count": count}
-            )
-        return count, told
-
-    async def _not_sent(self, push: OpenPush) -> list[str]:
-        """Return the names that a complete update should have brought, or skipped, and did not."""
-        there = {*push.entries, *push.skipped}
-        if self._expected.tensors:
-            missing = self._expected.missing(there)
-            if missing:  # a tied head, a layer that this engine leaves out
-                held = await self._held()
-                nowhere = self._expected.held_nowhere(missing, held) if held else set()
-                missing = [name for name in missing if name not in nowhere]
-            return missing
-        if push.settled == "ready":
-            return []
-        # The engine quantises itself, and weights are mixed: what it holds says what it needs.
-        ranks = await self._workers.ask("digests")
-        return [n for n in gather(ranks) if "_scale" not in n and n not in there]
-
-    async def _held(self) -> dict[str, Held] | None:
-        """Return what all ranks hold; None where they hold it in a kernel's own form."""
-        ranks = await self._workers.ask("digests")
-        return gather(ranks) if all(r["format"] == "checkpoint" for r in ranks) else None
-
-    async def _verified(self, push: OpenPush) -> int | None:
-        """Compare what the ranks hold with what was sent; None where that cannot be seen."""
-        with push.timed("verify"):
-            held = await self._held()
-        if held is None:
-            return None
-        wanted = {n: (e.dtype, e.digest) for n, e in push.entries.items() if e.digest}
-        for name in push.skipped:
-            one = (push.held or {})[name]
-            wanted[name] = (one.dtype, one.text)
-        found = compared(wanted, self._expected, held)
-        if found is None:
-            return None
-        equal, unequal = found
-        if unequal:
-            raise RefusedError(
-                500,
-                "FP8-UNEQUAL",
-                f"{len(unequal)} tensors are not what was sent, such as {unequal[0]}",
-                data={"names": unequal[:20], "count": len(unequal)},
-            )
-        return equal
+    async def _distrust(self) -> None:
+        """Have the ranks count from nothing."""
+        self._trusted.clear()
+        await _quietly(self._workers.ask("forget"))
 
     async def _asked(self, what: str) -> list[dict[str, Any]]:
         try:
@@ -585,7 +484,7 @@ class Updates:
         """
         may_run = True
         if outcome.kind == "failed":
-            await _quietly(self._workers.ask("forget"))
+            await self._distrust()
             # What is paused must not go on with weights of two versions.
             ended = await _quietly(asyncio.wait_for(self._workers.hold("abort", GRACE), 2 * GRACE))
             may_run = not ended
@@ -593,6 +492,8 @@ class Updates:
         with push.timed("resume"):
             trouble = await _quietly(self._workers.resume()) if may_run else ""
         if trouble:
+            if outcome.kind != "failed":
+                await self._distrust()
             told = f"the engine could not be brought back: {trouble}"
             outcome = Outcome("failed", message="; ".join(filter(None, (outcome.message, told))))
         if outcome.kind != "rejected":

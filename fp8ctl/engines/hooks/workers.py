@@ -55,7 +55,10 @@ class Workers(Protocol):
           `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which
           part} of the unscaled guard, `missing` (the first of `expected` that never arrived) and
           `missing_count`.
-        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing.
+        - "trust" {names}: {}. Digests of these were found to be those that were sent: from now on
+          the rank may copy them to where it holds them, around the loaders.
+        - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
+          nothing.
         - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
 
         Raises:
