@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 VIA: Final = ("ipc", "nccl", "disk")
 BUCKET: Final = 512
 """MB of a bucket where nobody says otherwise."""
+# What a trainer's checkpoint may hold besides: `Rollout` drops it.
+_UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
 _ASK: Final = 60.0
 # Of a manifest: 70 000 tensors take 15 MB.
 _LIMIT: Final = 256 << 20
@@ -204,9 +206,8 @@ def _require_alike(source: Checkpoint, plan: Plan | None) -> None:
         return
     planned = {tensor.name: tensor.shape for tensor in plan.tensors}
     found = {name: one.shape for name, one in source.tensors.items()}
-    # What a trainer sends may be more: a head that is tied, tables that engines compute.
     odd = [name for name in planned if planned[name] != found.get(name)]
-    odd += [n for n in found if n not in planned and n != "lm_head.weight" and ".layers." in n]
+    odd += [n for n in found if n not in planned and not n.endswith(_UNASKED)]
     if odd:
         name = odd[0]
         raise ConflictError(

@@ -165,7 +165,7 @@ def test_a_model_of_another_shape_is_refused(
         assert wire.CONNECT not in server.asked
 
 
-def test_what_comes_with_a_checkpoint_and_is_no_weight_of_a_layer_may_come(
+def test_what_engines_compute_themselves_may_come_with_a_checkpoint(
     plan: Plan, source: Path, report: Reporter, tmp_path: Path
 ) -> None:
     folder = tmp_path / "tied"
