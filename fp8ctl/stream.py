@@ -15,48 +15,41 @@ given by one. Runs in a trainer's interpreter: torch and the standard library. P
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
+import sys
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fp8ctl import formats, policy
-from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl import formats, forms
+from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels import quantize as kernels
-from fp8ctl.kernels.groups import PER_TENSOR, Groups, block
 from fp8ctl.kernels.inputs import NonFiniteError
-from fp8ctl.manifest import Plan
+from fp8ctl.ranks import Ranks, leave, meet, tell
 from fp8ctl.wire import ALIGN, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Iterable, Sequence
+    from collections.abc import (
+        AsyncIterable,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from contextlib import AbstractContextManager
+
+    from fp8ctl.forms import Form
+    from fp8ctl.manifest import Plan
 
     Named = tuple[str, torch.Tensor]
 
+__all__ = ["BUCKET_BYTES", "Placing", "Ranks", "Stream", "placed_weights", "quantize_weights"]
+
 BUCKET_BYTES = 512 << 20
-#: As a plan spells what a stream rounds to; other dtypes stay as they come.
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Who gives the stream's tensors when several ranks hold parts of each.
-
-    Attributes:
-        group: a process group on the CPU (gloo), by which the ranks wait for each other.
-        source: global rank that quantises and gives; the others only take part.
-        timeout: seconds after which a rank that does not come is an error on the others.
-    """
-
-    group: Any
-    source: int = 0
-    timeout: float = 300.0
 
 
 class Placing(Protocol):
@@ -64,9 +57,11 @@ class Placing(Protocol):
 
     Attributes:
         limit: bytes of outputs that are placed together; a larger tensor comes alone.
+        patience: seconds that a place may have to be waited for.
     """
 
     limit: int
+    patience: float
 
     @property
     def device(self) -> torch.device:
@@ -125,7 +120,7 @@ def quantize_weights(
     if bucket_bytes < 1:
         raise UsageError(f"a bucket of {bucket_bytes} bytes", hint="bucket_bytes=512 << 20")
     where = None if device is None else torch.device(device)
-    taker = _Taker(_form(plan), bucket_bytes, where, dtype, complete, ranks)
+    taker = _Taker(forms.of(plan), bucket_bytes, where, dtype, complete, ranks)
     return Stream(named_tensors, taker)
 
 
@@ -154,24 +149,9 @@ def placed_weights(
         As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
         tied head is a ConflictError.
     """
-    form = _form_of_push(plan, dtype)
+    form = forms.of_push(plan, dtype)
     taker = _Taker(form, placing.limit, None, None, complete, ranks, placing)
     return Stream(named_tensors, taker)
-
-
-def tied_head(plan: Plan) -> tuple[str, str] | None:
-    """Return the names of an output head that is its embedding, and of that; None: there is none.
-
-    `lm_head.weight` of a checkpoint that has none: the plan does not list it, and trainers
-    give it all the same.
-    """
-    names = {tensor.name for tensor in plan.tensors}
-    if any(name.endswith("lm_head.weight") for name in names):
-        return None
-    for name in names:
-        if name.endswith("model.embed_tokens.weight"):
-            return name.removesuffix("model.embed_tokens.weight") + "lm_head.weight", name
-    return None
 
 
 class Stream:
@@ -225,16 +205,18 @@ class Stream:
         """Return itself."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """End it."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End it; other ranks are told the error."""
+        self._taker.why = error
         self.close()
 
     async def __aenter__(self) -> Stream:
         """Return itself."""
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        """End it."""
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End it; other ranks are told the error."""
+        self._taker.why = error
         await self.aclose()
 
     def _once(self, made: Any) -> Any:
@@ -279,122 +261,12 @@ class Stream:
         return await placing.in_thread(lambda: [*given])
 
 
-@dataclass(frozen=True)
-class _Form:
-    """What becomes of tensors.
-
-    Attributes:
-        quantized: says whether a name of this shape becomes FP8; raises where it cannot be.
-        names: all that have to come; None: nobody knows.
-        dtype: says what a tensor of this name is rounded to; None: nothing.
-    """
-
-    groups: Groups
-    mode: Mode
-    quantized: Callable[[str, torch.Size], bool]
-    names: frozenset[str] | None
-    dtype: Callable[[str], torch.dtype | None] = lambda _: None
-
-
-def _form_of_push(plan: Plan | None, dtype: torch.dtype | None) -> _Form:
-    if plan is None:
-        return _Form(PER_TENSOR, Mode.PER_TENSOR, lambda name, shape: False, None)
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    # A head that does not come may be tied in the engine, too: the server knows.
-    names = frozenset(name for name in planned if not name.endswith("lm_head.weight"))
-    tie = tied_head(plan)
-    if tie is not None:
-        planned[tie[0]] = planned[tie[1]]._replace(name=tie[0])
-
-    def quantized(name: str, shape: torch.Size) -> bool:
-        one = planned.get(name)
-        if one is None:
-            raise _stranger(name, plan)
-        if tuple(shape) != one.shape:
-            raise _misshapen(name, shape, one.shape)
-        return one.quantize
-
-    def rounded(name: str) -> torch.dtype | None:
-        one = planned[name]
-        return dtype if dtype is not None and one.quantize else _FLOATS.get(one.dtype)
-
-    return _Form(_groups(plan.mode, plan.block), plan.mode, quantized, names, rounded)
-
-
-def _form(plan: Plan | Mapping[str, Any]) -> _Form:
-    if isinstance(plan, Mapping) and "quantization_config" in plan:
-        return _form_of_config(plan)
-    if isinstance(plan, Mapping):
-        plan = Plan.from_json(plan)
-    if not isinstance(plan, Plan):
-        raise UsageError(
-            f"{type(plan).__name__} where a plan or a configuration was expected",
-            hint="quantize_weights(named_tensors, fp8ctl.planning.make_plan(...))",
-        )
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    family = policy.family_of({"model_type": plan.model_type})
-
-    def quantized(name: str, shape: torch.Size) -> bool:
-        one = planned.get(name)
-        if one is None:
-            # A tied head, a buffer: what the policy keeps anyway may come along.
-            if policy.decide(family, name, shape).quantize:
-                raise _stranger(name, plan)
-            return False
-        if tuple(shape) != one.shape:
-            raise _misshapen(name, shape, one.shape)
-        return one.quantize
-
-    return _Form(_groups(plan.mode, plan.block), plan.mode, quantized, frozenset(planned))
-
-
-def _stranger(name: str, plan: Plan) -> ConflictError:
-    return ConflictError(
-        f"{name} is not in the plan of {plan.model.name}",
-        hint="give the names of the checkpoint that was planned",
-        data={"tensor": name},
-    )
-
-
-def _misshapen(name: str, shape: Sequence[int], planned: tuple[int, ...]) -> PlanDoesNotFitError:
-    return PlanDoesNotFitError(
-        f"{name} has shape {list(shape)}, planned {list(planned)}",
-        hint="plan the model that is trained",
-        data={"tensor": name},
-    )
-
-
-def _form_of_config(config: Mapping[str, Any]) -> _Form:
-    found = config["quantization_config"]
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if method != "fp8":
-        raise UsageError(
-            f"quant_method {method!r} in quantization_config; expected 'fp8'",
-            hint="give the plan, or the config.json of an FP8 checkpoint",
-        )
-    sides = found.get("weight_block_size")
-    mode = Mode.PER_TENSOR if sides is None else Mode.BLOCK
-    size = None if sides is None else BlockSize(int(sides[0]), int(sides[1]))
-    family = policy.family_of(config)
-    kept = {*found.get("modules_to_not_convert", ()), *found.get("ignored_layers", ())}
-
-    def quantized(name: str, shape: torch.Size) -> bool:
-        module = name.removesuffix(".weight")
-        return module not in kept and policy.decide(family, name, shape).quantize
-
-    return _Form(_groups(mode, size), mode, quantized, None)
-
-
-def _groups(mode: Mode, size: BlockSize | None) -> Groups:
-    return PER_TENSOR if size is None or mode is not Mode.BLOCK else block(size.n, size.k)
-
-
 class _Taker:
     """Takes tensors one by one and gives what they become, bucket by bucket."""
 
     def __init__(
         self,
-        form: _Form,
+        form: Form,
         bucket_bytes: int,
         device: torch.device | None,
         dtype: torch.dtype | None,
@@ -409,8 +281,12 @@ class _Taker:
         self._held: list[tuple[str, torch.Tensor, bool]] = []
         self._bytes = 0
         self._came: set[str] = set()
+        #: Of who reads the stream, for the other ranks.
+        self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
         self._open = False
+        # True when all ranks know that no more comes.
+        self._over = ranks is None
 
     def take(self, item: Any) -> Iterable[Named]:
         """Take a tensor; return what a full bucket becomes, which is made while it is read."""
@@ -457,14 +333,26 @@ class _Taker:
                 hint="complete=False sends a part",
                 data={"absent": absent[:20]},
             )
-        return self._bucket(self._taken()) if self._held else ()
+        return self._last() if self._held or self._ranks is not None else ()
 
     def leave(self) -> None:
-        """Tell ranks that wait for this one's word that there will be none."""
+        """Tell the other ranks, where they do not know yet, that nothing more comes."""
         self._held.clear()
-        if self._open and self._ranks is not None:
-            self._open = False
-            _tell(self._ranks, done=False)
+        ranks, over, self._over = self._ranks, self._over, True
+        if ranks is None or over:
+            return
+        failed = sys.exc_info()[1]
+        why = self.why if failed is None or isinstance(failed, GeneratorExit) else failed
+        why = why or ConflictError("who read it went away")
+        if not self._open:
+            leave(ranks, why)
+        elif ranks.is_source:
+            tell(ranks, why)
+        else:
+            # The source goes on, and hears it at the next bucket; or is gone itself.
+            with suppress(TimeoutError, Fp8ctlError):
+                tell(ranks)
+                leave(ranks, why)
 
     def _taken(self) -> list[tuple[str, torch.Tensor, bool]]:
         held, self._held, self._bytes = self._held, [], 0
@@ -472,10 +360,11 @@ class _Taker:
 
     def _bucket(self, held: list[tuple[str, torch.Tensor, bool]]) -> Iterator[Named]:
         ranks = self._ranks
-        gives = ranks is None or torch.distributed.get_rank() == ranks.source
+        gives = ranks is None or ranks.is_source
         if ranks is not None:
-            _meet(ranks)
-            self._open = gives
+            with self._among_ranks():
+                meet(ranks, "more")
+            self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with self._stage("gather"):
             whole = [(name, self._whole(name, t, fp8, gives), fp8) for name, t, fp8 in held]
@@ -483,8 +372,27 @@ class _Taker:
         if gives:
             yield from self._become([(name, t, fp8) for name, t, fp8 in whole if t is not None])
         if ranks is not None:
+            with self._among_ranks():
+                tell(ranks, patience=0.0 if self.placing is None else self.placing.patience)
             self._open = False
-            _tell(ranks, done=True)
+
+    def _last(self) -> Iterator[Named]:
+        """Give what the last bucket becomes, and see all ranks at the end."""
+        if self._held:
+            yield from self._bucket(self._taken())
+        if self._ranks is not None:
+            with self._among_ranks():
+                meet(self._ranks, "end")
+            self._over = True
+
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """What is raised here, all ranks that are there know."""
+        try:
+            yield
+        except (TimeoutError, Fp8ctlError):
+            self._over = True
+            raise
 
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)
@@ -579,41 +487,6 @@ class _Taker:
 
 def _spelled(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _meet(ranks: Ranks) -> None:
-    """Wait until all ranks are here; a rank that is dead shows before a collective hangs."""
-    try:
-        torch.distributed.monitored_barrier(
-            ranks.group, timeout=datetime.timedelta(seconds=ranks.timeout)
-        )
-    except RuntimeError as e:
-        raise TimeoutError(f"not all ranks came within {ranks.timeout:g} s: {e}") from e
-
-
-def _tell(ranks: Ranks, *, done: bool) -> None:
-    """Say, on the source, how a bucket ended; hear it on the others.
-
-    Raises:
-        TimeoutError: the source does not say it in time.
-        ConflictError: it failed, or its consumer ended the stream.
-    """
-    distributed = torch.distributed
-    here = distributed.get_rank()
-    word = torch.tensor([int(done)])
-    work = distributed.broadcast(word, ranks.source, group=ranks.group, async_op=True)
-    try:
-        work.wait(datetime.timedelta(seconds=ranks.timeout))
-    except RuntimeError as e:
-        if here == ranks.source:
-            return  # nobody is there to hear it; who reads the stream has the error
-        told = f"rank {ranks.source} did not end its bucket within {ranks.timeout:g} s: {e}"
-        raise TimeoutError(told) from e
-    if here != ranks.source and not int(word):
-        raise ConflictError(
-            f"rank {ranks.source} ended the stream before its end",
-            hint=f"see the error of rank {ranks.source}",
-        )
 
 
 def _close(source: Any) -> None:

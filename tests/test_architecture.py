@@ -54,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
         *("layout", "manifest"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
+        *("forms", "ranks"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
     ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
@@ -63,7 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
 )
 WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
 # What the worker's tasks are made of.
@@ -317,21 +318,21 @@ def command_modules() -> list[str]:
 
 
 def in_trainer(name: str) -> bool:
-    return name.startswith("push.")
+    return name.startswith("push.") or name in {"stream", "forms", "ranks"}
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
-    workers = {"stream", "worker", *WORKERS}
+    workers = {"worker", *WORKERS}
     for name in command_modules():
         kinds: tuple[Kind, ...] = ("run",) if name in workers else ("run", "late")
         heavy = {one.module.split(".")[0] for one in of(name, *kinds)} & HEAVY
         # `push` itself imports its modules when a trainer asks for one: tests/push.
-        early = {"torch"} if name in {"stream", *WITH_TORCH} or in_trainer(name) else set()
+        early = {"torch"} if name in WITH_TORCH or in_trainer(name) else set()
         assert heavy <= early, name
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
-    theirs = ("stream", "worker", "kernels", *WORKERS)
+    theirs = ("stream", "forms", "ranks", "worker", "kernels", *WORKERS)
     for name in MODULES:
         if belongs(name, (*theirs, "engines.hooks")) or in_trainer(name):
             continue

@@ -126,6 +126,10 @@ def sender(
         from fp8ctl.carriers.memory import MemorySender
 
         return MemorySender(nbytes, slots)
+    if kind == "ipc":
+        from fp8ctl.carriers.cuda import CudaSender
+
+        return CudaSender(nbytes, slots, torch.device("cuda" if device is None else device))
     if kind == "group":
         from fp8ctl.carriers.group import GroupSender
 
@@ -154,6 +158,10 @@ def receive(offer: Mapping[str, Any], rank: int, device: torch.device) -> Receiv
         from fp8ctl.carriers.memory import MemoryReceiver
 
         return MemoryReceiver(offer)
+    if kind == "ipc":
+        from fp8ctl.carriers.cuda import CudaReceiver
+
+        return CudaReceiver(offer, device)
     if kind == "group":
         from fp8ctl.carriers.group import GroupReceiver
 

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from fp8ctl.wire import Kind
 
 
+_LATER = 5.0
+
+
 class _Backend(Protocol):
     def broadcast(
         self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]
@@ -74,7 +77,8 @@ class GroupSender:
             "key": self._hub.key,
             "world": self._world,
             "first_rank": self._first[server],
-            "timeout": self._timeout,
+            # Longer than here: who has waited too long for others names them to all.
+            "timeout": self._timeout + _LATER,
             "slots": [{"nbytes": nbytes} for nbytes in self._nbytes],
         }
 

@@ -7,6 +7,7 @@ NaN in what is kept, the recorder's facts. Then what need not be sent is taken o
 from __future__ import annotations
 
 import math
+import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from fp8ctl.push.aside import Aside
     from fp8ctl.push.delivery import Clock, Delivery
 
     Named = tuple[str, torch.Tensor]
     Look = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
+    Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
 
 
 class Filler:
@@ -31,6 +34,8 @@ class Filler:
 
     Attributes:
         limit: bytes that are placed together.
+        patience: seconds that a place may have to be waited for.
+        aside: where an asynchronous update blocks.
         skipped: names that all servers hold already.
         digests: of all that came, by name, where they are computed.
     """
@@ -38,6 +43,7 @@ class Filler:
     def __init__(
         self,
         limit: int,
+        patience: float,
         open_: Callable[[int], Delivery],
         device: Callable[[], torch.device],
         clock: Clock,
@@ -46,7 +52,7 @@ class Filler:
         held: Callable[[], Sequence[Mapping[str, str]]] | None = None,
         tie: tuple[str, str] | None = None,
         facts: Look | None = None,
-        note: Callable[[Sequence[tuple[Entry, bool]]], None] | None = None,
+        note: Note | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         totals: tuple[int, int] | None = None,
     ) -> None:
@@ -54,6 +60,7 @@ class Filler:
 
         Args:
             limit: bytes that are placed together.
+            patience: seconds that servers may take with a bucket.
             open_: returns what takes buckets of at least so many bytes.
             device: returns where buckets will lie.
             clock: for the stages.
@@ -61,11 +68,12 @@ class Filler:
             held: returns what each server holds, name to digest; None: all is sent.
             tie: names of an output head that may come and is not sent, and of its embedding.
             facts: returns facts of tensors, for the recorder.
-            note: is told each tensor, and whether it is sent.
+            note: is told each tensor, whether it is sent, and the seconds that making these took.
             on_progress: is called after every bucket.
             totals: tensors and bytes of the plan.
         """
-        self.limit = limit
+        self.limit, self.patience = limit, patience
+        self.aside: Aside | None = None
         self.skipped: list[str] = []
         self.digests: dict[str, str] = {}
         self.sent, self.bytes_sent, self.bytes_skipped = 0, 0, 0
@@ -81,6 +89,7 @@ class Filler:
         self._batch: list[Entry] = []
         self._tensors: list[torch.Tensor] = []
         self._written = 0
+        self._started = 0.0
 
     # ---- what the stream asks ----
 
@@ -111,6 +120,7 @@ class Filler:
             self._deliver()
         if self._memory is None:
             self._memory = delivery.buffer(self._slot)
+        self._started = time.perf_counter()
         for slot, offset in zip(slots, offsets, strict=True):
             at = self._used + offset
             self._batch.append(Entry(slot.name, slot.dtype, slot.shape, at))
@@ -124,8 +134,14 @@ class Filler:
         return self._clock.stage(name, None if self._delivery is None else self._delivery.device)
 
     def in_thread(self, work: Callable[[], list[Named]]) -> Awaitable[list[Named]]:
-        """Stand for what an asynchronous update does instead."""
-        raise NotImplementedError
+        """Do it aside, and take what it gives there, too: the stream passes nothing on."""
+        assert self.aside is not None
+
+        def both() -> list[Named]:
+            self.add(work())
+            return []
+
+        return self.aside.do(both)
 
     # ---- what the update does ----
 
@@ -169,7 +185,8 @@ class Filler:
         wanted = self._wanted(found)
         if self._note is not None:
             head = self._tie and self._tie[0]
-            self._note([(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head])
+            known = [(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head]
+            self._note(known, time.perf_counter() - self._started)
         start = batch[0].offset
         if all(wanted):
             self._entries += found

@@ -90,6 +90,12 @@ class Delivery(Protocol):
     def drain(self) -> None:
         """Wait until all buckets are there."""
 
+    def cancel(self, why: str) -> None:
+        """End what waits, from any thread."""
+
+    def close(self) -> None:
+        """Give back what it took; also after a failure."""
+
 
 class ByCarrier:
     """Has the servers load each bucket from a carrier; a `Delivery`."""
@@ -112,8 +118,6 @@ class ByCarrier:
         self.capacity = self._sender.buffer(0).numel()
         self.device = self._sender.buffer(0).device
         self.number = 0
-        #: Seconds by stage as each server told them.
-        self.loading: list[dict[str, float]] = [{} for _ in fleet.servers]
         self._under_way: list[tuple[list[Future[Any]], Sequence[Entry]] | None] = [None] * SLOTS
         group = link.kind == "group"
         self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
@@ -159,7 +163,7 @@ class ByCarrier:
         futures, entries = under_way
         try:
             with self._clock.stage("wait"):
-                told = answers(futures)
+                answers(futures)
         except Fp8ctlError as e:
             # Which of them it was, the server may not know: it is gone, for instance.
             if "tensor" not in e.data and entries:
@@ -168,6 +172,3 @@ class ByCarrier:
                 e.args = (e.message,)
             raise
         self._under_way[slot] = None
-        for loading, answer in zip(self.loading, told, strict=False):
-            for stage, seconds in dict(answer.get("seconds") or {}).items():
-                loading[stage] = loading.get(stage, 0.0) + float(seconds)

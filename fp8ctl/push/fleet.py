@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fp8ctl.errors import AbortedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from fp8ctl.push.client import Server
 
@@ -36,11 +36,13 @@ class Fleet:
         self._last: list[Future[Any] | None] = [None] * len(servers)
         self._hearts: list[Heart] = []
 
-    def start(self, ask: Callable[[int, Server], T]) -> list[Future[T]]:
-        """Ask every server something; returns at once."""
+    def start(
+        self, ask: Callable[[int, Server], T], those: Iterable[int] | None = None
+    ) -> list[Future[T]]:
+        """Ask every server something, or some by their numbers; returns at once."""
         futures = []
-        for i, (pool, server) in enumerate(zip(self._pools, self.servers, strict=True)):
-            future = pool.submit(ask, i, server)
+        for i in range(len(self.servers)) if those is None else those:
+            future = self._pools[i].submit(ask, i, self.servers[i])
             self._last[i] = future
             futures.append(future)
         return futures

@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -16,12 +16,20 @@ from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Sender
     from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.wire import Kind
+
+
+class Served(NamedTuple):
+    """What the servers serve since the last update of this rollout, if nobody else changed it."""
+
+    version: str
+    digests: Mapping[str, str]
+
 
 Via = Literal["ipc", "nccl", "disk"]
 
@@ -33,6 +41,7 @@ class Link:
         kind: of the carrier; "disk" has none.
         sender: the trainer's end; None before `open`, and via disk.
         connections: as the servers named them, in their order.
+        served: what the last update brought; None: nobody knows.
     """
 
     def __init__(
@@ -56,6 +65,7 @@ class Link:
         self.kind: Kind = "disk"
         self.sender: Sender | None = None
         self.connections: list[str] = []
+        self.served: Served | None = None
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0
@@ -63,7 +73,12 @@ class Link:
     @property
     def device(self) -> torch.device:
         """Where buckets are filled."""
-        return torch.device("cpu") if self.sender is None else self.sender.buffer(0).device
+        if self.sender is not None:
+            return self.sender.buffer(0).device
+        if self._device is not None:
+            return self._device
+        cuda: Any = torch.cuda
+        return torch.device("cuda" if cuda.is_initialized() else "cpu")
 
     def open(self, fleet: Fleet, nbytes: int) -> None:
         """Have every server connected, with buckets of at least `nbytes` bytes.
@@ -92,13 +107,13 @@ class Link:
             self._nbytes = nbytes
         self.connect(fleet)
 
-    def connect(self, fleet: Fleet) -> None:
-        """Offer the carrier to every server, again where one was started anew.
+    def connect(self, fleet: Fleet, those: Collection[int] | None = None) -> None:
+        """Offer the carrier to the servers.
 
-        A process group is not joined twice: it is made anew, and what its slots held is copied.
+        Args:
+            fleet: the servers.
+            those: by their numbers, where some were started anew; None: all.
         """
-        if self.kind == "group" and self.connections:
-            self._renew()
         sender = self.sender
         client = {"fp8ctl": __version__, "torch": torch.__version__, "pid": os.getpid()}
         client["host"] = socket.gethostname()
@@ -106,7 +121,8 @@ class Link:
         def one(i: int, server: Server) -> dict[str, Any]:
             return server.connect({"kind": "disk"} if sender is None else sender.offer(i), client)
 
-        futures: list[Any] = list(fleet.start(one))
+        asked = [*range(len(fleet.servers))] if those is None else sorted(those)
+        futures: list[Any] = list(fleet.start(one, asked))
         try:
             with ThreadPoolExecutor(1) as joining:
                 try:
@@ -117,13 +133,15 @@ class Link:
                     if sender is not None:
                         sender.cancel("a server could not connect")
                     raise
-            told = found[: len(fleet.servers)]
-            for server, one_told in zip(fleet.servers, told, strict=True):
-                self._check_manifest(server, str(one_told["manifest"]))
+            for i, told in zip(asked, found, strict=False):
+                self._check_manifest(fleet.servers[i], str(told["manifest"]))
         except BaseException:
             self.drop()
             raise
-        self.connections = [str(one_told["connection"]) for one_told in told]
+        if those is None:
+            self.connections = [""] * len(asked)
+        for i, told in zip(asked, found, strict=False):
+            self.connections[i] = str(told["connection"])
 
     def close(self, fleet: Fleet) -> None:
         """Say goodbye to the servers, as far as they hear it, and give the carrier back."""
@@ -135,7 +153,7 @@ class Link:
 
     def drop(self) -> None:
         """Forget the connections; servers find out when another is made."""
-        self.connections = []
+        self.connections, self.served = [], None
         sender, self.sender = self.sender, None
         if sender is not None:
             sender.close()
@@ -183,8 +201,3 @@ class Link:
         if self._via == "nccl":
             return "group", device
         return ("ipc" if gpu else "memory"), device
-
-    def _renew(self) -> None:
-        old, self.sender = self.sender, None
-        assert old is not None
-        raise ConflictError("a process group lost a server")

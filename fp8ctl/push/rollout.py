@@ -13,6 +13,7 @@ import math
 import os
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -57,6 +58,8 @@ class Rollout:
         in_flight: InFlight = "finish",
         delta: bool = False,
         verify: bool = True,
+        record: Path | str | None = None,
+        folder: Path | str | None = None,
         timeout: float = 600.0,
         master: str | None = None,
         dtype: torch.dtype | None = None,
@@ -76,6 +79,9 @@ class Rollout:
                 for them, "abort" ends them, "pause" has them go on with the new weights.
             delta: send only tensors whose codes or scales differ from what the servers hold.
             verify: have the servers prove by digests that they hold what was sent.
+            record: file to which each update adds a JSON line for every tensor, and one for itself.
+            folder: for "disk": where each update makes a folder and removes it; None: fp8ctl's
+                cache. The servers read it there.
             timeout: seconds that any request, or waiting for requests in flight, may take.
             master: address of this host that the servers reach; for "nccl".
             dtype: what weights are rounded to before they are quantised; None: the dtypes of the
@@ -91,6 +97,11 @@ class Rollout:
             raise UsageError(f"via={via!r}", hint='via="ipc", "nccl" or "disk"')
         if in_flight not in get_args(wire.InFlight):
             raise UsageError(f"in_flight={in_flight!r}", hint='"finish", "abort" or "pause"')
+        if via == "disk" and delta:
+            raise UsageError(
+                'delta=True with via="disk": an engine\'s own reload takes whole checkpoints',
+                hint='via="ipc" or via="nccl"',
+            )
         if bucket_bytes < 1:
             raise UsageError(f"a bucket of {bucket_bytes} bytes", hint="bucket_bytes=512 << 20")
         if not 0 < timeout < math.inf:
@@ -103,7 +114,16 @@ class Rollout:
             raise UsageError("a server comes twice", hint="give each address once")
         manifest = "" if self._plan is None else self._plan.digest
         self._wish = Wish(
-            self._plan, manifest, bucket_bytes, in_flight, delta, verify, timeout, dtype
+            self._plan,
+            manifest,
+            bucket_bytes,
+            in_flight,
+            delta,
+            verify,
+            timeout,
+            dtype,
+            None if record is None else Path(record),
+            None if folder is None else Path(folder),
         )
         self._link = Link(
             via,

@@ -1,47 +1,47 @@
 """One update, from the first tensor to the last server's answer; or nothing of it.
 
 The same steps for a sync and an async source. Asynchronously, what blocks (kernels, waiting
-for servers) is done by one thread, so that the event loop goes on; a cancellation ends what
-waits there before anything else happens.
+for servers) is done aside; a cancellation ends what waits there before anything else happens.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from fp8ctl import ranks as together
 from fp8ctl.errors import Fp8ctlError
+from fp8ctl.forms import tied_head
+from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
 from fp8ctl.push.delivery import ByCarrier, Clock
-from fp8ctl.push.fleet import Fleet, answers
+from fp8ctl.push.fleet import Fleet
+from fp8ctl.push.folder import ByFolder
+from fp8ctl.push.link import Served
+from fp8ctl.push.recorder import Recorder
 from fp8ctl.push.result import Update
-from fp8ctl.stream import placed_weights, tied_head
-from fp8ctl.wire import ALIGN, Begin
+from fp8ctl.push.session import Session
+from fp8ctl.stream import placed_weights
+from fp8ctl.wire import ALIGN
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
-    from concurrent.futures import Future
+    from pathlib import Path
+
+    import torch
 
     from fp8ctl.manifest import Plan
     from fp8ctl.push.client import Server
     from fp8ctl.push.delivery import Delivery
     from fp8ctl.push.link import Link
     from fp8ctl.push.result import Progress
-    from fp8ctl.stream import Ranks
+    from fp8ctl.ranks import Ranks
     from fp8ctl.wire import InFlight
 
     Named = tuple[str, torch.Tensor]
-    T = TypeVar("T")
-
-#: Seconds without a word after which a server takes the trainer for dead.
-LEASE = 120.0
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,16 @@ class Wish:
     verify: bool
     timeout: float
     dtype: torch.dtype | None
+    record: Path | None
+    folder: Path | None
 
 
 class Work:
-    """An update on its way."""
+    """An update on its way.
+
+    Attributes:
+        push: its own name.
+    """
 
     def __init__(
         self,
@@ -72,25 +78,32 @@ class Work:
         ranks: Ranks | None,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
+        self.push = uuid.uuid4().hex
         self._wish, self._link, self._version = wish, link, version
         self._complete, self._ranks = complete, ranks
-        self.push = uuid.uuid4().hex
+        self._gives = ranks is None or ranks.is_source
         self._clock = Clock()
         self._fleet = Fleet(servers)
-        self._begun: list[Future[dict[str, Any]]] = []
-        self._told: list[dict[str, Any]] = []
-        self._courier: ByCarrier | None = None
-        self._stopped = False
-        plan = wish.plan
-        self._largest, totals = _sizes(plan)
+        self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
+        self._delivery: Delivery | None = None
+        self._recorder: Recorder | None = None
+        largest, totals = _sizes(wish.plan)
+        if totals is None:
+            slot = wish.bucket_bytes
+        else:
+            # As asked; no more than all of it, no less than the largest tensor.
+            slot = max(largest, min(wish.bucket_bytes, totals[1] + totals[0] * ALIGN))
         self._filler = Filler(
-            self._slot_bytes(totals),
+            slot,
+            wish.timeout,
             self._deliver_by,
             lambda: link.device,
             self._clock,
-            digest=wish.verify,
+            digest=wish.verify or wish.record is not None,
             held=self._held if wish.delta else None,
-            tie=None if plan is None else tied_head(plan),
+            tie=None if wish.plan is None else tied_head(wish.plan),
+            facts=self._facts if wish.record is not None else None,
+            note=self._note if wish.record is not None else None,
             on_progress=on_progress,
             totals=totals,
         )
@@ -101,10 +114,10 @@ class Work:
         """Do it, from a sync source."""
         try:
             with self._stream(named_tensors) as stream:
-                self._open(named_tensors)
+                self._prepare(named_tensors)
                 for pair in stream:
                     self._filler.add([pair])
-            return self._finish()
+            return self._conclude()
         except BaseException as e:
             self._give_up(e)
             raise
@@ -113,27 +126,23 @@ class Work:
 
     async def arun(self, named_tensors: Iterable[Named] | AsyncIterable[Named]) -> Update:
         """Do it, from a source of either kind."""
-        thread = _Thread(self._stop)
-        self._filler.in_thread = lambda work: thread.do(lambda: self._added(work))  # type: ignore[method-assign]
+        aside = Aside(self._stop)
+        self._filler.aside = aside
         try:
             async with self._stream(named_tensors) as stream:
-                await thread.do(lambda: self._open(named_tensors))
+                await aside.do(lambda: self._prepare(named_tensors))
                 async for _ in stream:
-                    pass
-            return await thread.do(self._finish)
+                    pass  # the filler took them, aside
+            return await aside.do(self._conclude)
         except BaseException as e:
             error = e
-            await thread.do_at_last(lambda: self._give_up(error))
+            await aside.do_at_last(lambda: self._give_up(error))
             raise
         finally:
-            cancelled = await thread.do_at_last(self._close)
-            thread.close()
+            cancelled = await aside.do_at_last(self._close)
+            aside.close()
             if cancelled:
                 raise asyncio.CancelledError
-
-    def _added(self, work: Callable[[], list[Named]]) -> list[Named]:
-        self._filler.add(work())
-        return []
 
     # ---- its steps ----
 
@@ -148,196 +157,160 @@ class Work:
             ranks=self._ranks,
         )
 
-    def _open(self, named_tensors: object) -> None:
+    def _prepare(self, named_tensors: object) -> None:
         """Find every server able to take this, before the source is asked for anything."""
-        if self._wish.plan is None and isinstance(named_tensors, Collection):
-            self._largest = max((t.numel() * t.element_size() for _, t in named_tensors), default=0)
-        self._link.open(self._fleet, max(self._filler.limit, self._largest))
+        ranks = self._ranks
+        if not self._gives:
+            assert ranks is not None
+            together.meet(ranks, "more", patience=self._wish.timeout)
+            return
+        try:
+            nbytes = self._filler.limit
+            if self._wish.plan is None and isinstance(named_tensors, Collection):
+                sizes = (t.numel() * t.element_size() for _, t in named_tensors)
+                nbytes = max([nbytes, *sizes])
+            self._link.open(self._fleet, nbytes)
+            if self._wish.record is not None:
+                self._recorder = Recorder(
+                    self._wish.record, self._wish.plan, self._version, self.push, self._before
+                )
+        except BaseException as e:
+            if ranks is not None:
+                together.leave(ranks, e)
+            raise
+        if ranks is not None:
+            together.meet(ranks, "more")
 
     def _deliver_by(self, nbytes: int) -> Delivery:
         """Return what takes the buckets; the servers begin while the first is written."""
-        self._link.open(self._fleet, max(nbytes, self._filler.limit))
-        self._begin()
-        self._courier = ByCarrier(self._link, self._fleet, self.push, self._wait_begun, self._clock)
-        return self._courier
-
-    def _begin(self) -> None:
-        wish = self._wish
-
-        def one(i: int, server: Server) -> dict[str, Any]:
-            return server.begin(begins[i])
-
-        begins = [
-            Begin(
-                push=self.push,
-                connection=connection,
-                version=self._version,
-                manifest=wish.manifest,
-                in_flight=wish.in_flight,
-                within=wish.timeout,
-                lease=LEASE,
-                complete=self._complete,
-                digests=wish.delta,
+        link, wish = self._link, self._wish
+        if link.kind == "disk":
+            capacity = max(nbytes, self._filler.limit)
+            self._delivery = ByFolder(wish.folder, wish.plan, capacity, link.device, self._clock)
+        else:
+            link.open(self._fleet, max(nbytes, self._filler.limit))
+            self._session.begin()
+            self._delivery = ByCarrier(
+                link, self._fleet, self.push, self._session.begun, self._clock
             )
-            for connection in self._link.connections
-        ]
-        self._begun = self._fleet.start(one)
-        numbers = {server: i for i, server in enumerate(self._fleet.servers)}
-        self._fleet.keep_alive(lambda server: one(numbers[server], server), LEASE / 4)
+        return self._delivery
 
-    def _wait_begun(self) -> list[dict[str, Any]]:
-        if not self._told:
-            self._told = answers(self._begun)
-        return self._told
+    def _conclude(self) -> Update:
+        """Have all servers serve the new weights, when all have all of them."""
+        ranks = self._ranks
+        if ranks is None:
+            return self._finish()
+        if not self._gives:
+            together.tell(ranks, patience=2 * self._wish.timeout)
+            return Update(self._version)
+        try:
+            done = self._finish()
+        except BaseException as e:
+            together.tell(ranks, e)
+            raise
+        together.tell(ranks)
+        return done
+
+    def _finish(self) -> Update:
+        filler, session = self._filler, self._session
+        filler.finish()
+        delivery = self._delivery or self._deliver_by(0)  # an update may be of nothing
+        if isinstance(delivery, ByFolder):
+            session.begin()
+            with self._clock.stage("wait"):
+                buckets = session.load_folder(delivery)
+        else:
+            buckets = filler.buckets
+        with self._clock.stage("end"):
+            ended = session.end(buckets, filler.skipped)
+        link = self._link
+        kept = link.served.digests if link.served is not None and not self._complete else {}
+        link.served = Served(self._version, {**kept, **filler.digests})
+        verified = [one["verified"] for one in ended if one.get("verified") is not None]
+        done = self._told(
+            loading={
+                server.url: {k: float(v) for k, v in dict(one.get("seconds") or {}).items()}
+                for server, one in zip(self._fleet.servers, ended, strict=True)
+            },
+            verified=min(verified) if len(verified) == len(ended) else None,
+        )
+        if self._recorder is not None:
+            self._recorder.end(done, "applied")
+        return done
+
+    def _told(self, **more: Any) -> Update:
+        filler = self._filler
+        return Update(
+            version=self._version,
+            push=self.push,
+            servers=tuple(server.url for server in self._fleet.servers),
+            buckets=filler.buckets,
+            sent=filler.sent,
+            skipped=len(filler.skipped),
+            bytes_sent=filler.bytes_sent,
+            bytes_skipped=filler.bytes_skipped,
+            stages=self._clock.seconds(),
+            **more,
+        )
+
+    # ---- what the filler asks ----
 
     def _held(self) -> list[Mapping[str, str]]:
         """Return the digests of what each server holds; empty where all must be sent."""
         with self._clock.stage("wait"):
-            return [told.get("digests") or {} for told in self._wait_begun()]
+            return [told.get("digests") or {} for told in self._session.begun()]
 
-    def _finish(self) -> Update:
-        """Have all servers serve the new weights, when all have all of them."""
-        filler, fleet = self._filler, self._fleet
-        filler.finish()
-        if not self._begun:
-            self._deliver_by(0)  # an update of nothing
-        self._wait_begun()
-        with self._clock.stage("end"):
-            ended = self._ended()
-        courier = self._courier
-        verified = [one["verified"] for one in ended if one.get("verified") is not None]
-        return (
-            Update(
-                version=self._version,
-                push=self.push,
-                servers=tuple(server.url for server in fleet.servers),
-                buckets=filler.buckets,
-                sent=filler.sent,
-                skipped=len(filler.skipped),
-                bytes_sent=filler.bytes_sent,
-                bytes_skipped=filler.bytes_skipped,
-                stages=self._clock.seconds(),
-                loading={
-                    server.url: {k: float(v) for k, v in dict(one.get("seconds") or {}).items()}
-                    for server, one in zip(fleet.servers, ended, strict=True)
-                },
-                verified=min(verified) if len(verified) == len(ended) else None,
-            )
-            if courier is not None
-            else Update(self._version)
-        )
+    def _before(self) -> Mapping[str, str]:
+        """Return the digests of what the servers held before, as far as they are known."""
+        served = self._link.served
+        if self._link.kind == "disk":
+            return {} if served is None else served.digests
+        told = self._session.begun()[0]
+        if told.get("digests"):
+            return dict(told["digests"])
+        if served is None or told.get("state") != "ready" or told.get("version") != served.version:
+            return {}
+        return served.digests
 
-    def _ended(self) -> list[dict[str, Any]]:
-        filler, wish = self._filler, self._wish
-        futures = self._fleet.start(
-            lambda _, server: server.end(self.push, filler.buckets, filler.skipped, wish.verify)
-        )
-        try:
-            return answers(futures)
-        except Fp8ctlError as e:
-            done = [
-                server.url
-                for server, future in zip(self._fleet.servers, futures, strict=True)
-                if future.done() and not future.cancelled() and future.exception() is None
-            ]
-            if done:
-                e.data["applied"] = done
-                e.message += f"; {', '.join(done)} serve version {self._version} already"
-                e.args = (e.message,)
-            raise
+    def _facts(self, *asked: Any) -> list[dict[str, float]]:
+        assert self._recorder is not None
+        return self._recorder.facts(*asked)
+
+    def _note(self, *noted: Any) -> None:
+        assert self._recorder is not None
+        self._recorder.note(*noted)
 
     # ---- when it fails ----
 
     def _stop(self) -> None:
         """End what waits, from another thread."""
-        self._stopped = True
         for server in self._fleet.servers:
             server.cut()
-        if self._courier is not None:
-            self._courier.cancel("the update was cancelled")
+        if self._delivery is not None:
+            self._delivery.cancel("the update was cancelled")
 
     def _give_up(self, error: BaseException) -> None:
         """Tell all servers that nothing comes of it."""
+        if not self._gives:
+            return
         reason = f"{type(error).__name__}: {error}"
-        if self._courier is not None:
-            self._courier.cancel(reason)
-        begun = self._begun
-        lost = self._fleet.give_up(
-            lambda server: server.abort(self.push, reason) if begun else None
-        )
+        if self._delivery is not None:
+            self._delivery.cancel(reason)
+        lost = self._session.abort(reason)
         if isinstance(error, Fp8ctlError) and lost:
             error.data["not told"] = lost
+        if self._recorder is not None:
+            self._recorder.end(self._told(), "failed", reason)
 
     def _close(self) -> None:
         self._fleet.close()
-        if self._courier is not None:
-            self._courier.close()
+        if self._delivery is not None:
+            self._delivery.close()
+        if self._recorder is not None:
+            self._recorder.close()
         sender = self._link.sender
         if sender is not None and not sender.alive:
             self._link.drop()
-
-    def _slot_bytes(self, totals: tuple[int, int] | None) -> int:
-        """Return the size of a bucket: as asked, at most all, at least the largest tensor."""
-        if totals is None:
-            return self._wish.bucket_bytes
-        tensors, nbytes = totals
-        return max(self._largest, min(self._wish.bucket_bytes, nbytes + tensors * ALIGN))
-
-
-class _Thread:
-    """The one thread in which an asynchronous update blocks."""
-
-    def __init__(self, stop: Callable[[], None]) -> None:
-        self._stop = stop
-        self._pool = ThreadPoolExecutor(1, "fp8ctl-push")
-        cuda: Any = torch.cuda
-        # What the caller queued on its stream comes first.
-        self._stream = cuda.current_stream() if cuda.is_initialized() else None
-
-    async def do(self, work: Callable[[], T]) -> T:
-        """Do something there; when cancelled, first end it."""
-        future = self._start(work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            self._stop()
-            await _end_of(future)
-            raise
-
-    async def do_at_last(self, work: Callable[[], None]) -> bool:
-        """Do what has to be done, cancelled or not; say whether that was asked meanwhile."""
-        future = self._start(work)
-        cancelled = await _end_of(future)
-        future.result()
-        return cancelled
-
-    def close(self) -> None:
-        """End the thread."""
-        self._pool.shutdown(wait=True)
-
-    def _start(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        def there() -> T:
-            with (
-                contextlib.nullcontext()
-                if self._stream is None
-                else torch.cuda.stream(self._stream)
-            ):
-                return work()
-
-        return asyncio.get_running_loop().run_in_executor(self._pool, there)
-
-
-async def _end_of(future: asyncio.Future[Any]) -> bool:
-    """Wait until something has ended, whatever is asked meanwhile; say whether one was."""
-    cancelled = False
-    while not future.done():
-        try:
-            await asyncio.wait([future])
-        except asyncio.CancelledError:
-            cancelled = True
-    if not future.cancelled():
-        future.exception()
-    return cancelled
 
 
 def _sizes(plan: Plan | None) -> tuple[int, tuple[int, int] | None]:
@@ -346,7 +319,6 @@ def _sizes(plan: Plan | None) -> tuple[int, tuple[int, int] | None]:
         return 0, None
     largest = tensors = 0
     for tensor in plan.tensors:
-        nbytes = plan.bytes_of(tensor)
         tensors += 2 if tensor.quantize else 1
-        largest = max(largest, -(-nbytes // ALIGN) * ALIGN + ALIGN)
+        largest = max(largest, -(-plan.bytes_of(tensor) // ALIGN) * ALIGN + ALIGN)
     return largest, (tensors, plan.bytes_after)

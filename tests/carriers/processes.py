@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fp8ctl.carriers.ends import Sender
 
 SCRIPT = Path(__file__).with_name("rank.py")
 
@@ -18,7 +21,11 @@ class Process:
     """One of them."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         self.popen = subprocess.Popen(
             [sys.executable, str(SCRIPT)],
             stdin=subprocess.PIPE,
@@ -97,9 +104,15 @@ class Pool:
         self._all = [one for one in self._all if one.lives]
         while len(self._all) < count:
             self._all.append(Process())
+            self._all[-1].ok(left=True)  # it is up
         return self._all[:count]
 
     def end(self) -> None:
         for one in self._all:
             if one.lives:
                 one.end()
+
+
+def alive(sender: Sender) -> bool:
+    """Return whether a carrier can be used; asked anew each time."""
+    return sender.alive

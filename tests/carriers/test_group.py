@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from fp8ctl.carriers import ends, gloo, link
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError, UsageError
 from fp8ctl.wire import WireError
+from tests.carriers.processes import alive
 from tests.carriers.rank import left, weighted
 
 if TYPE_CHECKING:
@@ -80,17 +82,16 @@ def fill(sender: ends.Sender, slot: int, nbytes: int, seed: int) -> int:
     return weighted(bucket)
 
 
-def ports() -> set[str]:
-    """Return what listens on this host."""
-    with open("/proc/net/tcp", encoding="ascii") as table:
-        return {line.split()[1] for line in table if line.split()[3] == "0A"}
+def listening() -> set[str]:
+    """Return the addresses at which this process listens."""
+    connections = psutil.Process().net_connections("tcp")
+    return {one.laddr.ip for one in connections if one.status == psutil.CONN_LISTEN}
 
 
 # --- what is carried ------------------------------------------------------------------------------
 
 
 def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
-    listening = ports()
     processes = pool.take(3)
     held = [process.ok(left=True) for process in processes]
     with group(1, 2) as sender:
@@ -106,7 +107,7 @@ def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
     for process, wanted_left in zip(processes, held, strict=True):
         process.ok(close=True)
         settled(process, wanted_left)
-    assert ports() <= listening
+    assert not listening()
 
 
 def test_the_next_slot_is_written_while_the_last_is_sent(pool: Pool) -> None:
@@ -159,7 +160,7 @@ def test_ranks_that_do_not_join_are_named(pool: Pool) -> None:
 def test_a_trainer_that_does_not_join_is_a_time_out(pool: Pool) -> None:
     [process] = pool.take(1)
     with group(1, timeout=SHORT) as sender:
-        answer = process.ask(join=sender.offer(), rank=0)
+        answer = process.ask(join={**sender.offer(), "timeout": 1.0}, rank=0)
     assert answer["error"] == "TimeoutError"
     assert "the trainer did not answer" in answer["message"]
 
@@ -172,7 +173,9 @@ def test_a_rank_that_dies_while_others_are_awaited_is_named_at_once(pool: Pool) 
         first.say(join=sender.offer(), rank=0)
         time.sleep(0.5)
         first.kill()
-        with pytest.raises(ConflictError, match=rf"rank 0 of server 0 .process {first.pid} .* gone"):
+        with pytest.raises(
+            ConflictError, match=rf"rank 0 of server 0 .process {first.pid} .* gone"
+        ):
             joining.result()
     assert time.monotonic() - began < PATIENCE / 2
     assert second.ok(left=True)
@@ -209,7 +212,8 @@ def test_a_rank_that_stops_within_a_broadcast_is_named(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped, not ended: no connection closes, only time tells."""
-    first, second = processes = pool.take(2)
+    processes = pool.take(2)
+    second = processes[1]
     with group(2, timeout=SHORT) as sender:
         come(sender, processes, 2)
         real = gloo.Gloo.broadcast
@@ -257,7 +261,8 @@ def test_a_trainer_that_is_killed_is_an_error_in_every_rank(pool: Pool) -> None:
         trainer.stdin.close()
         for process in processes:
             answer = process.answer(PATIENCE / 2)
-            assert (answer["error"], answer["message"]) == ("ConflictError", "the trainer is gone")
+            assert answer["error"] == "ConflictError"
+            assert answer["message"].startswith("the trainer is gone")
     for process, wanted in zip(processes, held, strict=True):
         process.ok(close=True)
         settled(process, wanted)
@@ -307,12 +312,11 @@ def test_a_rank_comes_once(pool: Pool) -> None:
 
 def test_it_listens_on_the_address_that_was_given_alone(pool: Pool) -> None:
     """torch's own store listens on all of them."""
-    listening = ports()
     processes = pool.take(1)
     with group(1) as sender:
+        assert listening() == {"127.0.0.1"}
         come(sender, processes, 1)
-        mine = ports() - listening
-        assert all(one.startswith("0100007F:") for one in mine), mine
+        assert listening() == {"127.0.0.1"}
         processes[0].ok(close=True)
 
 
@@ -337,7 +341,7 @@ def test_what_waits_in_another_thread_is_ended(pool: Pool, end: str) -> None:
         processes[0].say(join=sender.offer(), rank=0)
         time.sleep(0.3)
         sender.cancel("server 1 said no") if end == "cancel" else sender.close()
-        with pytest.raises(ConflictError, match="server 1 said no|has closed the group"):
+        with pytest.raises(ConflictError, match=r"server 1 said no|has closed the group"):
             joining.result(10)
         assert processes[0].answer()["error"] == "ConflictError"
 
@@ -360,9 +364,9 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
 
 def test_closing_before_anybody_came_leaves_nothing() -> None:
     with group(2) as sender:
-        assert sender.alive
+        assert alive(sender)
         sender.close()
-        assert not sender.alive
+        assert not alive(sender)
         with pytest.raises(ConflictError, match="has closed the group"):
             sender.join()
 
@@ -435,9 +439,7 @@ def test_lines_come_whole_however_they_are_cut(pair: tuple[link.Line, socket.soc
 
 
 @pytest.mark.parametrize("said", [b"hello\n", b"[1]\n", b"\xff\n", b"x" * (link.LONGEST + 2)])
-def test_what_is_no_message_is_an_error(
-    pair: tuple[link.Line, socket.socket], said: bytes
-) -> None:
+def test_what_is_no_message_is_an_error(pair: tuple[link.Line, socket.socket], said: bytes) -> None:
     line, theirs = pair
     theirs.setblocking(True)
     sending = threading.Thread(target=theirs.sendall, args=(said,))

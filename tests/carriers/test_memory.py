@@ -16,6 +16,7 @@ from fp8ctl.carriers import ends, memory
 from fp8ctl.carriers.memory import NONCE
 from fp8ctl.errors import CarrierError, UsageError
 from fp8ctl.wire import WireError
+from tests.carriers.processes import alive
 from tests.carriers.rank import left, weighted
 
 if TYPE_CHECKING:
@@ -277,11 +278,11 @@ def test_a_trainer_that_is_killed_leaves_nothing(pool: Pool) -> None:
 
 
 def test_closing_twice_is_closing_once(sender: ends.Sender) -> None:
-    assert sender.alive
+    assert alive(sender)
     sender.cancel("nothing waits here")
-    assert sender.alive
+    assert alive(sender)
     sender.close()
     sender.close()
-    assert not sender.alive
+    assert not alive(sender)
     with pytest.raises(CarrierError, match="closed"):
         sender.offer()

@@ -377,6 +377,35 @@ def test_the_worker_loads_folders_and_reports_what_the_kernels_read(run: Run, mo
     assert torn["unfilled"]
 
 
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
+def test_buckets_make_the_model_of_their_weights_again_and_again(run: Run, mode: str) -> None:
+    found = run((REFIT, GUARD), "push", mode)
+    assert found["refittable"]["refittable"] is True, found["refittable"]
+    assert "failed" not in found["connected"]
+    for one in found["pushes"]:
+        assert one["errors"] == ["", ""]
+        assert one["logits"] is True
+        assert (one["progress"]["broken"], one["progress"]["missing_count"]) == (False, 0)
+        assert one["progress"]["unfilled"] == {}
+        assert one["format"] == ("engine" if mode == "online" else "checkpoint")
+        if mode != "online":
+            assert one["unequal"] == []
+    first, *later = found["pushes"]
+    assert first["copies"] == 0
+    if mode != "online":
+        # What digests have proven is copied; per-tensor scales are their loaders' business.
+        assert all(one["copies"] >= one["loaders"] for one in later)
+    assert found["moved"] == []
+    assert found["unknown"]["error"]
+    assert found["unknown"]["broken"] is False
+    assert found["nonsense"]["failed"] == "ValueError: unknown question 'nonsense'"
+
+
+def test_an_engine_without_the_patch_says_so_before_anything_is_sent(run: Run) -> None:
+    found = run((), "refittable", "block")
+    assert (found["refittable"], found["why"][:32]) == (False, "the patch `refit` is not applied")
+
+
 def test_the_hook_knows_the_patched_modules_after_a_refit_and_sees_a_method_replaced(
     run: Run,
 ) -> None:

@@ -20,7 +20,7 @@ import random
 import sys
 import traceback
 import types
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -693,17 +693,12 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
     """Load folders through the worker extension, and compare its digests with the folders'."""
     from safetensors.torch import save_file
 
-    from fp8ctl.engines.hooks.vllm_worker import Extension
     from fp8ctl.kernels.digest import digest, to_text
 
     fp8 = install(tree)
     sets = {name: checkpoint(seed, mode, moe=True) for name, seed in (("A", 1), ("B", 2))}
     net: Any = _fresh(fp8, mode, True, sets["A"])
-    net.load_weights = net.load
-    extension = Extension()
-    extension.rank = 0
-    extension.model_runner = types.SimpleNamespace(get_model=lambda: net)
-    extension.model_config = types.SimpleNamespace(dtype=torch.bfloat16)
+    extension, ask = _extension(net)
     torn = {**sets["A"], "mix.weight": torch.zeros(1, 1)}
 
     def differing(want: Checkpoint) -> list[str]:
@@ -725,7 +720,12 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
         save_file(tensors, str(folder / "model.safetensors"))
     expected = list(sets["B"])
-    result["loaded"] = extension.fp8ctl_load_from_disk(str(tree / f"{mode}-B"), expected)
+
+    def reload(folder: str) -> dict[str, Any]:
+        done = ask("reload", path=str(tree / folder))
+        return {**done, **ask("progress", expected=expected)}
+
+    result["loaded"] = reload(f"{mode}-B")
     result["after"] = differing(sets["B"])
     net.mlp.down_proj.weight.data.view(torch.uint8)[3, 5] ^= 1
     result["flipped_code"] = differing(sets["B"])
@@ -738,8 +738,94 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
     if mode != "block":
         net.self_attn.qkv_proj.weight_scale.data[300] *= 1.5
     result["flipped_scales"] = differing(sets["B"])
-    result["absent"] = extension.fp8ctl_load_from_disk(str(tree / "nowhere"), expected)
-    result["torn"] = extension.fp8ctl_load_from_disk(str(tree / f"{mode}-torn"), expected)
+    result["absent"] = reload("nowhere")
+    result["torn"] = reload(f"{mode}-torn")
+    return result
+
+
+def _extension(net: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Return the worker extension around a net, and what asks it as the server does."""
+    from fp8ctl.engines.hooks.vllm_worker import Extension
+
+    net.load_weights = net.load
+    extension = Extension()
+    extension.rank = 0
+    extension.model_runner = types.SimpleNamespace(get_model=lambda: net)
+    extension.model_config = types.SimpleNamespace(dtype=torch.bfloat16)
+
+    def ask(what: str, **details: object) -> dict[str, Any]:
+        answer: dict[str, Any] = extension.fp8ctl_ask(what, json.dumps(details))
+        return answer
+
+    return extension, ask
+
+
+def refittable(tree: Path, mode: str) -> dict[str, Any]:
+    """Say whether the model can be loaded a second time."""
+    fp8 = install(tree)
+    _, ask = _extension(_fresh(fp8, mode, True, checkpoint(1, mode, moe=True)))
+    return ask("refittable")
+
+
+def push(tree: Path, mode: str) -> dict[str, Any]:
+    """Push B, A, B in buckets through shared memory; say what each is worth."""
+    from fp8ctl import wire
+    from fp8ctl.carriers import ends
+    from fp8ctl.held import gather
+    from fp8ctl.kernels.digest import digest, to_text
+
+    fp8 = install(tree)
+    moe = mode != "online"
+    sets = {name: checkpoint(seed, mode, moe=moe) for name, seed in (("A", 1), ("B", 2))}
+    net: Any = _fresh(fp8, mode, moe, sets["A"])
+    _, ask = _extension(net)
+    result: dict[str, Any] = {"refittable": ask("refittable"), "pushes": []}
+    addresses = {name: p.data_ptr() for name, p in net.named_parameters()}
+    x = _inputs()
+    with closing(ends.sender("memory", 1 << 20)) as sender:
+        result["connected"] = ask("connect", carrier=sender.offer())
+        for name in "BAB":
+            tensors = {k: v.contiguous() for k, v in sets[name].items() if "input_scale" not in k}
+            names, done = list(tensors), []
+            for number, part in enumerate((names[::2], names[1::2])):
+                slots = [
+                    wire.Slot(n, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+                    for n in part
+                    for t in (tensors[n],)
+                ]
+                offsets, nbytes = wire.place(slots)
+                buffer = sender.buffer(number)
+                entries = []
+                for slot, at in zip(slots, offsets, strict=True):
+                    bits = tensors[slot.name].reshape(-1).view(torch.uint8)
+                    buffer[at : at + len(bits)].copy_(bits)
+                    entries.append(wire.Entry(slot.name, slot.dtype, slot.shape, at).to_json())
+                sender.ready(number)
+                done.append(
+                    ask("receive", number=number, slot=number, nbytes=nbytes, entries=entries)
+                )
+            progress = ask("progress", expected=names)
+            digests = ask("digests")
+            held = gather([digests])
+            wanted = {n: to_text(digest(t)) for n, t in tensors.items()}
+            equal = [n for n, w in wanted.items() if n in held and held[n].text == w]
+            trusted = ask("trust", names=equal)
+            result["pushes"].append(
+                {
+                    "errors": [one.get("failed", "") or one["error"] for one in done],
+                    "copies": sum(one["ways"]["copies"] for one in done),
+                    "loaders": sum(one["ways"]["loaders"] for one in done),
+                    "progress": progress,
+                    "format": digests["format"],
+                    "unequal": sorted(wanted.keys() - set(equal)),
+                    "trusted": trusted.get("trusted"),
+                    "logits": torch.equal(net(x), _fresh(fp8, mode, moe, sets[name])(x)),
+                }
+            )
+        result["unknown"] = ask("receive", number=0, slot=7, nbytes=1, entries=[])
+        ask("disconnect")
+    result["moved"] = [n for n, p in net.named_parameters() if p.data_ptr() != addresses[n]]
+    result["nonsense"] = ask("nonsense")
     return result
 
 
@@ -772,6 +858,8 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "await-push": await_push,
     "serialized": serialized,
     "worker": worker,
+    "push": push,
+    "refittable": refittable,
     "code": code,
 }
 

@@ -29,8 +29,12 @@ class Evidence:
         ranks = await self._workers.ask("digests")
         return gather(ranks) if all(r["format"] == "checkpoint" for r in ranks) else None
 
-    async def missing(self, push: OpenPush) -> tuple[int, str]:
+    async def missing(self, push: OpenPush, *, folder: bool = False) -> tuple[int, str]:
         """Return how much is missing after an update that is not said to be complete, and what.
+
+        Args:
+            push: that ends.
+            folder: a checkpoint was loaded: without a plan it counts as all there is.
 
         Raises:
             RefusedError: something that was skipped may not be there, a rank broke off, or the
@@ -52,7 +56,7 @@ class Evidence:
                 data: dict[str, object] = {"names": names[:20], "count": count}
                 raise RefusedError(422, "FP8-INCOMPLETE", told, data=data)
             return count, told
-        if whole or push.settled == "ready" or self._expected.tensors:
+        if whole or folder or push.settled == "ready" or self._expected.tensors:
             return 0, ""
         return 1, "without a plan only a complete update makes the weights whole again"
 

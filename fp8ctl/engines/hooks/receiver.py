@@ -96,6 +96,7 @@ class Receiver:
         rank: int,
         engine: Engine,
         *,
+        tp_rank: int | None = None,
         open_carrier: Callable[[Mapping[str, Any], int, torch.device], Carrier] | None = None,
     ) -> None:
         """Take a model over.
@@ -104,10 +105,13 @@ class Receiver:
             model: with a method `load_weights`.
             rank: of this process among the ranks of its server.
             engine: what its engine says of it.
+            tp_rank: of this process among those that share the same layers; `rank` where
+                layers are not divided otherwise.
             open_carrier: instead of `carriers.receive`.
         """
         self.model = model
         self.rank = rank
+        self._tp_rank = rank if tp_rank is None else tp_rank
         self.arrived: set[str] = set()
         self.broken = False
         self._engine = engine
@@ -271,7 +275,7 @@ class Receiver:
         return {
             "rank": self.rank,
             "format": "engine" if form is None else "checkpoint",
-            "tensors": shards.describe(shards.shards(self.model, self.rank, form)),
+            "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
         }
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
@@ -322,7 +326,7 @@ class Receiver:
         if self._rectangles is None:
             found: dict[str, list[Shard]] = defaultdict(list)
             copied = self._engine.copies(self.model)
-            for shard in shards.shards(self.model, self.rank, copied) if copied else ():
+            for shard in shards.shards(self.model, self._tp_rank, copied) if copied else ():
                 found[shard.name].append(shard)
             self._rectangles = dict(found)
         return self._rectangles

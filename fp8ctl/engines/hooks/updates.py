@@ -160,6 +160,39 @@ class Updates:
                     self._trusted.clear()
                     self._gate.about["version"] = None  # nobody said which these are
 
+    async def reload(self, path: str) -> Outcome:
+        """Load a folder that the server can read: all of an update, without a client.
+
+        A server that has its weights takes a part; another counts what has arrived.
+
+        Args:
+            path: of the folder.
+
+        Returns:
+            How it ended; "applied", or it raises.
+
+        Raises:
+            RefusedError: a push is open, requests still run, or it failed.
+        """
+        async with self._engines_turn:
+            self._free()
+            async with self._turn:
+                await self._expire()
+                self._free()
+                name = f"reload-{uuid.uuid4().hex}"
+                begin = wire.Begin(name, "", version="", manifest="", complete=False)
+                push = await self._open(begin)
+                async with self._or_ends(push):
+                    await intake.folder(self._workers, push, path)
+                    with push.timed("settle"):
+                        missing, message = await self._evidence.missing(push, folder=True)
+                    with push.timed("flush"):
+                        await self._workers.flush()
+                outcome = await self._close(push, Outcome("applied", missing, message))
+        if outcome.kind != "applied":
+            raise RefusedError(500, "FP8-ENGINE", outcome.message)
+        return outcome
+
     # --- connection -------------------------------------------------------------------------
 
     async def connect(self, found: Body) -> Body:
@@ -258,10 +291,7 @@ class Updates:
                     data={"found": begin.manifest, "expected": self._expected.digest},
                 )
             before = self._gate.about["version"]
-            self._push = push = OpenPush(begin, settled=self._gate.settled)
-            self._gate.begin_update()
-            with self.hearing(begin.push):
-                await self._rest(push)
+            push = await self._open(begin)
             push.begun = {
                 "push": begin.push,
                 "ranks": self._workers.ranks,
@@ -269,6 +299,8 @@ class Updates:
                 "state": push.settled,
                 "digests": push.held and {name: one.text for name, one in push.held.items()},
             }
+            push.serving -= 1
+            push.heard = time.monotonic()
             self._watching = asyncio.ensure_future(self._watch(push))
             return push.begun
 
@@ -400,8 +432,11 @@ class Updates:
 
     # --- steps ------------------------------------------------------------------------------
 
-    async def _rest(self, push: OpenPush) -> None:
-        """Bring the engine to rest, and note what it holds where the client asked."""
+    async def _open(self, begin: wire.Begin) -> OpenPush:
+        """Close the gate and bring the engine to rest; note what it holds where that is asked."""
+        self._push = push = OpenPush(begin, settled=self._gate.settled)
+        self._gate.begin_update()
+        push.serving += 1
         async with self._or_ends(push):
             with push.timed("hold"):
                 await self._hold(push)
@@ -409,6 +444,7 @@ class Updates:
             if push.begin.digests and push.settled == "ready":
                 with push.timed("digests"):
                     push.held = await self._evidence.held()
+        return push
 
     async def _hold(self, push: OpenPush) -> None:
         begin = push.begin
@@ -498,7 +534,7 @@ class Updates:
             outcome = Outcome("failed", message="; ".join(filter(None, (outcome.message, told))))
         if outcome.kind != "rejected":
             applied = outcome.kind == "applied"
-            self._gate.about["version"] = push.begin.version if applied else None
+            self._gate.about["version"] = (push.begin.version or None) if applied else None
         self._push = None
         self._ended.pop(push.begin.push, None)
         self._ended[push.begin.push] = _Ended(outcome, begun=push.begun is not None)
