@@ -179,10 +179,16 @@ def served(asked: Any) -> Iterator[dict[str, Any]]:
 
 def fp8ctl(*words: str) -> dict[str, Any]:
     """Run a command of fp8ctl; return what it says."""
-    told = words[: words.index("--")] if "--" in words else words
-    command = [sys.executable, "-m", "fp8ctl", *told, "--json", *words[len(told) :]]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    answer: dict[str, Any] = json.loads(done.stdout)
+    end = words.index("--") if "--" in words else len(words)
+    command = [sys.executable, "-m", "fp8ctl", *words[:end], "--json", *words[end:]]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        told, _ = process.communicate()
+    except BaseException:
+        process.terminate()  # it ends what it started, and takes its time for it
+        process.wait()
+        raise
+    answer: dict[str, Any] = json.loads(told)
     if not answer["ok"]:
         error = answer["error"]
         sys.exit(f"fp8ctl {words[0]}: {error['message']}\n\nhint: {error['hint']}")

@@ -27,11 +27,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
     "docs/design.md": DESIGN,
     "docs/commands.md": COMMANDS,
     "docs/library.md": LIBRARY,
+    "docs/trainers.md": TRAINERS,
 }
 ALL = "\n".join(PAGES.values())
 
