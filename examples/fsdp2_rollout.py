@@ -104,7 +104,7 @@ def train(asked: Any, setup: Any, rank: int, device: torch.device) -> list[dict[
     plan = Plan.from_json(setup["plan"])
     # The ranks wait for each other on a CPU group; rank 0 quantises and sends.
     ranks = Ranks(dist.new_group(backend="gloo"), source=0)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with Rollout(
         setup["url"], plan, via=asked.via, delta=asked.delta, record=asked.record
     ) as rollout:
@@ -286,8 +286,10 @@ def shared(value: object) -> object:
 def say(row: dict[str, Any]) -> None:
     done = row["update"]
     print(
-        f"step {row['step']}  loss {row['loss']:.4f}  k3 {row['k3']:.6f}"
-        f" (stale {row['stale']:.6f})  {json.dumps(done)}",
+        f"step {row['step']}: loss {row['loss']:.4f}, k3 {row['k3']:.6f} (stale"
+        f" {row['stale']:.6f}); sent {done['sent']} of {done['sent'] + done['skipped']} tensors,"
+        f" {done['bytes_sent'] / 1e6:.1f} MB in {done['stages']['total']:.2f} s;"
+        f" {done['verified']} equal in every rank",
         file=sys.stderr,
         flush=True,
     )

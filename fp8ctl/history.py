@@ -120,10 +120,12 @@ def held(updates: Sequence[Pushed], version: str) -> dict[str, Line]:
         )
     state: dict[str, Line] = {}
     for one in updates[: ends[-1] + 1]:
-        for name, line in one.tensors.items() if one.applied else {}.items():
+        if not one.applied:
+            continue
+        for name, line in one.tensors.items():
             # Of a tensor that was not sent, since it is there, no facts were gathered anew.
-            known = {} if line.get("sent", True) else state.get(name, {})
-            state[name] = {**known, **line}
+            older: Line = {} if line.get("sent", True) else state.get(name, {})
+            state[name] = {**older, **line}
     return state
 
 
