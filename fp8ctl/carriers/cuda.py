@@ -7,6 +7,7 @@ copy in its own memory, since what engines do with weights stays on one device.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.carriers import driver, offers
-from fp8ctl.carriers.driver import HANDLE, CudaError, Driver
+from fp8ctl.carriers.driver import HANDLE, Driver
 from fp8ctl.errors import CarrierError
 from fp8ctl.wire import WireError
 
@@ -62,7 +63,7 @@ class CudaSender:
         try:
             for _ in range(slots):
                 self._add(nbytes)
-        except CudaError as e:
+        except CarrierError as e:
             self.close()
             raise CarrierError(
                 f"no {slots} slots of {nbytes} bytes on {self._device}: {e.message}",
@@ -73,7 +74,7 @@ class CudaSender:
         size = -(-(nbytes + NONCE) // driver.PIECE) * driver.PIECE
         try:
             address = self._driver.allocate(size)
-        except CudaError as e:
+        except CarrierError as e:
             if e.data.get("code") != driver.OUT_OF_MEMORY:
                 raise
             torch.cuda.empty_cache()  # what torch keeps for later is not free for others
@@ -122,7 +123,7 @@ class CudaSender:
         """
         if self.alive:
             self.alive = False
-            torch.cuda.synchronize(self._device)
+            _settle(self._device)
             self._slots.clear()
 
 
@@ -180,7 +181,7 @@ class CudaReceiver:
     def close(self) -> None:
         """Close the handles, as soon as no tensor uses them."""
         if self._slots:
-            torch.cuda.synchronize(self._device)
+            _settle(self._device)
         self._views.clear()
         self._slots.clear()
         self._copies = []
@@ -231,6 +232,11 @@ def whose(uuid: str, visible: Sequence[str], own: int) -> int:
             hint='a server that sees it in CUDA_VISIBLE_DEVICES, or via="nccl" or via="disk"',
         )
     return list(visible).index(uuid)
+
+
+def _settle(device: torch.device) -> None:
+    with contextlib.suppress(RuntimeError):  # a device that has failed does nothing any more
+        torch.cuda.synchronize(device)
 
 
 def _with_index(device: torch.device) -> torch.device:
