@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import save_file
 
 from fp8ctl import wire
 from fp8ctl.carriers import ends
@@ -24,6 +25,7 @@ from fp8ctl.stream import quantize_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 Json = dict[str, Any]
 Named = tuple[str, torch.Tensor]
@@ -97,7 +99,7 @@ class Pusher:
 
     Attributes:
         url: of the server.
-        kind: of carrier, "memory" or "group".
+        kind: of carrier.
         ranks: of the server.
         slot_bytes: how large a bucket may be.
         seconds: of the last update, by stage.
@@ -105,7 +107,7 @@ class Pusher:
     """
 
     url: str
-    kind: Literal["memory", "group"] = "memory"
+    kind: Literal["memory", "group", "disk"] = "memory"
     ranks: int = 1
     slot_bytes: int = 64 << 20
     seconds: dict[str, float] = field(default_factory=dict)
@@ -113,12 +115,15 @@ class Pusher:
 
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
-        self.sender = ends.sender(self.kind, self.slot_bytes, ranks=[self.ranks], timeout=60)
+        if self.kind != "disk":
+            self.sender = ends.sender(self.kind, self.slot_bytes, ranks=[self.ranks], timeout=60)
+        offer = {"kind": "disk"} if self.kind == "disk" else self.sender.offer()
         try:
             coming = self._thread.submit(
-                self.call, wire.CONNECT, protocol=wire.PROTOCOL, carrier=self.sender.offer()
+                self.call, wire.CONNECT, protocol=wire.PROTOCOL, carrier=offer
             )
-            self.sender.join()
+            if self.kind != "disk":
+                self.sender.join()
             answer = coming.result()
         except BaseException:
             self.close()
@@ -128,7 +133,8 @@ class Pusher:
 
     def close(self) -> None:
         """Say nothing more, as a client that was killed."""
-        self.sender.close()
+        if self.kind != "disk":
+            self.sender.close()
         self._thread.shutdown()
 
     def __enter__(self) -> Pusher:
@@ -215,3 +221,13 @@ class Pusher:
         answer = self.end(push, len(sent))
         self.seconds["end"] = clock() - at
         return answer
+
+    def update_from(self, folder: Path, version: str, sent: Sequence[Bucket]) -> Json:
+        """Bring a whole set in a folder that the engine reads itself."""
+        folder.mkdir()
+        named = {n: t.contiguous() for one in sent for n, t in one.named}
+        save_file(named, str(folder / "model.safetensors"))
+        push = self.begin(version)
+        entries = [entry.to_json() for one in sent for entry in one.entries]
+        self.call(wire.BUCKET, push=push, number=0, path=str(folder), entries=entries)
+        return self.end(push, 1)

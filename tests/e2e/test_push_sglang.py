@@ -6,7 +6,9 @@ weights are real, and so are the requests that an update meets.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import threading
 import time
 from contextlib import contextmanager
@@ -14,12 +16,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fp8ctl import wire
-from tests.e2e.conftest import free_port, logprobs, post
+from tests.conftest import HOME, ROOT
+from tests.e2e.conftest import free_port, logprobs, post, write_model
 from tests.e2e.pushing import Bucket, Pusher, RefusedError, bucket, quantized
 
 if TYPE_CHECKING:
@@ -86,17 +90,12 @@ def serving(cli: Cli, model: Path, mode: str = "block", *more: str) -> Iterator[
     url, name = launched["url"], launched["name"]
     try:
         state = load_file(str(model / "model.safetensors"))
-        plan = json.loads(_manifest(cli, name).read_text()) if mode != "online" else {}
+        manifest = HOME / "state" / "servers" / name / "manifest.json"
+        plan = {} if mode == "online" else json.loads(manifest.read_text())
         a, b = _buckets(state, plan), _buckets(step(state), plan)
         yield Served(name, url, plan, a, b, logprobs(url, TEXT)[1])
     finally:
         cli.run("stop", name)
-
-
-def _manifest(cli: Cli, name: str) -> Path:
-    from tests.conftest import HOME
-
-    return HOME / "state" / "servers" / name / "manifest.json"
 
 
 def _buckets(state: dict[str, torch.Tensor], plan: Json) -> list[Bucket]:
@@ -170,7 +169,9 @@ class Request(threading.Thread):
 
     def run(self) -> None:
         with httpx.stream("POST", self._url, json=self._body, timeout=300, trust_env=False) as got:
-            for line in got.iter_lines():
+            if not self._body["stream"]:
+                self.answers.append(json.loads(got.read()))
+            for line in got.iter_lines() if self._body["stream"] else ():
                 if line.startswith("data: {"):
                     self.answers.append(json.loads(line.removeprefix("data: ")))
                     if len(self.answers) > 2:
@@ -201,6 +202,10 @@ def greedy(url: str, ids: list[int], count: int) -> list[int]:
 
 def test_a_paused_request_goes_on_with_the_new_weights(served: Served, pusher: Pusher) -> None:
     """Its keys and values are computed anew; every token is one that A or B would give."""
+    _see_it_go_on(served, pusher)
+
+
+def _see_it_go_on(served: Served, pusher: Pusher) -> None:
     ids, _ = logprobs(served.url, TEXT)
     by_a = greedy(served.url, ids, TOKENS)
     request = Request(served.url)
@@ -221,11 +226,10 @@ def test_an_aborted_request_is_answered(served: Served, pusher: Pusher) -> None:
     whole = Request(served.url, stream=False)
     assert running.begun.wait(120)
     pusher.update("B", served.b, in_flight="abort")
-    meta = running.meta()
-    assert meta["finish_reason"]["type"] == "abort"
-    assert 2 < meta["completion_tokens"] < TOKENS
-    whole.join(60)
-    assert not whole.is_alive()
+    for meta in (running.meta(), whole.meta()):
+        assert meta["finish_reason"]["type"] == "abort"
+        assert meta["completion_tokens"] < TOKENS
+    assert running.meta()["completion_tokens"] > 2
 
 
 def test_an_update_waits_for_a_request_to_finish(served: Served, pusher: Pusher) -> None:
@@ -335,6 +339,72 @@ def test_ten_updates_by_memory_and_by_a_group(mode: str, cli: Cli, small_model: 
         assert far(seen["A"], seen["B"])
 
 
+@pytest.fixture(scope="module")
+def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny random mixture of experts with the demo model's tokenizer."""
+    sizes = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+    }
+    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, 256),
+        "model.norm.weight": (256,),
+    }
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.self_attn.q_proj.weight": (256, 256),
+            f"{at}.self_attn.k_proj.weight": (128, 256),
+            f"{at}.self_attn.v_proj.weight": (128, 256),
+            f"{at}.self_attn.o_proj.weight": (256, 256),
+            f"{at}.self_attn.q_norm.weight": (64,),
+            f"{at}.self_attn.k_norm.weight": (64,),
+            f"{at}.mlp.gate.weight": (4, 256),
+            f"{at}.input_layernorm.weight": (256,),
+            f"{at}.post_attention_layernorm.weight": (256,),
+            **{
+                f"{at}.mlp.experts.{e}.{part}_proj.weight": (256, 256)
+                for e in range(4)
+                for part in ("gate", "up", "down")
+            },
+        }
+    random = torch.Generator().manual_seed(5)
+    state = {
+        name: (torch.randn(shape, generator=random) * 0.05 + (len(shape) == 1)).bfloat16()
+        for name, shape in shapes.items()
+    }
+    folder = tmp_path_factory.mktemp("experts") / "random-experts"
+    return write_model(folder, demo_model, state, sizes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "per-tensor"])
+def test_ten_updates_of_experts(mode: str, cli: Cli, experts_model: Path) -> None:
+    with serving(cli, experts_model, mode) as one, Pusher(one.url) as pusher:
+        seen: dict[str, list[float]] = {"A": one.fresh}
+        for i in range(10):
+            version = "BA"[i % 2]
+            pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+            assert seen.setdefault(version, one.logprobs) == one.logprobs, i
+        assert far(seen["A"], seen["B"])
+        copied = [e for one in one.a for e in one.entries if not e.name.endswith("weight_scale")]
+        assert pusher.ways["copies"] == len(copied)
+
+
 @pytest.mark.long
 def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
     cli: Cli, even_model: Path, tmp_path: Path
@@ -353,44 +423,103 @@ def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
                 assert len(request.tokens) == TOKENS
                 pusher.update("A", one.a)
         assert far(seen["A"], seen["B"])
-        disk = Disk(one.url)
-        for i in range(2):
-            version = "BA"[i % 2]
-            buckets = one.b if version == "B" else one.a
-            disk.update(version, buckets, tmp_path / f"{version}{i}")
-            assert seen[version] == one.logprobs, i
-
-
-class Disk:
-    """Pushes by folders that the engine reads itself."""
-
-    def __init__(self, url: str) -> None:
-        self._raw = Pusher.__new__(Pusher)
-        self._raw.url = url
-        connected = self._raw.call(wire.CONNECT, protocol=wire.PROTOCOL, carrier={"kind": "disk"})
-        self._raw.connection, self._raw.manifest = connected["connection"], connected["manifest"]
-
-    def update(self, version: str, sent: list[Bucket], folder: Path) -> Json:
-        folder.mkdir()
-        save_file(
-            {n: t.contiguous() for one in sent for n, t in one.named},
-            str(folder / "model.safetensors"),
-        )
-        push = self._raw.begin(version)
-        entries = [entry.to_json() for one in sent for entry in one.entries]
-        self._raw.call(wire.BUCKET, push=push, number=0, path=str(folder), entries=entries)
-        return self._raw.end(push, 1)
+        with Pusher(one.url, "disk") as disk:
+            for version in "BA":
+                disk.update_from(tmp_path / version, version, one.b if version == "B" else one.a)
+                assert seen[version] == one.logprobs, version
 
 
 @pytest.mark.long
 def test_a_fresh_server_on_the_other_checkpoint_says_the_same(
     cli: Cli, small_model: Path, served: Served, pusher: Pusher, tmp_path: Path
 ) -> None:
-    from tests.e2e.conftest import write_model
-
     state = step(load_file(str(small_model / "model.safetensors")))
     other = write_model(tmp_path / "other", small_model, state, {})
     pusher.update("B", served.b)
     pushed = served.logprobs
     with serving(cli, other) as fresh:
         assert pushed == fresh.fresh
+
+
+# --- the overlap schedule -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overlapping(
+    cli: Cli, small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """Return a server with the schedule of a GPU, and prefills in chunks of 64.
+
+    `launch` switches that schedule off on a CPU, so the engine is started by its entry module.
+    """
+    run = tmp_path_factory.mktemp("run")
+    fp8 = run / "fp8"
+    cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang")
+    plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
+    (run / "manifest.json").write_text(json.dumps(plan))
+    port = free_port()
+    argv = [
+        *(str(cli.python), "-m", "fp8ctl.engines.hooks.sglang_server", "--model-path", str(fp8)),
+        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu"),
+        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--sleep-on-idle"),
+        *("--max-total-tokens", "2048", "--max-running-requests", "8"),
+        *("--mem-fraction-static", "0.8", "--chunked-prefill-size", "64"),
+    ]
+    environment = cli.environment() | {
+        "PYTHONPATH": str(ROOT),
+        "FP8CTL_RUN_DIR": str(run),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SPT_NOENV": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    url = f"http://127.0.0.1:{port}"
+    with (run / "server.log").open("w") as log:
+        server = subprocess.Popen(argv, cwd=run, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 600
+        while True:
+            assert server.poll() is None, (run / "server.log").read_text()
+            assert time.monotonic() < until
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/fp8ctl/state", trust_env=False).status_code == 200:
+                    break
+            time.sleep(0.5)
+        state = load_file(str(small_model / "model.safetensors"))
+        a, b = _buckets(state, plan), _buckets(step(state), plan)
+        yield Served("", url, plan, a, b, logprobs(url, TEXT)[1])
+    finally:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=60)
+        server.wait(60)
+
+
+@pytest.mark.long
+def test_what_the_overlap_schedule_has_under_way_is_taken_in_first(overlapping: Served) -> None:
+    with Pusher(overlapping.url) as pusher:
+        pusher.update("A", overlapping.a)
+        _see_it_go_on(overlapping, pusher)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("in_flight", ["pause", "abort"])
+def test_a_prompt_that_is_prefilled_in_part_begins_anew(
+    in_flight: str, overlapping: Served
+) -> None:
+    """All its log-probabilities are those of the new weights."""
+    prompt = [i * 37 % 2000 + 5 for i in range(500)]
+    sampling = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+    with Pusher(overlapping.url) as pusher:
+        pusher.update("A", overlapping.a)
+        request = Request(overlapping.url, text=None, input_ids=prompt, sampling_params=sampling)
+        time.sleep(1)
+        pusher.update("B", overlapping.b, in_flight=in_flight)
+        meta = request.meta()
+        if in_flight == "abort":
+            assert (meta["finish_reason"]["type"], meta["completion_tokens"]) == ("abort", 0)
+            return
+        fresh = Request(overlapping.url, text=None, input_ids=prompt, sampling_params=sampling)
+        assert meta["input_token_logprobs"] == fresh.meta()["input_token_logprobs"]

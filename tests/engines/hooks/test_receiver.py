@@ -13,7 +13,8 @@ import torch
 
 from fp8ctl import wire
 from fp8ctl.carriers import ends
-from fp8ctl.engines.hooks.receiver import LOADERS_ONLY, Engine, Receiver, view
+from fp8ctl.engines.hooks.receiver import Engine, Receiver, view
+from fp8ctl.engines.hooks.rectangles import LOADERS_ONLY
 from fp8ctl.held import gather
 from fp8ctl.kernels.digest import digest, to_text
 from tests.engines.hooks.test_shards import (
@@ -314,7 +315,7 @@ def test_a_copy_that_went_elsewhere_is_seen(servers: list[Server]) -> None:
     server = serve(servers, whole)
     server.push(whole)
     server.trust(whole)
-    held = server.ranks[0]._held()
+    held = server.ranks[0]._rectangles.held()
     up = GATE.replace("gate", "up")
     held[GATE], held[up] = held[up], held[GATE]
     asked = server.write([(GATE, second[GATE]), (up, second[up])])
