@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fp8ctl import errors
 from fp8ctl.errors import ConflictError, Fp8ctlError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 #: Bytes of a word with what goes with it.
 _LENGTH = 2048
@@ -47,7 +51,12 @@ class Ranks:
 
 
 def meet(
-    ranks: Ranks, word: Word, why: BaseException | None = None, *, patience: float = 0.0
+    ranks: Ranks,
+    word: Word,
+    why: BaseException | None = None,
+    *,
+    names: Sequence[str] = (),
+    patience: float = 0.0,
 ) -> None:
     """Wait until all ranks are here, and hear what each has to say.
 
@@ -57,11 +66,12 @@ def meet(
         ranks: all of them.
         word: "more": another bucket; "end": no more tensors; "left": nothing comes of it.
         why: with "left".
+        names: what is gathered next: has to be the same on all ranks, or they would hang.
         patience: seconds that some may take longer than the ranks' own time-out.
 
     Raises:
         TimeoutError: a rank did not come.
-        Fp8ctlError: a rank left, with its reason; or some are at the end and others are not.
+        Fp8ctlError: a rank left, with its reason; or they would not gather the same.
     """
     distributed = torch.distributed
     seconds = ranks.timeout + patience if word != "left" else min(ranks.timeout, FAREWELL)
@@ -70,7 +80,7 @@ def meet(
     heard = [torch.zeros(_LENGTH, dtype=torch.uint8) for _ in range(count)]
     try:
         distributed.monitored_barrier(ranks.group, timeout=limit)
-        mine = _packed(word, why)
+        mine = _packed(word, why, names)
         work = distributed.all_gather(heard, mine, group=ranks.group, async_op=True)
         work.wait(limit)
     except RuntimeError as e:
@@ -83,10 +93,10 @@ def meet(
         words[rank] = _unpacked(text)
         if words[rank]["word"] == "left":
             raise _error_of(rank, words[rank])
-    if len({said["word"] for said in words.values()}) > 1:
-        told = ", ".join(f"rank {rank}: {said['word']}" for rank, said in words.items())
+    if len({(said["word"], said["names"]) for said in words.values()}) > 1:
+        told = "; ".join(f"rank {rank}: {said['shown']}" for rank, said in words.items())
         raise ConflictError(
-            f"the ranks do not give as many tensors ({told})",
+            f"the ranks do not give the same tensors ({told})",
             hint="give the same names in the same order on all ranks",
         )
 
@@ -124,8 +134,10 @@ def tell(ranks: Ranks, why: BaseException | None = None, *, patience: float = 0.
         raise _error_of(ranks.source, said)
 
 
-def _packed(word: Word, why: BaseException | None) -> torch.Tensor:
-    said: dict[str, str] = {"word": word}
+def _packed(word: Word, why: BaseException | None, names: Sequence[str] = ()) -> torch.Tensor:
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    shown = f"{len(names)} to {names[-1]}" if names else "no more"
+    said: dict[str, str] = {"word": word, "names": digest, "shown": shown}
     if why is not None:
         known = isinstance(why, Fp8ctlError)
         said["id"] = why.id if isinstance(why, Fp8ctlError) else ""

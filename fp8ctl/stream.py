@@ -363,7 +363,7 @@ class _Taker:
         gives = ranks is None or ranks.is_source
         if ranks is not None:
             with self._among_ranks():
-                meet(ranks, "more")
+                meet(ranks, "more", names=[name for name, _, _ in held])
             self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with self._stage("gather"):

@@ -148,7 +148,7 @@ class Filler:
     def add(self, pairs: Sequence[Named]) -> None:
         """Take what the stream gives: places that are written now."""
         self._written += len(pairs)
-        if self._written == len(self._batch):
+        if pairs and self._written == len(self._batch):
             self._settle()
 
     def finish(self) -> None:
@@ -179,6 +179,7 @@ class Filler:
         self._batch, self._tensors, self._written = [], [], 0
         with self._clock.stage("digest"):
             found = self._looked(batch, tensors)
+        took = time.perf_counter() - self._started
         del tensors
         self.digests.update((entry.name, entry.digest) for entry in found if entry.digest)
         self._check_tie()
@@ -186,7 +187,7 @@ class Filler:
         if self._note is not None:
             head = self._tie and self._tie[0]
             known = [(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head]
-            self._note(known, time.perf_counter() - self._started)
+            self._note(known, took)
         start = batch[0].offset
         if all(wanted):
             self._entries += found

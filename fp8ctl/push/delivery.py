@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fp8ctl.errors import Fp8ctlError
+from fp8ctl.errors import AbortedError, Fp8ctlError
 from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.push.link import Link
     from fp8ctl.wire import Entry
@@ -119,6 +120,7 @@ class ByCarrier:
         self.device = self._sender.buffer(0).device
         self.number = 0
         self._under_way: list[tuple[list[Future[Any]], Sequence[Entry]] | None] = [None] * SLOTS
+        self._last: list[Future[dict[str, Any]]] = []
         group = link.kind == "group"
         self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
 
@@ -133,10 +135,15 @@ class ByCarrier:
             self._begun()
             self._sender.ready(slot)
         number, listed = self.number, [*entries]
-        futures: list[Future[Any]] = []
-        futures += self._fleet.start(
-            lambda _, server: server.bucket(self._push, number, slot, nbytes, listed)
-        )
+        before = self._last
+
+        def one(i: int, server: Server) -> dict[str, Any]:
+            if before and before[i].exception() is not None:
+                raise AbortedError(f"{server.url} did not take the bucket before")
+            return server.bucket(self._push, number, slot, nbytes, listed)
+
+        self._last = self._fleet.start(one)
+        futures: list[Future[Any]] = [*self._last]
         if self._sending is not None:
             futures.append(self._sending.submit(self._sender.send, slot, nbytes))
         self._under_way[slot] = futures, listed

@@ -46,7 +46,11 @@ def facts(
         else:
             names.append(())
     found = iter(torch.stack(asked).tolist() if asked else [])
-    return [{name: next(found) for name in of_it} for of_it in names]
+    counts = {"saturated", "zero_blocks"}
+    return [
+        {name: int(next(found)) if name in counts else next(found) for name in of_it}
+        for of_it in names
+    ]
 
 
 def of_codes(

@@ -89,12 +89,12 @@ class Work:
         self._recorder: Recorder | None = None
         largest, totals = _sizes(wish.plan)
         if totals is None:
-            slot = wish.bucket_bytes
+            self._slot = wish.bucket_bytes
         else:
             # As asked; no more than all of it, no less than the largest tensor.
-            slot = max(largest, min(wish.bucket_bytes, totals[1] + totals[0] * ALIGN))
+            self._slot = max(largest, min(wish.bucket_bytes, totals[1] + totals[0] * ALIGN))
         self._filler = Filler(
-            slot,
+            self._slot,
             wish.timeout,
             self._deliver_by,
             lambda: link.device,
@@ -165,11 +165,10 @@ class Work:
             together.meet(ranks, "more", patience=self._wish.timeout)
             return
         try:
-            nbytes = self._filler.limit
             if self._wish.plan is None and isinstance(named_tensors, Collection):
-                sizes = (t.numel() * t.element_size() for _, t in named_tensors)
-                nbytes = max([nbytes, *sizes])
-            self._link.open(self._fleet, nbytes)
+                sizes = (t.numel() * t.element_size() + ALIGN for _, t in named_tensors)
+                self._slot = max([self._slot, *sizes])
+            self._link.open(self._fleet, self._slot)
             if self._wish.record is not None:
                 self._recorder = Recorder(
                     self._wish.record, self._wish.plan, self._version, self.push, self._before
@@ -184,11 +183,11 @@ class Work:
     def _deliver_by(self, nbytes: int) -> Delivery:
         """Return what takes the buckets; the servers begin while the first is written."""
         link, wish = self._link, self._wish
+        self._slot = max(self._slot, nbytes)
         if link.kind == "disk":
-            capacity = max(nbytes, self._filler.limit)
-            self._delivery = ByFolder(wish.folder, wish.plan, capacity, link.device, self._clock)
+            self._delivery = ByFolder(wish.folder, wish.plan, self._slot, link.device, self._clock)
         else:
-            link.open(self._fleet, max(nbytes, self._filler.limit))
+            link.open(self._fleet, self._slot)
             self._session.begin()
             self._delivery = ByCarrier(
                 link, self._fleet, self.push, self._session.begun, self._clock
