@@ -31,10 +31,11 @@ _commands: list[tuple[Callable[..., None], dict[str, Any]]] = []
 
 
 def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: make a function a command of fp8ctl, named after it."""
+    """Decorator: make a function a command of fp8ctl, named after it or by `name`."""
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
-        _commands.append((body, settings))
+        named = {"name": body.__name__, **settings}
+        _commands.append((body, named))
         return body
 
     return register
@@ -59,10 +60,10 @@ def build(only: str | None = None) -> typer.Typer:
     )
     app.callback()(_root)
     for body, settings in _commands:
-        if only is None or body.__name__ == only:
+        if only is None or settings["name"] == only:
             app.command(**settings)(body)
         else:
-            app.command(name=body.__name__, help=body.__doc__)(_without_options)
+            app.command(name=settings["name"], help=body.__doc__)(_without_options)
     return app
 
 
@@ -102,7 +103,7 @@ def _refuse(name: str, message: str) -> int:
 
     words = sys.argv[1:]
     options = words[: words.index("--")] if "--" in words else words
-    hint = f"fp8ctl {name} --help" if any(b.__name__ == name for b, _ in _commands) else "fp8ctl -h"
+    hint = f"fp8ctl {name} --help" if any(s["name"] == name for _, s in _commands) else "fp8ctl -h"
     error = UsageError(message.rstrip("."), hint=hint)
     Reporter(json_mode="--json" in options).fail(name, error)
     return error.exit_code
@@ -509,6 +510,74 @@ def check(
     from fp8ctl.check import command as m
 
     _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
+
+
+@command()
+def push(
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL", help="Addresses of servers of fp8ctl.")
+    ],
+    model: Model,
+    via: Annotated[str, typer.Option("--via", help="ipc, nccl or disk.")] = "ipc",
+    version: Annotated[
+        str | None,
+        typer.Option("--version", help="What to call them; left out: the time."),
+    ] = None,
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Send only tensors that the servers do not hold.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Add a line for every tensor to this file.")
+    ] = None,
+    in_flight: Annotated[
+        str, typer.Option("--in-flight", help="Running requests: finish, abort or pause.")
+    ] = "finish",
+    bucket_size: Annotated[
+        int, typer.Option("--bucket-size", min=1, help="MB that are sent together.")
+    ] = 512,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
+    dry_run: DryRun = False,
+    python: Python = None,
+    json_: Json = False,
+) -> None:
+    """Send a checkpoint's weights to running servers, in FP8."""
+    from fp8ctl import pushing as m
+
+    _run(
+        "push",
+        json_,
+        lambda r: m.run(
+            r,
+            urls=urls,
+            model=model,
+            via=via,
+            version=version,
+            delta=delta,
+            record=record,
+            in_flight=in_flight,
+            bucket_size=bucket_size,
+            check=check,
+            dry_run=dry_run,
+            python=python,
+        ),
+    )
+
+
+@command(name="push-log")
+def push_log(
+    source: Annotated[
+        str, typer.Argument(metavar="URL|FILE", help="A server, or a file of `push --record`.")
+    ],
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--diff", metavar="V1 V2", help="Compare two versions instead."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Say which weights a server was sent when, and what differs."""
+    from fp8ctl import history as m
+
+    _run("push-log", json_, lambda r: m.run(r, source=source, versions=diff))
 
 
 @command()

@@ -26,6 +26,7 @@ BUCKET = "/fp8ctl/push/bucket"
 END = "/fp8ctl/push/end"
 ABORT = "/fp8ctl/push/abort"
 LOG = "/fp8ctl/push/log"
+PLAN = "/fp8ctl/push/plan"
 
 #: What becomes of requests that run when an update begins: they may end first, are ended, or
 #: wait and go on with the new weights (their keys and values are computed anew).

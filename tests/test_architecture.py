@@ -40,8 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supervisor",),
     # The bodies of commands.
     (
-        *("bench", "check", "doctor", "install", "planning", "quantizing", "remedy", "server"),
-        "patching.commands",
+        *("bench", "check", "doctor", "history", "install", "planning", "pushing", "quantizing"),
+        *("remedy", "server", "patching.commands"),
     ),
     ("settings",),
     # What they work with.
@@ -53,17 +53,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
         *("layout", "manifest"),
-        *(
-            "partial",
-            "pipeline",
-            "selection",
-            "sizing",
-            "snippets",
-            "stream",
-            "survey",
-            "forms",
-            "ranks",
-        ),
+        *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
+        *("forms", "ranks"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
     ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
@@ -73,9 +64,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "forms", "ranks", "paths"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline")
+WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-COMMANDS = [body.__name__ for body, _ in cli._commands]
+COMMANDS = [settings["name"] for _, settings in cli._commands]
 
 
 @dataclass(frozen=True)

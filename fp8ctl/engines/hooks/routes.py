@@ -50,6 +50,9 @@ class PushRoutes:
             query = scope.get("query_string", b"").decode("latin-1")
             await answer_json(send, *await self._log(query))
             return
+        if (scope["method"], path) == ("GET", wire.PLAN):
+            await answer_json(send, 200, {"manifest": self._updates.plan})
+            return
         try:
             body = await read_body(receive, MAX_BODY)
         except RefusedError as e:

@@ -70,6 +70,7 @@ class Updates:
 
     Attributes:
         log: what they brought.
+        plan: the manifest of what they must bring; {} without one.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Updates:
             folder: of this run, for the log.
         """
         self.log = PushLog(folder)
+        self.plan = plan
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
