@@ -274,7 +274,11 @@ def _plan(
                 files[file.path] = entry
             continue
         known = file.base == file.pristine and file.path in series.pristine
-        if known and file.sha == series.images[file.path][frozenset(ids)]:
+        if known:
+            done = file.sha == series.images[file.path][frozenset(ids)]
+        else:
+            done = _lost_but_done(series, snapshot, file, ids)
+        if done:
             _keep(series, snapshot, file, ids, files, pre_images)
             continue
         base = _base(series, snapshot, file)
@@ -322,6 +326,22 @@ def _plan(
         tuple(notes),
         forgets,
     )
+
+
+def _lost_but_done(
+    series: Series, snapshot: Snapshot, file: FileStatus, ids: tuple[str, ...]
+) -> bool:
+    """Tell whether a file of another build has lost its pre-image, and needs it for a revert only.
+
+    So it is where it is as fp8ctl left it, with these very texts of these patches.
+    """
+    ledger = snapshot.ledger
+    entry = ledger.files.get(file.path) if ledger else None
+    if ledger is None or entry is None or entry.pre in snapshot.blobs:
+        return False
+    texts = {i: series.patch(i).diff_sha256 for i in ids}
+    same = texts.items() <= ledger.patches.items()
+    return same and (entry.post, entry.patches) == (file.sha, ids)
 
 
 def _keep(

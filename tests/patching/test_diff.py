@@ -260,6 +260,13 @@ class TestPlace:
         with pytest.raises(HunkError, match=message):
             diff.apply(one(GOOD), longest + b"x")
 
+    def test_a_file_that_ends_too_soon_is_told_where(self) -> None:
+        for kept in (8, 7):
+            short = b"".join(OLD.splitlines(keepends=True)[:kept])
+            message = rf"hunk 1: line {kept + 1} is the end of the file, expected 'line {kept}\\n'$"
+            with pytest.raises(HunkError, match=message):
+                diff.apply(one(GOOD), short)
+
     def test_a_long_line_is_shown_by_its_first_80_bytes_and_foreign_ones_escaped(self) -> None:
         line = b"\xffe" + b"x" * 100
         with pytest.raises(HunkError) as e:

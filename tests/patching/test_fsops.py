@@ -17,7 +17,7 @@ from fp8ctl.patching.fsops import Root, Syscalls
 from tests.patching.faulty import Failing, Faulty
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ME = (os.geteuid(), os.getegid())
 
@@ -58,6 +58,18 @@ class TestReading:
         assert root.xattrs("p/none.py") == ()
         assert root.identity("p/none.py") is None
         assert root.identity("none/a.py") is None
+
+    def test_what_is_not_there_is_named_by_its_path(self, root: Root) -> None:
+        """The system names one component; a person needs to know in which folder."""
+        cases: tuple[tuple[Callable[[], object], str], ...] = (
+            (lambda: root.owner("none/a.py"), "none"),
+            (lambda: root.owner("p/q/none/x/a.py"), "p/q/none"),
+            (lambda: root.rename("p/q/none.py", "x.py"), "p/q/none.py"),
+        )
+        for act, named in cases:
+            with pytest.raises(FileNotFoundError) as e:
+                act()
+            assert e.value.filename == named
 
     def test_names_are_sorted_and_a_file_is_no_folder(self, root: Root, site: Path) -> None:
         (site / "p" / "B").touch()

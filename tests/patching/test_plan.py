@@ -198,6 +198,10 @@ class TestLostStore:
         (lab.site / A).write_bytes(b"# another build\n" + lab.read(A))
         lab.patch("first", "second", allow_drift=True)
         shutil.rmtree(lab.site / ".fp8ctl" / "blobs")
+        # Nor is it in the way of what does not need it.
+        assert lab.plan_patch("first").empty
+        lab.patch("third")
+        assert lab.status().applied == {"first", "second", "third"}
         before = lab.tree()
         message = f"^{A} cannot be put back: {A}: its stored pre-image is lost$"
         for installed in (True, False):
@@ -465,6 +469,16 @@ class TestWhatStaysKnown:
         if not gone:
             with pytest.raises(DriftError, match="edited since"):
                 lab.revert()
+
+    def test_a_newer_text_needs_the_pre_image_of_another_build_s_file(self, lab: Any) -> None:
+        (lab.site / A).write_bytes(b"# another build\n" + lab.read(A))
+        lab.patch("first", allow_drift=True)
+        shutil.rmtree(lab.site / ".fp8ctl" / "blobs")
+        newer = dataclasses.replace(lab.series.patch("first"), diff_sha256=sha256_of(b"newer"))
+        others = [p for p in lab.series.patches if p.id != "first"]
+        lab.series = dataclasses.replace(lab.series, patches=(newer, *others))
+        with pytest.raises(DriftError, match="cannot be put back"):
+            lab.plan_patch("third")
 
     def test_a_patch_that_has_another_name_now_is_not_built_anew(self, lab: Any) -> None:
         """Its bytes are there: that the way back by the old name is lost does not matter."""
