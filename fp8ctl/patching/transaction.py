@@ -263,8 +263,8 @@ def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
 
 def _folders(path: RelPath) -> list[RelPath]:
     """Return the folders that a file lies in, the top one first."""
-    parts = path.split("/")[:-1]
-    return [RelPath("/".join(parts[:i])) for i in range(1, len(parts) + 1)]
+    folder = RelPath(path.rpartition("/")[0])
+    return [*_folders(folder), folder] if folder else []
 
 
 def _inner_first(folders: Collection[RelPath]) -> tuple[RelPath, ...]:

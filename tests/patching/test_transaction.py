@@ -27,7 +27,7 @@ from fp8ctl.errors import (
     NotPermittedError,
 )
 from fp8ctl.patching import store, transaction
-from fp8ctl.patching.fsops import Root
+from fp8ctl.patching.fsops import Root, Syscalls
 from fp8ctl.patching.names import RelPath, sha256_of
 from tests.patching.conftest import PRISTINE, tree
 from tests.patching.faulty import (
@@ -39,11 +39,11 @@ from tests.patching.faulty import (
     unlocked,
     without_store,
 )
+from tests.patching.test_status import uninstall
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from fp8ctl.patching.fsops import Syscalls
     from fp8ctl.patching.plan import PatchPlan
 
 A = "sglang/srt/a.py"
@@ -260,6 +260,111 @@ class TestRecovery:
         assert all((e.hint or "").startswith("run the same command again") for e in told)
 
 
+class Watching(Syscalls):
+    """Notes the names that change, until their folder is flushed, and which step outruns them.
+
+    A step is a journal or a ledger that gets or loses its name. Does not wait for the disk.
+    """
+
+    def __init__(self, site: Path) -> None:
+        self.site = site
+        self.changed: dict[int, str] = {}
+        self.flushed: set[int] = set()
+        self.steps: list[str] = []
+        self.outrun: list[str] = []
+
+    def _change(self, name: str, dir_fd: int) -> None:
+        self.changed[os.fstat(dir_fd).st_ino] = name
+
+    def _step(self, name: str, *, ends: bool) -> None:
+        folders = [self.site, *(p for p in self.site.rglob("*") if p.is_dir())]
+        there = {p.stat().st_ino for p in folders if ".fp8ctl" not in p.parts}
+        self.steps.append(name.rpartition("-")[2])
+        self.outrun += [changed for inode, changed in self.changed.items() if inode in there]
+        if ends and (self.site / store.FOLDER).stat().st_ino not in self.flushed:
+            self.outrun.append("ledger.json")
+
+    def open(self, name: str, flags: int, mode: int, *, dir_fd: int) -> int:
+        self._change(name, dir_fd)
+        return super().open(name, flags, mode, dir_fd=dir_fd)
+
+    def symlink(self, target: str, name: str, *, dir_fd: int) -> None:
+        self._change(name, dir_fd)
+        super().symlink(target, name, dir_fd=dir_fd)
+
+    def mkdir(self, name: str, mode: int, *, dir_fd: int) -> None:
+        if name != store.FOLDER:  # without that name there is no journal either
+            self._change(name, dir_fd)
+        super().mkdir(name, mode, dir_fd=dir_fd)
+
+    def rmdir(self, name: str, *, dir_fd: int) -> None:
+        super().rmdir(name, dir_fd=dir_fd)
+        self._change(name, dir_fd)
+
+    def rename(self, old: str, new: str, *, dir_fd: int) -> None:
+        if new.endswith(".json"):
+            self._step(new, ends=False)
+        super().rename(old, new, dir_fd=dir_fd)
+        self._change(new, dir_fd)
+
+    def unlink(self, name: str, *, dir_fd: int) -> None:
+        if name.endswith(".json") and not name.startswith(".tmp-"):
+            self._step(name, ends=name != "ledger.json")
+        super().unlink(name, dir_fd=dir_fd)
+        self._change(name, dir_fd)
+
+    def fsync(self, fd: int) -> None:
+        inode = os.fstat(fd).st_ino
+        self.flushed.add(inode)
+        self.changed.pop(inode, None)
+
+
+class TestFlushing:
+    """No step is written down before what it follows from is on the disk."""
+
+    @pytest.mark.parametrize("verb", ["patch", "rebuild", "revert"])
+    def test_of_a_command(self, lab: Any, verb: str) -> None:
+        if verb != "patch":
+            lab.patch("second", "third")
+        cache = lab.site / "sglang/__pycache__"
+        cache.mkdir()
+        (cache / "c.cpython-311.pyc").write_bytes(b"")
+        calls = Watching(lab.site)
+        if verb == "revert":
+            lab.revert(calls=calls)
+        else:
+            lab.patch("first", "third", calls=calls)
+        assert calls.outrun == []
+        # The journal, its commit, the ledger, and the end of the journal.
+        assert len(calls.steps) == 4
+        assert calls.steps[2] == "ledger.json"
+
+    def test_of_one_that_is_finished(self, lab: Any) -> None:
+        cut(lab, lambda c: lab.patch("second", "third", calls=c), renamed=4)
+        calls = Watching(lab.site)
+        assert mended(lab, calls) == "an interrupted command was finished"
+        assert (calls.outrun, len(calls.steps)) == ([], 2)
+
+    def test_of_one_that_is_undone(self, lab: Any) -> None:
+        """Also of one whose ledger was put back by an earlier way back, which flushed nothing."""
+        lab.patch("third")
+        cut(lab, lambda c: lab.patch("first", "second", calls=c), renamed=1)
+        for staged in lab.site.rglob(".*.fp8ctl-*"):
+            staged.unlink()
+        calls = Watching(lab.site)
+        assert mended(lab, calls) == "an interrupted command was undone"
+        assert (calls.outrun, len(calls.steps)) == ([], 1)
+
+    def test_of_one_whose_engine_has_gone_since(self, lab: Any) -> None:
+        lab.patch("third")
+        cut(lab, lambda c: lab.patch("first", "second", calls=c), renamed=1)
+        uninstall(lab)
+        calls = Watching(lab.site)
+        assert mended(lab, calls) == "an interrupted command was undone"
+        assert calls.outrun == []
+        assert [p.name for p in (lab.site / "sglang").iterdir()] == ["added"]
+
+
 def _journal(site: Path) -> dict[str, Any] | None:
     for path in site.glob(".fp8ctl/journal/*.json"):
         if not path.name.startswith("."):
@@ -375,6 +480,17 @@ class TestErrors:
             lab.patch("first", calls=Failing(at, errno.EIO))
         assert unlocked(lab.tree()) == unlocked(old)
 
+    def test_an_error_behind_the_last_file_of_a_folder_makes_it_again(self, lab: Any) -> None:
+        lab.patch("third")
+        old = lab.tree()
+        probe = Faulty()
+        lab.revert(calls=probe)
+        lab.patch("third")
+        at = 1 + probe.names.index("unlink", probe.names.index("rmdir"))  # of the ledger
+        with pytest.raises(NotPermittedError, match="ledger"):
+            lab.revert(calls=Failing(at, errno.EIO))
+        assert unlocked(lab.tree()) == unlocked(old)
+
     def test_an_empty_folder_that_was_there_before_is_there_after_an_error(self, lab: Any) -> None:
         (lab.site / NEW).parent.mkdir()
         old = lab.tree()
@@ -444,11 +560,16 @@ class TestErrors:
             transaction.check_compiles(dataclasses.replace(op, new_bytes=text), (3, 11))
 
     def test_a_file_edited_between_plan_and_write_is_not_overwritten(self, lab: Any) -> None:
-        with Root(lab.site, Faulty()) as root, transaction.begin(root):
+        calls = Faulty()
+        with Root(lab.site, calls) as root, transaction.begin(root):
             plan = lab.plan_patch("first", "second")
             (lab.site / B).write_bytes(b"edited just now\n")
-            with pytest.raises(DriftError, match="changed by somebody else"):
+            changes = calls.count
+            with pytest.raises(DriftError) as e:
                 transaction.run(root, [plan], python_version=(3, 11))
+            assert calls.count == changes
+        assert e.value.message == f"{lab.site / B} was changed by somebody else just now"
+        assert e.value.hint == "nothing was changed: run the same command again"
         assert lab.read(B) == b"edited just now\n"
         assert not lab.status().applied
         assert not (lab.site / ".fp8ctl").exists()
