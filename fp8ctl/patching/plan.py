@@ -337,11 +337,14 @@ def _lost_but_done(
     """
     ledger = snapshot.ledger
     entry = ledger.files.get(file.path) if ledger else None
-    if ledger is None or entry is None or entry.pre in snapshot.blobs:
-        return False
     texts = {i: series.patch(i).diff_sha256 for i in ids}
-    same = texts.items() <= ledger.patches.items()
-    return same and (entry.post, entry.patches) == (file.sha, ids)
+    return (
+        ledger is not None
+        and entry is not None
+        and entry.pre not in snapshot.blobs
+        and (entry.post, entry.patches) == (file.sha, ids)
+        and texts.items() <= ledger.patches.items()
+    )
 
 
 def _keep(
