@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl.errors import ConflictError, NotPermittedError
+from fp8ctl.patching.diff import MAX_FILE_BYTES
 from fp8ctl.patching.fsops import Root, Syscalls
 from tests.patching.faulty import Failing, Faulty
 
@@ -106,6 +107,24 @@ class TestReading:
             root.lock_file("link.py")
         with pytest.raises(ConflictError, match="is a symbolic link"):
             root.names("link")
+
+    def test_a_link_is_made_where_nothing_is_and_what_it_leads_to_is_read(
+        self, root: Root, site: Path
+    ) -> None:
+        root.link("p/q/l.py", "../a.py")
+        assert os.readlink(site / "p/q/l.py") == "../a.py"
+        assert root.leads_to("p/q/l.py", "../a.py") == b"a = 1\n"
+        found = root.read("p/q/l.py", through=True)
+        assert found is not None
+        assert (found.data, found.link) == (b"a = 1\n", "../a.py")
+        with pytest.raises(NotPermittedError, match=r"p/a\.py: File exists"):
+            root.link("p/a.py", "q")
+        assert root.leads_to("p/q/l.py", "none.py") is None
+        with (site / "p" / "big").open("wb") as stream:
+            stream.truncate(MAX_FILE_BYTES)
+        assert root.leads_to("p/x", "big") == bytes(MAX_FILE_BYTES)
+        os.truncate(site / "p" / "big", MAX_FILE_BYTES + 1)
+        assert root.leads_to("p/x", "big") is None
 
     def test_the_folder_itself_may_be_named_by_a_link(self, site: Path, tmp_path: Path) -> None:
         (tmp_path / "lib64").symlink_to(site)
