@@ -137,7 +137,7 @@ _DTYPES = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
 
 def add_up_many(matrices: Sequence[Sums]) -> torch.Tensor:
     """Return the sums of several matrices of one device, int64 [len(matrices)]; see `add_up`."""
-    where = matrices[0].bits.device
+    where = matrices[0][0].device
     found = torch.zeros(len(matrices), dtype=torch.int64, device=where)
     kinds: dict[tuple[int, int, bool], list[int]] = {}
     for i, (bits, _, _) in enumerate(matrices):
