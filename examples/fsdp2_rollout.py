@@ -200,28 +200,30 @@ def generate(setup: Any, asked: Any, device: torch.device) -> Sample:
     """Return token ids of prompts with answers, and the server's log-probabilities of these."""
     ids, each = setup["ids"], 24
     prompts = [ids[i * each : (i + 1) * each] for i in range(asked.prompts)]
-    found = None
-    if dist.get_rank() == 0:
-        found = [answered(setup, prompt, asked.answer) for prompt in prompts]
+    found = answered(setup, prompts, asked.answer) if dist.get_rank() == 0 else None
     answers: Any = shared(found)
     whole = [p + [token for token, _ in a] for p, a in zip(prompts, answers, strict=True)]
     told = [[value for _, value in answer] for answer in answers]
     return torch.tensor(whole, device=device), torch.tensor(told, device=device)
 
 
-def answered(setup: Any, prompt: list[int], count: int) -> list[tuple[int, float]]:
-    """Return the tokens that a server says behind a prompt, and their log-probabilities."""
+def answered(setup: Any, prompts: list[list[int]], count: int) -> list[list[tuple[int, float]]]:
+    """Return the tokens that a server says behind each prompt, and their log-probabilities."""
     if setup["backend"] == "vllm":
-        body = {"model": served_name(setup["url"]), "prompt": prompt, "max_tokens": count}
+        body = {"model": served_name(setup["url"]), "prompt": prompts, "max_tokens": count}
         more = {"temperature": 1.0, "ignore_eos": True, "logprobs": 0}
         more["return_tokens_as_token_ids"] = True
-        told = post(setup["url"], "/v1/completions", body | more)["choices"][0]["logprobs"]
-        ids = [int(token.partition(":")[2]) for token in told["tokens"]]
-        return list(zip(ids, told["token_logprobs"], strict=True))
+        choices = post(setup["url"], "/v1/completions", body | more)["choices"]
+        told = [one["logprobs"] for one in sorted(choices, key=lambda one: one["index"])]
+        ids = [[int(token.partition(":")[2]) for token in one["tokens"]] for one in told]
+        values = [one["token_logprobs"] for one in told]
+        return [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
     sampling = {"temperature": 1.0, "max_new_tokens": count, "ignore_eos": True}
-    body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
-    told = post(setup["url"], "/generate", body)["meta_info"]["output_token_logprobs"]
-    return [(token, value) for value, token, _ in told]
+    body = {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+    told = [
+        one["meta_info"]["output_token_logprobs"] for one in post(setup["url"], "/generate", body)
+    ]
+    return [[(token, value) for value, token, _ in answer] for answer in told]
 
 
 def texts(url: str, asked: Any) -> list[int]:
