@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.carriers import driver, offers
-from fp8ctl.carriers.driver import HANDLE, CudaError, Driver
+from fp8ctl.carriers.driver import HANDLE, Driver
 from fp8ctl.errors import CarrierError
 from fp8ctl.wire import WireError
 
@@ -62,7 +62,7 @@ class CudaSender:
         try:
             for _ in range(slots):
                 self._add(nbytes)
-        except CudaError as e:
+        except CarrierError as e:
             self.close()
             raise CarrierError(
                 f"no {slots} slots of {nbytes} bytes on {self._device}: {e.message}",
@@ -73,7 +73,7 @@ class CudaSender:
         size = -(-(nbytes + NONCE) // driver.PIECE) * driver.PIECE
         try:
             address = self._driver.allocate(size)
-        except CudaError as e:
+        except CarrierError as e:
             if e.data.get("code") != driver.OUT_OF_MEMORY:
                 raise
             torch.cuda.empty_cache()  # what torch keeps for later is not free for others

@@ -28,10 +28,6 @@ _LAZY_PEER_ACCESS = 1
 _Pointer = ctypes.c_uint64
 
 
-class CudaError(CarrierError):
-    """A call of the driver that failed, by the name of its error; `data` has its code."""
-
-
 class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_char * HANDLE),)
 
@@ -64,7 +60,7 @@ class Driver:
             found = ctypes.c_char_p()
             self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(found))
             error = found.value.decode() if found.value else f"error {code}"
-            raise CudaError(f"{name}: {error}", data={"code": code})
+            raise CarrierError(f"{name}: {error}", data={"code": code})
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[None]:

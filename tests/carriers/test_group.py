@@ -417,7 +417,9 @@ def test_slots_that_do_not_fit_are_refused() -> None:
 
 @pytest.fixture
 def pair() -> Iterator[tuple[link.Line, socket.socket]]:
-    ours, theirs = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
     line = link.Line(ours, "the other")
     yield line, theirs
     line.close()

@@ -5,15 +5,18 @@ Runs in the tests' interpreter, which has another torch than the engine.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import torch
+from safetensors.torch import save_file
 
 from fp8ctl import wire
 from fp8ctl.carriers import ends
@@ -22,6 +25,7 @@ from fp8ctl.stream import quantize_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
 Json = dict[str, Any]
 Named = tuple[str, torch.Tensor]
@@ -41,7 +45,7 @@ class Bucket:
     entries: tuple[wire.Entry, ...]
     nbytes: int
 
-    def say(self, name: str, **changes: Any) -> Bucket:
+    def say(self, name: str, /, **changes: Any) -> Bucket:
         """Return the bucket with something else said of one tensor."""
         changed = tuple(replace(e, **changes) if e.name == name else e for e in self.entries)
         return replace(self, entries=changed)
@@ -91,30 +95,47 @@ class RefusedError(Exception):
 
 @dataclass
 class Pusher:
-    """A connection to one server, by shared memory.
+    """A connection to one server.
 
     Attributes:
         url: of the server.
+        kind: of carrier.
+        ranks: of the server.
+        slot_bytes: how large a bucket may be.
         seconds: of the last update, by stage.
+        ways: how many tensors of it went through loaders and how many were copied.
     """
 
     url: str
-    slot_bytes: int = 128 << 20
+    kind: Literal["memory", "group", "disk"] = "memory"
+    ranks: int = 1
+    slot_bytes: int = 64 << 20
     seconds: dict[str, float] = field(default_factory=dict)
+    ways: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        address = urlsplit(self.url)
-        assert address.hostname
-        self._http = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
-        self.sender = ends.sender("memory", self.slot_bytes)
-        answer = self.call(wire.CONNECT, protocol=wire.PROTOCOL, carrier=self.sender.offer())
+        self._thread = ThreadPoolExecutor(1)
+        if self.kind != "disk":
+            self.sender = ends.sender(self.kind, self.slot_bytes, ranks=[self.ranks], timeout=60)
+        offer = {"kind": "disk"} if self.kind == "disk" else self.sender.offer()
+        try:
+            coming = self._thread.submit(
+                self.call, wire.CONNECT, protocol=wire.PROTOCOL, carrier=offer
+            )
+            if self.kind != "disk":
+                self.sender.join()
+            answer = coming.result()
+        except BaseException:
+            self.close()
+            raise
         self.connection = answer["connection"]
         self.manifest = answer["manifest"]
 
     def close(self) -> None:
         """Say nothing more, as a client that was killed."""
-        self._http.close()
-        self.sender.close()
+        if self.kind != "disk":
+            self.sender.close()
+        self._thread.shutdown()
 
     def __enter__(self) -> Pusher:
         return self
@@ -122,16 +143,19 @@ class Pusher:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def call(self, path: str, method: str = "POST", **body: Any) -> Json:
-        """Send a request; return the answer's body.
+    def call(self, route: str, /, **body: Any) -> Json:
+        """Post a request; return the answer's body.
 
         Raises:
             RefusedError: it is not 200.
         """
-        headers = {"content-type": "application/json"}
-        self._http.request(method, path, json.dumps(body), headers)
-        response = self._http.getresponse()
-        answer: Json = json.loads(response.read())
+        address = urlsplit(self.url)
+        assert address.hostname
+        server = http.client.HTTPConnection(address.hostname, address.port, timeout=300)
+        with contextlib.closing(server):
+            server.request("POST", route, json.dumps(body), {"content-type": "application/json"})
+            response = server.getresponse()
+            answer: Json = json.loads(response.read())
         if response.status != 200:
             raise RefusedError(response.status, answer)
         return answer
@@ -158,7 +182,8 @@ class Pusher:
 
     def tell(self, push: str, number: int, bucket: Bucket) -> Json:
         """Have a bucket loaded that lies in its slot."""
-        return self.call(
+        asked = self._thread.submit(
+            self.call,
             wire.BUCKET,
             push=push,
             number=number,
@@ -166,6 +191,8 @@ class Pusher:
             nbytes=bucket.nbytes,
             entries=[entry.to_json() for entry in bucket.entries],
         )
+        self.sender.send(number % 2, bucket.nbytes)
+        return asked.result()
 
     def end(self, push: str, count: int, **changes: Any) -> Json:
         """End an update."""
@@ -176,6 +203,7 @@ class Pusher:
         clock = time.perf_counter
         began = clock()
         self.seconds = dict.fromkeys(("begin", "write", "buckets", "end"), 0.0)
+        self.ways = {"loaders": 0, "copies": 0}
         push = self.begin(version, **begin)
         self.seconds["begin"] = clock() - began
         for number, one in enumerate(sent):
@@ -187,7 +215,19 @@ class Pusher:
             self.seconds["buckets"] += clock() - at
             for stage, took in answer["seconds"].items():
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + took
+            for way, count in answer["ways"].items():
+                self.ways[way] += count
         at = clock()
         answer = self.end(push, len(sent))
         self.seconds["end"] = clock() - at
         return answer
+
+    def update_from(self, folder: Path, version: str, sent: Sequence[Bucket]) -> Json:
+        """Bring a whole set in a folder that the engine reads itself."""
+        folder.mkdir()
+        named = {n: t.contiguous() for one in sent for n, t in one.named}
+        save_file(named, str(folder / "model.safetensors"))
+        push = self.begin(version)
+        entries = [entry.to_json() for one in sent for entry in one.entries]
+        self.call(wire.BUCKET, push=push, number=0, path=str(folder), entries=entries)
+        return self.end(push, 1)

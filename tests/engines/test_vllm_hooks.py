@@ -425,6 +425,36 @@ def test_aborting_tells_every_client_that_the_core_knew(monkeypatch: pytest.Monk
     asyncio.run(test())
 
 
+def test_aborting_goes_on_to_tell_the_clients_where_its_caller_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The core has dropped the requests: nobody else would."""
+    _fake_vllm(monkeypatch)
+
+    async def test() -> None:
+        engine = Engine()
+        engine.request_states = {"a": State("a")}
+        [state] = engine.request_states.values()
+        go_on = asyncio.Event()
+
+        async def hold() -> dict[str, Any]:
+            await go_on.wait()
+            return {"held": True, "begun": 1}
+
+        engine.core["fp8ctl_hold"] = hold
+        workers = of(engine)
+        holding = asyncio.ensure_future(workers.hold("abort", 0.0))
+        await asyncio.sleep(0.01)
+        holding.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await holding
+        go_on.set()
+        await asyncio.sleep(0.05)
+        assert state.told == ["a abort"]
+
+    asyncio.run(test())
+
+
 def test_a_call_is_never_cancelled_with_who_waits_for_it() -> None:
     """vLLM takes an answer that nobody waits for as the death of its engine."""
 

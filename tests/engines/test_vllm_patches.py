@@ -402,8 +402,17 @@ def test_buckets_make_the_model_of_their_weights_again_and_again(run: Run, mode:
 
 
 def test_an_engine_without_the_patch_says_so_before_anything_is_sent(run: Run) -> None:
-    found = run((), "refittable", "block")
+    found = run((), "refittable", "block")["alone"]
     assert (found["refittable"], found["why"][:32]) == (False, "the patch `refit` is not applied")
+
+
+def test_an_engine_of_several_sets_of_weights_says_so_too(run: Run) -> None:
+    found = run((REFIT,), "refittable", "block")
+    assert found["alone"]["refittable"] is True
+    assert (found["several"]["refittable"], found["several"]["why"][:16]) == (
+        False,
+        "data parallelism",
+    )
 
 
 def test_the_hook_knows_the_patched_modules_after_a_refit_and_sees_a_method_replaced(

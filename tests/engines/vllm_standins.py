@@ -752,6 +752,7 @@ def _extension(net: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
     extension.rank = 0
     extension.model_runner = types.SimpleNamespace(get_model=lambda: net)
     extension.model_config = types.SimpleNamespace(dtype=torch.bfloat16)
+    extension.parallel_config = types.SimpleNamespace(data_parallel_size=1)
 
     def ask(what: str, **details: object) -> dict[str, Any]:
         answer: dict[str, Any] = extension.fp8ctl_ask(what, json.dumps(details))
@@ -763,8 +764,10 @@ def _extension(net: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
 def refittable(tree: Path, mode: str) -> dict[str, Any]:
     """Say whether the model can be loaded a second time."""
     fp8 = install(tree)
-    _, ask = _extension(_fresh(fp8, mode, True, checkpoint(1, mode, moe=True)))
-    return ask("refittable")
+    extension, ask = _extension(_fresh(fp8, mode, True, checkpoint(1, mode, moe=True)))
+    alone = ask("refittable")
+    extension.parallel_config.data_parallel_size = 2
+    return {"alone": alone, "several": ask("refittable")}
 
 
 def push(tree: Path, mode: str) -> dict[str, Any]:

@@ -209,16 +209,24 @@ class Gate:
         return gated
 
     def _unless_lost(self, send: Send) -> Send:
-        """Return `send`, but refuse where the weights were lost since the request came in."""
-        refused = False
+        """Return `send`, but refuse where the weights were lost since the request came in.
+
+        An answer that is on its way then ends where it is: the rest would be of another set.
+        """
+        started = over = False
 
         async def checked(message: MutableMapping[str, Any]) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and self.settled != "ready":
-                refused = True
-                await self._refuse(send)
-            elif not refused:
+            nonlocal started, over
+            if over:
+                return
+            over = self.settled != "ready"
+            if not over:
+                started = True
                 await send(message)
+            elif not started:
+                await self._refuse(send)
+            else:
+                await send({"type": "http.response.body", "body": b""})
 
         return checked
 

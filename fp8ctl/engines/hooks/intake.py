@@ -9,7 +9,7 @@ from fp8ctl import wire
 from fp8ctl.engines.hooks.refused import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fp8ctl.engines.hooks.openpush import OpenPush
     from fp8ctl.engines.hooks.workers import Workers
@@ -45,18 +45,20 @@ def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
 
 async def load(
     workers: Workers, push: OpenPush, found: Mapping[str, Any], *, disk: bool
-) -> tuple[int, dict[str, float]]:
+) -> dict[str, Any]:
     """Have every rank load a bucket; marks the push as touched where a weight may be written.
 
     Returns:
-        How many tensors went in, and the seconds of each stage on the slowest rank.
+        loaded: how many tensors went in; seconds: of each stage on the slowest rank; ways: how
+        many went through loaders and how many were copied, most on any rank, where it is told.
 
     Raises:
         RefusedError: a rank failed; `push.touched` says whether any weight may have changed.
         RuntimeError: a rank did not answer: weights may have changed.
     """
     if disk:
-        return len(found["entries"]), await folder(workers, push, found["path"])
+        seconds = await folder(workers, push, found["path"])
+        return {"loaded": len(found["entries"]), "seconds": seconds}
     before, push.touched = push.touched, True  # until the ranks say otherwise
     details = {name: found[name] for name in ("number", "slot", "nbytes", "entries")}
     answers = await workers.ask("receive", **details)
@@ -65,11 +67,19 @@ async def load(
         untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)
         push.touched = before or not untouched
         raise RefusedError(500, "FP8-LOAD", "; ".join(errors))
-    seconds: dict[str, float] = {}
-    for a in answers:
-        for stage, took in a.get("seconds", {}).items():
-            seconds[stage] = max(took, seconds.get(stage, 0.0))
-    return min(int(a["loaded"]) for a in answers), seconds
+    loaded: dict[str, Any] = {"loaded": min(int(a["loaded"]) for a in answers)}
+    loaded["seconds"] = _most(a.get("seconds", {}) for a in answers)
+    ways = _most(a.get("ways", {}) for a in answers)
+    return {**loaded, "ways": ways} if ways else loaded
+
+
+def _most(told: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the largest value of each name on any rank."""
+    most: dict[str, float] = {}
+    for one in told:
+        for name, value in one.items():
+            most[name] = max(value, most.get(name, 0))
+    return most
 
 
 async def folder(workers: Workers, push: OpenPush, path: str) -> dict[str, float]:

@@ -2,38 +2,15 @@
 
 A push brings a bucket (`carriers`) and the list of what lies where in it
 (`wire.Entry`). Tensors are views of the bucket, and go into the model on one of
-two ways:
-
-- *loaders*: `model.load_weights`, the engine's own code. It knows names, fused
-  modules, ranks and experts, and takes 50 to 100 us of Python a tensor.
-- *copies*: `shards` says which rectangle of which checkpoint tensor a view into the
-  engine's memory holds, so a tensor can be copied there, a whole bucket with one
-  call.
-
-Copies are sound for the tensors that `trust` has let in, and only for them. That
-takes all of this:
-
-- The engine's module says so (`Engine.copies`): memory has the checkpoint's own form,
-  and the loader does nothing but copy. Scales whose loader renews a kernel's copy,
-  and weights that the engine quantises itself, are never in.
-- The tensor went in through its loader before, and afterwards the digest of what all
-  ranks hold on exactly these rectangles was that of the tensor that was sent. Digests
-  depend on places, so a rectangle that is elsewhere holds something else.
-- Its values could have told: not all alike, and unlike those of any other tensor of its
-  shape. Norms that are all ones would be equal wherever they went.
-- The dtype is that of the memory: a cast is the loader's business.
-
-What is left is an engine that changes its layout later; every push with `verify`
-compares digests after its copies too. A push that broke off takes all trust away.
-`FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves everything to the loaders.
+two ways: by the engine's own `load_weights`, which knows names, fused modules,
+ranks and experts, and takes 50 to 100 us of Python a tensor; or, once digests have
+proven where they lie, by copies (`rectangles`).
 """
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
-from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +18,13 @@ import torch
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks import shards
-from fp8ctl.kernels.digest import digests
+from fp8ctl.engines.hooks.rectangles import Rectangles, copy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Receiver as Carrier
-    from fp8ctl.engines.hooks.shards import Form, Shard
-
-#: "1": no copies, whatever was verified.
-LOADERS_ONLY = "FP8CTL_PUSH_LOADERS"
+    from fp8ctl.engines.hooks.shards import Form
 
 Named = tuple[str, torch.Tensor]
 
@@ -118,8 +92,7 @@ class Receiver:
         self._open = open_carrier or _open_carrier
         self._carrier: Carrier | None = None
         self._by_loader: set[str] = set()
-        self._trusted: set[str] = set()
-        self._rectangles: dict[str, list[Shard]] | None = None
+        self._rectangles = Rectangles(model, self._tp_rank, engine.copies)
         self._settled = True
 
     @property
@@ -202,7 +175,7 @@ class Receiver:
             there), loaders, copies, device; ways: number of tensors on each.
         """
         if number == 0:
-            self._rectangles = None
+            self._rectangles.look_anew()
         clock = _Clock()
         ways = {"loaders": 0, "copies": 0}
         touched = False
@@ -210,13 +183,14 @@ class Receiver:
         names: list[str] = []
         try:
             held = self._views(slot, nbytes, wire.read_entries(list(entries), nbytes))
-            copies, others = self._part(held)
+            copies, others = self._rectangles.part(held)
             clock.lap("bucket")
             touched = True
+            self._settled = False
             if others:
-                self.load(others)
+                self._load(others)
             clock.lap("loaders")
-            _copy([pair for pairs in copies.values() for pair in pairs])
+            copy([pair for pairs in copies.values() for pair in pairs])
             clock.lap("copies")
             wait_for(self.device)
             clock.lap("device")
@@ -262,7 +236,7 @@ class Receiver:
         """Count from nothing: only a whole set makes the weights whole again."""
         self.arrived.clear()
         self._by_loader.clear()
-        self._trusted.clear()
+        self._rectangles.distrust()
         self.broken = False
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
@@ -277,7 +251,7 @@ class Receiver:
         }
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
-        """Let tensors be copied from now on, as the module's docstring says.
+        """Let tensors be copied from now on, as `rectangles` says.
 
         Args:
             names: tensors of which the server has compared the digests that all ranks told
@@ -286,17 +260,18 @@ class Receiver:
         Returns:
             trusted: how many tensors go by copies from now on.
         """
-        held = self._held()
-        able = [name for name in names if name in self._by_loader and name in held]
-        able = [name for name in able if name not in self._trusted]
-        self._trusted.update(_telling({name: held[name] for name in able}))
-        return {"trusted": len(self._trusted)}
+        proven = (name for name in names if name in self._by_loader)
+        return {"trusted": self._rectangles.trust(proven)}
 
     # --- loading ---------------------------------------------------------------------------
 
     def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
-        """Call the model's `load_weights`, and remember what it took or that it raised."""
+        """Load by a route of the engine's own; remember what was taken or that it raised."""
+        self._rectangles.distrust()
         self._settled = False
+        return self._load(named, *args, **kwargs)
+
+    def _load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
 
         def tap() -> Iterator[Named]:
             for name, tensor in named:
@@ -314,30 +289,6 @@ class Receiver:
             raise RuntimeError("no carrier is open")
         bucket = self._carrier.bucket(slot, nbytes)
         return [(entry.name, view(bucket, entry)) for entry in entries]
-
-    def _held(self) -> dict[str, list[Shard]]:
-        """Return the rectangles into which each tensor may be copied."""
-        if self._rectangles is None:
-            found: dict[str, list[Shard]] = defaultdict(list)
-            copied = self._engine.copies(self.model)
-            for shard in shards.shards(self.model, self._tp_rank, copied) if copied else ():
-                found[shard.name].append(shard)
-            self._rectangles = dict(found)
-        return self._rectangles
-
-    def _part(
-        self, named: Iterable[Named]
-    ) -> tuple[dict[str, list[tuple[torch.Tensor, torch.Tensor]]], list[Named]]:
-        """Part a bucket into copies, (to, from) of each tensor, and what loaders take."""
-        copies, others = {}, []
-        trusted = set() if os.environ.get(LOADERS_ONLY) == "1" else self._trusted
-        for name, tensor in named:
-            pairs = _pairs(tensor, self._held()[name]) if name in trusted else None
-            if pairs is None:
-                others.append((name, tensor))
-            else:
-                copies[name] = pairs
-        return copies, others
 
 
 def view(bucket: torch.Tensor, entry: wire.Entry) -> torch.Tensor:
@@ -357,68 +308,6 @@ def _open_carrier(offer: Mapping[str, Any], rank: int, device: torch.device) -> 
     from fp8ctl.carriers import ends
 
     return ends.receive(offer, rank, device)
-
-
-def _pairs(
-    tensor: torch.Tensor, held: Iterable[Shard]
-) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-    """Return what is copied where; None where the tensor is not what memory holds."""
-    pairs = []
-    for shard in held:
-        to = shard.tensor
-        if to.dtype != tensor.dtype or to.dim() != tensor.dim():
-            return None
-        part = tensor
-        for side, start in zip(range(to.dim()), (shard.row, shard.column), strict=False):
-            if start + to.shape[side] > tensor.shape[side]:
-                return None
-            part = part.narrow(side, start, to.shape[side])
-        if part.shape != to.shape:
-            return None
-        pairs.append((_as_bytes(to), _as_bytes(part)))
-    return pairs
-
-
-def _as_bytes(t: torch.Tensor) -> torch.Tensor:
-    """FP8 is copied as bytes: torch has fewer fast kernels for it."""
-    return t.view(torch.uint8) if t.element_size() == 1 else t
-
-
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    by_dtype: dict[torch.dtype, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for pair in pairs:
-        by_dtype[pair[0].dtype].append(pair)
-    with torch.no_grad():
-        for same in by_dtype.values():
-            torch._foreach_copy_([to for to, _ in same], [part for _, part in same])
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _telling(held: Mapping[str, Sequence[Shard]]) -> set[str]:
-    """Return the names whose values would not be the same in another place."""
-    flat = [(name, shard) for name, those in held.items() for shard in those if _size(shard)]
-    if not flat:
-        return set()
-    sums = digests((shard.tensor, shard.row, shard.column) for _, shard in flat)
-    bits = [shard.tensor.view(_BITS[shard.tensor.element_size()]) for _, shard in flat]
-    varied = torch.stack([(b != b[(0,) * b.dim()]).any() for b in bits]).tolist()
-    kinds = [
-        (tuple(shard.tensor.shape), shard.tensor.dtype, total)
-        for (_, shard), total in zip(flat, sums, strict=True)
-    ]
-    count = Counter(kinds)
-    dull = {
-        name
-        for (name, _), kind, differs in zip(flat, kinds, varied, strict=True)
-        if not differs or count[kind] > 1
-    }
-    return {name for name, _ in flat} - dull
-
-
-def _size(shard: Shard) -> int:
-    return shard.tensor.numel()
 
 
 class _Clock:

@@ -67,6 +67,12 @@ class Workers:
         Raises:
             RuntimeError: the engine refused, a rank failed or did not answer in time.
         """
+        # A question that is cancelled half-way would leave SGLang's communicator waiting for
+        # its answer, and all questions after it.
+        asking = asyncio.ensure_future(self._ask(what, details))
+        return await asyncio.shield(asking)
+
+    async def _ask(self, what: str, details: dict[str, Any]) -> list[dict[str, Any]]:
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
         from sglang.srt.utils import MultiprocessingSerializer
 

@@ -25,19 +25,21 @@ import time
 import traceback
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks import intake
+from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
 from fp8ctl.engines.hooks.openpush import OpenPush
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.resting import Rest, quietly
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Collection, Iterator, Mapping
+    from collections.abc import AsyncIterator, Collection, Iterator, Mapping
     from pathlib import Path
 
     from fp8ctl.engines.hooks.gate import Gate
@@ -45,9 +47,6 @@ if TYPE_CHECKING:
 
     Body = dict[str, Any]
 
-#: Seconds by which holding may overrun what the client allows, before it counts as hung; and
-#: within which what is paused must be ended after a failure.
-GRACE = 30.0
 #: How many ended updates are remembered, for a client that did not get the last answer.
 REMEMBERED = 16
 
@@ -101,11 +100,10 @@ class Updates:
         self._turn = asyncio.Lock()
         self._engines_turn = asyncio.Lock()
         self._alone = ""
-        self._connection = ""
-        self._kind = ""
+        self._connection = Connection(workers, gate.engine)
+        self._rest = Rest(workers)
         self._push: OpenPush | None = None
         self._ended: dict[str, _Ended] = {}
-        self._holding: asyncio.Future[None] | None = None
         self._watching: asyncio.Future[None] | None = None
         gate.about.update(device=device, version=None, push=wire.PROTOCOL)
 
@@ -181,7 +179,8 @@ class Updates:
                 begin = wire.Begin(name, "", version="", manifest="", complete=False)
                 push = await self._open(begin)
                 async with self._or_ends(push):
-                    await intake.folder(self._workers, push, path)
+                    self._trusted.clear()
+                    push.took(await intake.folder(self._workers, push, path))
                     with push.timed("settle"):
                         missing, message = await self._evidence.missing(push, folder=True)
                     with push.timed("flush"):
@@ -195,35 +194,14 @@ class Updates:
 
     async def connect(self, found: Body) -> Body:
         """Open a client's carrier in every rank; a connection before it is closed."""
-        wire.check_protocol(found)
-        offer = found.get("carrier") or {"kind": "disk"}
-        kind = offer.get("kind") if isinstance(offer, dict) else None
-        if kind not in get_args(wire.Kind):
-            raise wire.WireError(f"carrier {offer!r:.200}; expected an offer of a known kind")
+        offer = read_offer(found)
         self._free()
         async with self._turn:
             await self._expire()
             self._free()
-            answers = await self._asked("refittable")
-            why = [a.get("why", "") for a in answers if not a["refittable"]]
-            if why:
-                raise RefusedError(
-                    409,
-                    "FP8-REFIT",
-                    f"this server cannot load weights a second time: {why[0]}",
-                    hint=f"fp8ctl patch --backend {self._gate.engine}",
-                )
-            await self._hang_up()
-            if kind != "disk":
-                try:
-                    await self._workers.ask("connect", carrier=offer)
-                except Exception as e:
-                    await _quietly(self._workers.ask("disconnect"))
-                    hint = 'via="disk", or via="nccl"' if kind in {"memory", "ipc"} else ""
-                    raise RefusedError(422, "FP8-CARRIER", str(e), hint=hint) from e
-            self._connection, self._kind = uuid.uuid4().hex, str(kind)
+            await self._connection.open(offer)
             return {
-                "connection": self._connection,
+                "connection": self._connection.id,
                 "ranks": self._workers.ranks,
                 "engine": self._gate.engine,
                 "device": self._gate.about["device"],
@@ -234,27 +212,11 @@ class Updates:
     async def disconnect(self, found: Body) -> Body:
         """Close a connection; an update that came over it ends."""
         async with self._turn:
-            self._connected(found.get("connection"))
+            self._connection.check(found.get("connection"))
             if self._push is not None:
                 await self._close(self._push, _broken(self._push, "the client disconnected"))
-            connection = self._connection
-            await self._hang_up()
-            return {"connection": connection}
-
-    async def _hang_up(self) -> None:
-        if self._connection and self._kind != "disk":
-            await _quietly(self._workers.ask("disconnect"))
-        self._connection = self._kind = ""
-
-    def _connected(self, connection: object) -> None:
-        if not connection or connection != self._connection:
-            raise RefusedError(
-                404,
-                "FP8-CONNECTION",
-                f"there is no connection {connection!r:.60}: another client came, or the server"
-                " was started again",
-                hint=f"POST {wire.CONNECT}",
-            )
+            await self._connection.close()
+            return {"connection": found["connection"]}
 
     # --- an update --------------------------------------------------------------------------
 
@@ -278,7 +240,7 @@ class Updates:
                 raise RefusedError(
                     409, "FP8-ORDER", f"{begin.push} has ended: {_told(ended.outcome)}"
                 )
-            self._connected(begin.connection)
+            self._connection.check(begin.connection)
             if begin.manifest != self._expected.digest:
                 raise RefusedError(
                     409,
@@ -320,22 +282,13 @@ class Updates:
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._or_ends(push):
-                entries = intake.read(found, disk=self._kind == "disk")
+                entries = intake.read(found, disk=self._connection.disk)
                 self._expected.check(entries, push.entries)
-                loaded, seconds = await intake.load(
-                    self._workers, push, found, disk=self._kind == "disk"
-                )
+                loaded = await intake.load(self._workers, push, found, disk=self._connection.disk)
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
-                push.bucket, push.taken = (
-                    request,
-                    {
-                        "number": number,
-                        "loaded": loaded,
-                        "seconds": seconds,
-                    },
-                )
-                push.took(seconds)
+                push.bucket, push.taken = request, {"number": number, **loaded}
+                push.took(loaded["seconds"])
             return push.taken
 
     async def end(self, found: Body) -> Body:
@@ -385,8 +338,8 @@ class Updates:
         """End an update whose client gives up; one that still waits for requests at once."""
         name, told = found.get("push"), f"aborted: {str(found.get('reason', ''))[:500]}"
         push = self._push
-        if push is not None and push.begin.push == name and self._holding is not None:
-            self._holding.cancel()
+        if push is not None and push.begin.push == name:
+            self._rest.cancel()
         async with self._turn:
             ended = self._ended.get(str(name))
             if ended is None:
@@ -446,59 +399,29 @@ class Updates:
         push.serving += 1
         async with self._or_ends(push):
             with push.timed("hold"):
-                await self._hold(push)
+                await self._rest.hold(push.begin.in_flight, push.begin.within)
             # Where weights are mixed or missing, all must be sent.
             if push.begin.digests and push.settled == "ready":
                 with push.timed("digests"):
-                    push.held = await self._evidence.held()
+                    held = await self._evidence.held()
+                # What is not alike on all ranks must not be left out.
+                alike = {n: one for n, one in (held or {}).items() if one.replicas_agree}
+                push.held = None if held is None else alike
         return push
-
-    async def _hold(self, push: OpenPush) -> None:
-        begin = push.begin
-        holding = asyncio.ensure_future(self._workers.hold(begin.in_flight, begin.within))
-        self._holding = holding
-        try:
-            done, _ = await asyncio.wait({holding}, timeout=begin.within + GRACE)
-            if not done:
-                holding.cancel()
-                await asyncio.wait({holding}, timeout=GRACE)
-        finally:
-            self._holding = None
-        if not done:
-            raise RefusedError(408, "FP8-DRAIN", f"the engine did not rest in {begin.within:g} s")
-        if holding.cancelled():
-            raise RefusedError(409, "FP8-ORDER", "the update was aborted before it began")
-        error = holding.exception()
-        if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-            raise RefusedError(
-                408,
-                "FP8-DRAIN",
-                f"requests still run after {begin.within:g} s",
-                hint='in_flight="pause", or in_flight="abort"',
-            )
-        if error is not None:
-            raise error
 
     async def _trust(self, names: Collection[str]) -> None:
         """Tell the ranks which tensors lie where they should: it makes the next update faster."""
+        if self._connection.disk:
+            self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
+            return
         more = [name for name in names if name not in self._trusted]
-        if (
-            more
-            and self._kind != "disk"
-            and not await _quietly(self._workers.ask("trust", names=more))
-        ):
+        if more and not await quietly(self._workers.ask("trust", names=more)):
             self._trusted.update(more)
 
     async def _distrust(self) -> None:
         """Have the ranks count from nothing."""
         self._trusted.clear()
-        await _quietly(self._workers.ask("forget"))
-
-    async def _asked(self, what: str) -> list[dict[str, Any]]:
-        try:
-            return await self._workers.ask(what)
-        except Exception as e:
-            raise RefusedError(500, "FP8-ENGINE", f"{type(e).__name__}: {e}") from e
+        await quietly(self._workers.ask("forget"))
 
     # --- the end of an update ---------------------------------------------------------------
 
@@ -526,15 +449,10 @@ class Updates:
         Returns:
             The outcome; "failed" also where the engine could not be brought back.
         """
-        may_run = True
         if outcome.kind == "failed":
             await self._distrust()
-            # What is paused must not go on with weights of two versions.
-            ended = await _quietly(asyncio.wait_for(self._workers.hold("abort", GRACE), 2 * GRACE))
-            may_run = not ended
-            await _quietly(self._workers.flush())
         with push.timed("resume"):
-            trouble = await _quietly(self._workers.resume()) if may_run else ""
+            trouble = await self._rest.release(mixed=outcome.kind == "failed")
         if trouble:
             if outcome.kind != "failed":
                 await self._distrust()
@@ -563,13 +481,3 @@ def _broken(push: OpenPush, why: str) -> Outcome:
 
 def _told(outcome: Outcome) -> str:
     return outcome.kind + (f" ({outcome.message})" if outcome.message else "")
-
-
-async def _quietly(doing: Awaitable[object]) -> str:
-    """Wait for what may fail; return why it did, "" where it did not."""
-    try:
-        await doing
-    except Exception as e:  # noqa: BLE001 - the caller goes on either way
-        traceback.print_exc()
-        return f"{type(e).__name__}: {e}"
-    return ""

@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from types import ModuleType
 
+#: Tokens that the workers may not have been told of yet: one, or as many as were speculated.
+_TAIL = 64
+
 
 def install(core: ModuleType) -> None:
     """Let the engine cores of this module be held; called when it has been imported."""
@@ -104,12 +107,12 @@ def _has_begun(request: Any) -> bool:
 
 
 def _refusal(core: Any, how: str, begun: int) -> str:
-    parallel = core.vllm_config.parallel_config
-    if parallel.data_parallel_size > 1:
+    if core.vllm_config.parallel_config.data_parallel_size > 1:
         return "data parallelism: the engines of one server step together and cannot be held"
     if core.scheduler.connector is not None:
         return "keys and values are shared with other servers: requests cannot be held"
-    if parallel.pipeline_parallel_size > 1 and how == "pause" and begun:
+    if core.batch_queue is not None and how == "pause" and begun:
+        # A step without requests is none that the later stages know.
         return "pipeline parallelism: requests cannot be paused; finish or abort them"
     return ""
 
@@ -136,12 +139,14 @@ def _preempt(core: Any) -> None:
 
     scheduler = core.scheduler
     now = time.monotonic()
-    # Whoever has its log-probabilities of the prompt would get them a second time.
-    told = [
-        one.request_id
-        for one in scheduler.running
-        if one.num_output_tokens and one.sampling_params.prompt_logprobs is not None
-    ]
+    known = {
+        one.request_id: (
+            one.num_output_tokens,
+            list(one.output_token_ids[-_TAIL:]),
+        )
+        for one in scheduler.requests.values()
+        if _has_begun(one)
+    }
     while scheduler.running:
         request = scheduler.running.pop()
         scheduler.kv_cache_manager.free(request)
@@ -153,8 +158,7 @@ def _preempt(core: Any) -> None:
             request.record_event(EngineCoreEventType.PREEMPTED, now)
         scheduler.waiting.appendleft(request)
     _step_without_requests(core)
-    if told:
-        core.model_executor.collective_rpc("fp8ctl_keep_prompt_logprobs", args=(told,))
+    core.model_executor.collective_rpc("fp8ctl_paused", args=(known,))
 
 
 def _step_without_requests(core: Any) -> None:

@@ -115,7 +115,7 @@ class Workers:
             RuntimeError: the engine cannot be held so.
         """
         if in_flight == "abort":
-            await self._abort()
+            await self._whole(self._abort())  # else requests are gone, and nobody tells
         elif in_flight == "pause":
             await self._core("fp8ctl_hold", "pause")
         else:

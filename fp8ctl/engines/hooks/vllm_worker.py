@@ -64,6 +64,7 @@ class Extension:
     rank: int
     model_runner: Any
     model_config: Any
+    parallel_config: Any
 
     def fp8ctl_ask(self, what: str, details: str) -> dict[str, Any]:
         """Answer a question of the server.
@@ -82,19 +83,33 @@ class Extension:
             receiver = self._fp8ctl_receiver()
             if what == "reload":
                 return answer | _reload(receiver, Path(asked["path"]))
+            if what == "refittable" and self.parallel_config.data_parallel_size > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                return answer | {"refittable": False, "why": why}
             return answer | receiver.answer(what, asked)
         except Exception as e:  # noqa: BLE001 - the answer says it
             traceback.print_exc()
             return answer | {"failed": f"{type(e).__name__}: {e}"}
 
-    def fp8ctl_keep_prompt_logprobs(self, request_ids: list[str]) -> None:
-        """Do not compute these requests' log-probabilities of the prompt another time.
+    def fp8ctl_paused(self, known: dict[str, tuple[int, list[int]]]) -> None:
+        """Learn what the scheduler knows of requests that are prefilled again.
 
-        They have been told; what `vllm_holding` takes out of the batch is prefilled again.
+        The last token of a request comes to a worker with the step after. Where a chunk of the
+        prefill ends just before it, a worker that does not know it takes the prefill for complete
+        and generates that token a second time. And log-probabilities of a prompt that were told
+        would be computed and told again.
+
+        Args:
+            known: by request, how many tokens were generated, and the last of them.
         """
-        for request_id in request_ids:
+        for request_id, (count, tail) in known.items():
             state = self.model_runner.requests.get(request_id)
-            if state is not None:
+            if state is None:
+                continue
+            new = count - len(state.output_token_ids)
+            if new > 0:
+                state.output_token_ids.extend(tail[-new:])
+            if count and state.sampling_params.prompt_logprobs is not None:
                 # The scheduler may have the same object.
                 state.sampling_params = copy.copy(state.sampling_params)
                 state.sampling_params.prompt_logprobs = None

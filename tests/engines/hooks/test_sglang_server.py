@@ -341,6 +341,7 @@ class Engine:
         self.models = models
         self.rank = 0
         self.silent: set[int] = set()
+        self.waiting = False
         self.refusal = ""
         self.requests: list[Any] = []
 
@@ -348,6 +349,11 @@ class Engine:
         pass
 
     async def update_weights_from_tensor_communicator(self, request: Any) -> list[Any]:
+        """As SGLang's own: one question at a time, and one that is left alone blocks it."""
+        assert not self.waiting
+        self.waiting = True
+        await asyncio.sleep(0.01)
+        self.waiting = False
         self.requests.append(request)
         if self.refusal:
             return [SimpleNamespace(success=False, message=self.refusal)]
@@ -481,6 +487,24 @@ def test_a_refusal_of_the_engine_is_an_error(run_dir: Path, engine: Engine) -> N
     engine.refusal = "no such load format"
     with pytest.raises(RuntimeError, match="no such load format"):
         asyncio.run(workers(engine).ask("digests"))
+
+
+def test_a_question_that_is_cancelled_is_answered_and_the_next_one_too(
+    run_dir: Path, engine: Engine
+) -> None:
+    async def ask() -> list[dict[str, Any]]:
+        asked = workers(engine)
+        first = asyncio.ensure_future(asked.ask("digests"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        second = asyncio.ensure_future(asked.ask("digests"))
+        await asked.ask("digests")
+        return await second
+
+    assert [answer["rank"] for answer in asyncio.run(ask())] == [0, 1]
+    assert len(engine.requests) == 3
+    assert list((run_dir / "reports").iterdir()) == [], "answers are left behind"
 
 
 def test_a_rank_that_stays_silent_is_named(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import wire
-from fp8ctl.engines.hooks import updates
+from fp8ctl.engines.hooks import resting
 from fp8ctl.engines.hooks.gate import Outcome
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.workers import Reloaded
@@ -173,6 +173,25 @@ def test_what_did_not_change_may_be_skipped_and_is_verified_all_the_same() -> No
     run(test())
 
 
+def test_what_is_not_alike_on_all_ranks_cannot_be_skipped() -> None:
+    async def test() -> None:
+        server = Server()
+        digests = server.workers._digests
+
+        def differing(rank: int) -> dict[str, Any]:
+            answer = digests(rank)
+            for shard in answer["tensors"]:
+                if shard["name"] == "norm.weight":  # copies, of which one has gone bad
+                    shard |= {"row": 0, "primary": rank == 0, "digest": f"{rank:016x}"}
+            return answer
+
+        server.workers._digests = differing  # type: ignore[method-assign]
+        begun = (await server.begin(digests=True))[1]
+        assert sorted(begun["digests"]) == sorted(set(NAMES) - {"norm.weight"})
+
+    run(test())
+
+
 def test_what_was_skipped_and_changed_meanwhile_is_seen() -> None:
     async def test() -> None:
         server = Server()
@@ -310,6 +329,9 @@ def test_an_engine_that_cannot_take_weights_again_is_refused_before_anything_is_
         assert answer["error"]["hint"] == "fp8ctl patch --backend sglang"
         assert "without the patch refit" in answer["error"]["message"]
         assert server.workers.calls == ["refittable"]
+        # A patch does not help everywhere.
+        told["why"] = "experts are loaded once"
+        assert (await server.connect())[1]["error"]["hint"] == ""
 
     run(test())
 
@@ -827,7 +849,7 @@ def test_an_abort_waits_for_the_bucket_that_is_being_loaded() -> None:
 def test_an_engine_that_hangs_on_its_way_to_rest_does_not_close_the_gate_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(updates, "GRACE", 0.05)
+    monkeypatch.setattr(resting, "GRACE", 0.05)
 
     async def test() -> None:
         server = Server()
