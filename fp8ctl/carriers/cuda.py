@@ -7,6 +7,7 @@ copy in its own memory, since what engines do with weights stays on one device.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ class CudaSender:
         """
         if self.alive:
             self.alive = False
-            torch.cuda.synchronize(self._device)
+            _settle(self._device)
             self._slots.clear()
 
 
@@ -180,7 +181,7 @@ class CudaReceiver:
     def close(self) -> None:
         """Close the handles, as soon as no tensor uses them."""
         if self._slots:
-            torch.cuda.synchronize(self._device)
+            _settle(self._device)
         self._views.clear()
         self._slots.clear()
         self._copies = []
@@ -231,6 +232,11 @@ def whose(uuid: str, visible: Sequence[str], own: int) -> int:
             hint='a server that sees it in CUDA_VISIBLE_DEVICES, or via="nccl" or via="disk"',
         )
     return list(visible).index(uuid)
+
+
+def _settle(device: torch.device) -> None:
+    with contextlib.suppress(RuntimeError):  # a device that has failed does nothing any more
+        torch.cuda.synchronize(device)
 
 
 def _with_index(device: torch.device) -> torch.device:

@@ -82,6 +82,9 @@ class Receiver(Protocol):
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
         """Return the bytes of a bucket, uint8: to be read, until the next bucket of this slot.
 
+        What reads them on a GPU is launched on the current stream, and waited for before the
+        server answers: then the trainer writes the slot again.
+
         Raises:
             CarrierError: there is no such slot, or it is smaller.
             TimeoutError: the trainer did not send it; `ConflictError`: it withdrew it.

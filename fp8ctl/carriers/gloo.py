@@ -34,6 +34,7 @@ def open_store(host: str, key: str, timeout: float) -> tuple[Any, int]:
         wait_for_workers=False,
         timeout=datetime.timedelta(seconds=timeout),
         master_listen_fd=listener.detach(),  # the store closes it
+        use_libuv=False,  # in torch 2.7 that one takes no socket
     )
     return _distributed.PrefixStore(key, store), port
 

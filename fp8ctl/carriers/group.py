@@ -101,7 +101,7 @@ class GroupSender:
             self._hub.tell(go=port)
             left = max(0.001, deadline - time.monotonic())
             return gloo.Gloo(store, 0, self._world, self._host, left)
-        ours = nccl.about()
+        ours = nccl.about(self._device)
         for rank, message in told.items():
             nccl.refuse_unlike(ours, message, self._hub.name(rank))
         unique = nccl.unique_id()
@@ -196,7 +196,7 @@ class GroupReceiver:
             offers.take(offer, "port", int),
             key,
             mine,
-            nccl.about() if backend == "nccl" else {},
+            nccl.about(device) if backend == "nccl" else {},
             deadline,
         )
         world = offers.take(offer, "world", int)

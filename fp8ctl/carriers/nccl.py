@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8ctl.carriers import driver
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
@@ -76,8 +77,10 @@ def _refuse(library: Any, what: str, result: int) -> None:
         raise ConflictError(f"NCCL: {what}: {library.ncclGetErrorString(result).decode()}")
 
 
-def about() -> dict[str, object]:
-    """Return what has to be the same in all ranks: NCCL's version and how it shares memory.
+def about(device: torch.device) -> dict[str, object]:
+    """Return what has to be the same in all ranks, NCCL's version and how it shares memory.
+
+    And what has to differ: the device.
 
     Raises:
         CarrierError: there is no NCCL, or one that is too old.
@@ -87,7 +90,9 @@ def about() -> dict[str, object]:
     _refuse(library, "ncclGetVersion", library.ncclGetVersion(ctypes.byref(version)))
     if version.value < OLDEST:
         raise CarrierError(f"NCCL {version.value}; expected {OLDEST} (2.14) or later")
-    return {"nccl": version.value, CUMEM: os.environ.get(CUMEM, "")}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    uuid = driver.uuids()[index]
+    return {"nccl": version.value, CUMEM: os.environ.get(CUMEM, ""), "device": uuid}
 
 
 def refuse_unlike(ours: Mapping[str, object], theirs: Mapping[str, object], who: str) -> None:
@@ -100,6 +105,11 @@ def refuse_unlike(ours: Mapping[str, object], theirs: Mapping[str, object], who:
         raise CarrierError(
             f"{who} has NCCL {theirs.get('nccl')}, the trainer {ours['nccl']}",
             hint='the same NCCL on both sides, or via="ipc" or via="disk"',
+        )
+    if theirs.get("device") == ours["device"]:
+        raise CarrierError(
+            f"{who} is on the trainer's GPU {ours['device']}; NCCL takes each GPU once",
+            hint='via="ipc"',
         )
     if theirs.get(CUMEM) != ours[CUMEM]:
         value = theirs.get(CUMEM) or ""

@@ -23,18 +23,25 @@ if TYPE_CHECKING:
     from tests.carriers.processes import Pool, Process
 
 NBYTES = 50_000_011
-OURS = {"nccl": 22605, nccl.CUMEM: "0"}
+OURS = {"nccl": 22605, nccl.CUMEM: "0", "device": "aa"}
+THEIRS = {**OURS, "device": "bb"}
 
 on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 
 
 def test_ranks_that_are_alike_pass() -> None:
-    nccl.refuse_unlike(OURS, {**OURS, "process": "another"}, "rank 0 of server 0")
+    nccl.refuse_unlike(OURS, THEIRS, "rank 0 of server 0")
 
 
 def test_another_nccl_is_refused_and_named() -> None:
     with pytest.raises(CarrierError, match="rank 1 of server 0 has NCCL 22907, the trainer 22605"):
-        nccl.refuse_unlike(OURS, {**OURS, "nccl": 22907}, "rank 1 of server 0")
+        nccl.refuse_unlike(OURS, {**THEIRS, "nccl": 22907}, "rank 1 of server 0")
+
+
+def test_a_rank_on_the_trainers_own_gpu_is_refused() -> None:
+    with pytest.raises(CarrierError, match="is on the trainer's GPU aa") as e:
+        nccl.refuse_unlike(OURS, OURS, "rank 0 of server 0")
+    assert e.value.hint == 'via="ipc"'
 
 
 @pytest.mark.parametrize(("ours", "theirs", "hint"), [("", "0", "=0 "), ("0", "1", "=1 ")])
@@ -43,7 +50,7 @@ def test_ranks_that_would_share_memory_otherwise_are_refused(
 ) -> None:
     trainer = {**OURS, nccl.CUMEM: ours}
     with pytest.raises(CarrierError, match=f"has {nccl.CUMEM}='{theirs}'") as e:
-        nccl.refuse_unlike(trainer, {**OURS, nccl.CUMEM: theirs}, "rank 0 of server 0")
+        nccl.refuse_unlike(trainer, {**THEIRS, nccl.CUMEM: theirs}, "rank 0 of server 0")
     assert f"{nccl.CUMEM}{hint}" in str(e.value.hint)
 
 
@@ -59,7 +66,7 @@ def test_a_process_without_nccl_says_so() -> None:
         ctypes.CDLL(nccl.LIBRARY)
     except OSError:
         with pytest.raises(CarrierError, match="no NCCL in this process"):
-            nccl.about()
+            nccl.about(torch.device("cuda:0"))
     else:
         pytest.skip("this process has NCCL")
 
