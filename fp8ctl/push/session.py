@@ -75,11 +75,10 @@ class Session:
         try:
             return answers(futures)
         except Fp8ctlError as e:
-            concurrent.futures.wait(futures)  # so that the message is true
             done = [
                 server.url
                 for server, future in zip(self._fleet.servers, futures, strict=True)
-                if future.exception() is None
+                if future.exception() is None  # it waits, so that the message is true
             ]
             if done:
                 e.data["applied"] = done

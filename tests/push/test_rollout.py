@@ -226,6 +226,23 @@ def test_little_differences_share_a_bucket() -> None:
         assert holds(server, quantised(changed))
 
 
+def test_what_does_not_fit_beside_a_difference_has_a_bucket_of_its_own() -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with serving(PLAN) as server, Rollout(server.url, PLAN, delta=True, bucket_bytes=9000) as r:
+        r.update(WEIGHTS.items(), 1)
+        changed = {**WEIGHTS, name: CHANGED[name]}
+        assert r.update(changed.items(), 2).sent == 2
+        assert holds(server, quantised(changed))
+
+
+def test_tables_that_a_checkpoint_has_need_not_come() -> None:
+    weights = {**WEIGHTS, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(7)}
+    plan = planned(weights)
+    with serving(plan) as server, Rollout(server.url, plan) as rollout:
+        assert rollout.update(WEIGHTS.items(), 1).sent == 19
+        assert rollout.update(weights.items(), 2).sent == 19
+
+
 def test_a_part_leaves_the_rest_as_it_is() -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     with serving(PLAN) as server, Rollout(server.url, PLAN) as rollout:

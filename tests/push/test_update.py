@@ -262,6 +262,11 @@ def test_each_refusal_is_an_error_of_the_tree_with_server_and_hint(
 ) -> None:
     with serving(PLAN) as good, serving(PLAN) as bad:
         bad.faults[path] = refusing(id_)
+
+        async def slowly(_: Any) -> None:
+            await asyncio.sleep(0.05)
+
+        good.faults[wire.END] = slowly  # who serves the new weights is told all the same
         with Rollout([good.url, bad.url], PLAN, bucket_bytes=9000) as rollout:
             with pytest.raises(kind) as e:
                 rollout.update(WEIGHTS.items(), 1)
@@ -279,6 +284,7 @@ def test_each_refusal_is_an_error_of_the_tree_with_server_and_hint(
                 assert good.state != "ready" or not good.table.buckets
             if path in (wire.BUCKET, wire.END):
                 assert good.asked[-1] == bad.asked[-1] == wire.ABORT
+            good.faults.clear()
             assert serves_again(bad, rollout)
             assert holds(good, wanted())
 
