@@ -358,10 +358,12 @@ def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "attention_bias": False,
+        "tie_word_embeddings": False,  # SGLang's class does not tie them
     }
     vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, 256),
+        "lm_head.weight": (vocabulary, 256),
         "model.norm.weight": (256,),
     }
     for layer in range(2):

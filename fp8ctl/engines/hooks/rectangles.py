@@ -122,12 +122,13 @@ def _pairs(tensor: torch.Tensor, held: Iterable[Shard]) -> list[Pair]:
         if to.dtype != tensor.dtype or to.dim() != tensor.dim():
             return []
         part = tensor
-        for side, start in zip(range(to.dim()), (shard.row, shard.column), strict=False):
-            if start + to.shape[side] > tensor.shape[side]:
+        if tensor.shape != to.shape:  # most often they are the same
+            for side, start in zip(range(to.dim()), (shard.row, shard.column), strict=False):
+                if start + to.shape[side] > tensor.shape[side]:
+                    return []
+                part = part.narrow(side, start, to.shape[side])
+            if part.shape != to.shape:
                 return []
-            part = part.narrow(side, start, to.shape[side])
-        if part.shape != to.shape:
-            return []
         pairs.append((_as_bytes(to), _as_bytes(part)))
     return pairs
 
