@@ -664,6 +664,14 @@ def forward(tree: Path, mode: str, experts: str) -> dict[str, Any]:
     return {"out": net(_inputs()).float().flatten().tolist()}
 
 
+def padded(tree: Path, mode: str) -> dict[str, Any]:
+    """Say whether rows that nothing wrote reach the answers of those before them."""
+    fp8 = install(tree)
+    net, x = _fresh(fp8, mode, False, checkpoint(1, mode)), _inputs()
+    beside = net(torch.cat([x, x.new_full((3, x.shape[1]), torch.inf)]))[: len(x)]
+    return {"equal": torch.equal(net(x), beside)}
+
+
 def fuse(tensors: Checkpoint) -> Checkpoint:
     """Return a per-tensor checkpoint whose qkv and gate_up are fused on disk, as Phi-3's are."""
     out = dict(tensors)
@@ -951,6 +959,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "refit": refit,
     "spread": spread,
     "second-load": second_load,
+    "padded": padded,
     "forward": forward,
     "fused": fused,
     "guard": guard,
