@@ -230,6 +230,7 @@ def test_a_server_that_does_not_answer_well_afterwards_fails_the_command(
         assert data["checks"][server.url]["live"]["result"] == "failed"
 
 
+@pytest.mark.usefixtures("interrupts_count")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )

@@ -472,6 +472,7 @@ def test_a_bucket_is_filled_while_the_one_before_is_loaded(server: Server) -> No
     assert came == sorted(came)
 
 
+@pytest.mark.usefixtures("interrupts_count")
 @pytest.mark.parametrize("where", ["server", "source"])
 def test_ctrl_c_is_raised_and_the_update_is_aborted(where: str, server: Server) -> None:
     def interrupt() -> None:
