@@ -276,6 +276,12 @@ def test_what_releases_no_weights_leaves_the_gate_open(body: bytes) -> None:
     assert server.gate.state == "ready"
 
 
+def test_weights_that_are_released_close_the_gate_whatever_the_ranks_answer() -> None:
+    server = Server(COMPLETE, await_push=False, error=RuntimeError("rank 1 did not answer"))
+    assert server.ask(RELEASE)[0] == 200
+    assert server.gate.state == "unpushed"
+
+
 def test_a_release_that_is_refused_or_gives_nothing_up_leaves_the_gate_open() -> None:
     refused = Server(COMPLETE, await_push=False, status=400)
     refused.ask(RELEASE)
