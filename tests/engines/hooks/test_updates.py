@@ -946,6 +946,38 @@ def test_a_version_is_forgotten_when_something_else_writes_weights() -> None:
     run(test())
 
 
+def test_after_weights_were_given_up_the_ranks_are_told_again_what_they_may_copy() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.push("B")
+        async with server.updates.alone("/release_memory_occupation"):
+            server.gate.lose("released")
+        assert server.gate.describe()["version"] is None
+        assert (await server.push("C"))[0] == 200
+        assert server.workers.calls.count("trust") == 2
+
+    run(test())
+
+
+def test_after_a_folder_that_was_rejected_the_ranks_are_told_again_what_they_may_copy() -> None:
+    """They trust nothing after a reload of the engine's own, however it ended."""
+
+    async def rejected(path: str) -> Reloaded:
+        return Reloaded(False, "no such folder", changed=False)
+
+    async def test() -> None:
+        server = Server()
+        await server.push("B")
+        server.workers.load_from_disk, load = rejected, server.workers.load_from_disk  # type: ignore[method-assign]
+        assert error(await _from_disk(server, "/C", "C")) == (500, "FP8-LOAD", "ready")
+        server.workers.load_from_disk = load  # type: ignore[method-assign]
+        await server.connect()
+        assert (await server.push("D"))[0] == 200
+        assert server.workers.calls.count("trust") == 2
+
+    run(test())
+
+
 # --- without a plan, and by disk ------------------------------------------------------------------
 
 
