@@ -1023,6 +1023,36 @@ def test_without_a_plan_what_the_ranks_hold_says_what_leads_out_of_a_failure() -
     run(test())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_need_not_be_sent_to_lead_out_of_a_failure(tied: bool) -> None:
+    """VLLM's LlamaForCausalLM has a name for it, and its loader skips what comes under it."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+
+        def embed(version: str) -> None:
+            for held in server.workers.held:
+                held["lm_head.weight"] = digest(version, NAMES[0])
+
+        embed("A")
+        await server.begin("C")
+        await server.bucket(0, NAMES[:1], "C")
+        await server.abort("C")
+        await server.begin("B")
+        for i, name in enumerate(_sixteen()):
+            assert (await server.bucket(i, [name], "B", dtype="bfloat16"))[0] == 200
+        if tied:
+            embed("B")
+        status, answer = await server.end(len(_sixteen()), "B")
+        if tied:
+            assert (status, answer["state"]) == (200, "ready")
+        else:
+            assert (status, answer["error"]["data"]["names"]) == (422, ["lm_head.weight"])
+
+    run(test())
+
+
 async def _from_disk(server: Server, path: str, version: str = "B") -> tuple[int, Any]:
     await server.connect("disk")
     await server.begin(version)
