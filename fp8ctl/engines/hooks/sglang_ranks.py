@@ -60,8 +60,8 @@ class Workers:
         """Return one answer per rank, in the order of ranks.
 
         Args:
-            what: as in `workers.Workers`, and for this engine "trust", "hold", "resume",
-                "flush" and "reload".
+            what: as in `workers.Workers`, and for this engine "hold", "resume", "flush"
+                and "reload".
             details: of the question, in JSON types.
 
         Raises:

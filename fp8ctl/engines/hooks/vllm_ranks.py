@@ -71,6 +71,12 @@ class Workers:
             )
         return engine
 
+    @property
+    def can_release(self) -> bool:
+        """Whether vLLM can give the memory of its weights up: without sleep mode it does not."""
+        config = getattr(self.engine, "model_config", None)
+        return bool(getattr(config, "enable_sleep_mode", True))
+
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
         """Return one answer per rank, in the order of ranks.
 
