@@ -92,7 +92,11 @@ class Workers:
         try:
             async with self._one_at_a_time:
                 self.listen()
-                [result] = await self._manager.update_weights_from_tensor_communicator(request)
+                results = await self._manager.update_weights_from_tensor_communicator(request)
+            if len(results) > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                raise RuntimeError(why)
+            [result] = results
             if not result.success:
                 raise RuntimeError(result.message)
             answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]

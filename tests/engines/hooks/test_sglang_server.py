@@ -349,6 +349,7 @@ class Engine:
         self.silent: set[int] = set()
         self.waiting = False
         self.refusal = ""
+        self.replicas = 1
         self.requests: list[Any] = []
 
     def auto_create_handle_loop(self) -> None:
@@ -362,7 +363,7 @@ class Engine:
         self.waiting = False
         self.requests.append(request)
         if self.refusal:
-            return [SimpleNamespace(success=False, message=self.refusal)]
+            return [SimpleNamespace(success=False, message=self.refusal)] * self.replicas
         assert request.load_format == sglang_worker.LOADER
         assert not request.flush_cache
         for rank in reversed(range(len(self.models))):
@@ -487,6 +488,12 @@ def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
         asyncio.run(workers(engine).ask("nonsense"))
     assert list((run_dir / "reports").iterdir()) == []
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_server_of_several_replicas_is_told_that_it_is_one(run_dir: Path, engine: Engine) -> None:
+    engine.refusal, engine.replicas = "whatever", 2
+    with pytest.raises(RuntimeError, match="data parallelism: one server would have several sets"):
+        asyncio.run(workers(engine).ask("refittable"))
 
 
 def test_a_refusal_of_the_engine_is_an_error(run_dir: Path, engine: Engine) -> None:
