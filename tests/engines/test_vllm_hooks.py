@@ -451,6 +451,30 @@ def test_aborting_tells_every_client_that_the_core_knew(monkeypatch: pytest.Monk
     asyncio.run(test())
 
 
+def test_aborting_does_not_wait_for_outputs_of_an_engine_that_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody reads them any more."""
+    _fake_vllm(monkeypatch)
+
+    async def test() -> None:
+        engine = Engine()
+
+        async def hold() -> dict[str, Any]:
+            engine.outputs_queue.put_nowait("the last")
+            engine.errored = True
+            return {"held": True, "begun": 1}
+
+        engine.core["fp8ctl_hold"] = hold
+        workers = of(engine)
+        with contextlib.suppress(RuntimeError):
+            await workers.hold("abort", 0.0)
+        await asyncio.sleep(0.1)
+        assert not workers._calls
+
+    asyncio.run(test())
+
+
 def test_aborting_goes_on_to_tell_the_clients_where_its_caller_is_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

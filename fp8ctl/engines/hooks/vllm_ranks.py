@@ -155,7 +155,7 @@ class Workers:
         known = list(engine.output_processor.request_states)
         await self._core("fp8ctl_hold", "abort")
         # What the core gave before it came to rest is on its way to the clients.
-        while not engine.engine_core.outputs_queue.empty():
+        while not engine.engine_core.outputs_queue.empty() and not engine.errored:
             await asyncio.sleep(0)
         await asyncio.sleep(_LOOK)
         _tell(engine.output_processor, known)
