@@ -145,7 +145,7 @@ def _entry(found: Any) -> Entry:
             digest=_is(str, found.get("digest", "")),
             facts=dict(found.get("facts") or {}),
         )
-    except (KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise WireError(f"not an entry of a bucket: {type(e).__name__} {e}") from None
     if entry.dtype not in DTYPES:
         known = ", ".join(DTYPES)

@@ -48,6 +48,7 @@ def test_what_is_placed_is_aligned_and_does_not_overlap() -> None:
         ({"shape": 3}, "not an entry"),
         ({"name": 7}, "7 is no str"),
         ({"digest": None}, "None is no str"),
+        ({"facts": ["amax"]}, "not an entry"),
     ],
 )
 def test_an_entry_that_is_none_is_refused(change: dict[str, Any], told: str) -> None:

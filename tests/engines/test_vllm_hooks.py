@@ -75,6 +75,7 @@ class Engine:
         self.busy = 0
         self.core: dict[str, Any] = {}
         self.at_rest = False
+        self.model_config = SimpleNamespace(enable_sleep_mode=True)
 
     def has_unfinished_requests(self) -> bool:
         self.busy -= 1
@@ -142,11 +143,12 @@ class Server:
         self._app = self.gate.wrap(control)
 
     async def soon(
-        self, method: str, path: str, body: object = None, key: str = ""
+        self, method: str, path: str, body: object = None, key: str = "", query: str = ""
     ) -> tuple[int, Any]:
         sent: list[Any] = []
         headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
-        scope = {"type": "http", "method": method, "path": path, "headers": headers}
+        scope: dict[str, Any] = {"type": "http", "method": method, "path": path}
+        scope |= {"headers": headers, "query_string": query.encode()}
 
         async def receive() -> dict[str, Any]:
             return {"type": "http.request", "body": json.dumps(body).encode()}
@@ -286,6 +288,30 @@ def test_while_a_push_is_open_nothing_else_touches_the_weights(path: str) -> Non
     asyncio.run(test())
 
 
+@pytest.mark.parametrize(
+    ("query", "sleeps", "state"),
+    [
+        ("", True, "ready"),  # level 1 keeps a copy
+        ("level=1", True, "ready"),
+        ("level=2", True, "unpushed"),
+        ("level=2", False, "ready"),  # without sleep mode nothing is given up
+    ],
+)
+def test_a_sleep_that_drops_the_weights_closes_the_gate(
+    query: str, sleeps: bool, state: str
+) -> None:
+    server = Server(await_push=False)
+    server.engine.model_config = SimpleNamespace(enable_sleep_mode=sleeps)
+
+    async def test() -> None:
+        assert (await server.soon("POST", "/sleep", query=query))[0] == 200
+        assert (await server.soon("POST", "/wake_up", query="level=2"))[0] == 200
+
+    asyncio.run(test())
+    assert server.state == state, "waking up brings none back"
+    assert (("forget", {}) in server.engine.calls) == (state == "unpushed")
+
+
 # --- routes ---------------------------------------------------------------------------------------
 
 
@@ -421,6 +447,30 @@ def test_aborting_tells_every_client_that_the_core_knew(monkeypatch: pytest.Monk
         assert states["ended"].told == late.told == []
         assert engine.request_states == {"late": late}
         assert engine.parent_requests == {}
+
+    asyncio.run(test())
+
+
+def test_aborting_does_not_wait_for_outputs_of_an_engine_that_died(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody reads them any more."""
+    _fake_vllm(monkeypatch)
+
+    async def test() -> None:
+        engine = Engine()
+
+        async def hold() -> dict[str, Any]:
+            engine.outputs_queue.put_nowait("the last")
+            engine.errored = True
+            return {"held": True, "begun": 1}
+
+        engine.core["fp8ctl_hold"] = hold
+        workers = of(engine)
+        with contextlib.suppress(RuntimeError):
+            await workers.hold("abort", 0.0)
+        await asyncio.sleep(0.1)
+        assert not workers._calls
 
     asyncio.run(test())
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.workers import Workers
     from fp8ctl.held import Held
 
+_HEAD = "lm_head.weight"
+
 
 class Evidence:
     """Asks the ranks, and compares with the plan and with what was sent."""
@@ -85,8 +87,15 @@ class Evidence:
         if push.settled == "ready":
             return []
         # The engine quantises itself, and weights are mixed: what it holds says what it needs.
-        ranks = await self._workers.ask("digests")
-        return [n for n in gather(ranks) if "_scale" not in n and n not in there]
+        held = gather(await self._workers.ask("digests"))
+        missing = [n for n in held if "_scale" not in n and n not in there]
+        # vLLM names a tied head beside the embedding that it is, and nobody sends it.
+        sent = {(held[n].dtype, held[n].digest) for n in there if n in held}
+        return [
+            n
+            for n in missing
+            if not (n.endswith(_HEAD) and (held[n].dtype, held[n].digest) in sent)
+        ]
 
     async def equal(self, push: OpenPush) -> list[str] | None:
         """Return the names of what is held as it was sent; None where that cannot be seen.

@@ -115,6 +115,7 @@ class Gate:
         self._updates = 0
         self._updates_done = 0
         self._in_flight = 0
+        self._losses = 0
         self._settled: State = "unpushed" if await_push else "ready"
         self._message = "no complete set of weights has been pushed yet" if await_push else ""
 
@@ -159,6 +160,7 @@ class Gate:
                 self._settled = "failed"
             else:
                 self._settled = "unpushed" if outcome.missing else "ready"
+            self._losses += self._settled != "ready"
 
     def answer(self) -> tuple[int, dict[str, object]]:
         """Return status and body of `GET /fp8ctl/state`: 503 until the engine has started."""
@@ -187,6 +189,7 @@ class Gate:
         """Close the gate because the weights are gone: they were released, for instance."""
         with self._lock:
             self._settled, self._message = "unpushed", message
+            self._losses += 1
 
     def wrap(self, app: App) -> App:
         """Return `app` behind this gate."""
@@ -212,14 +215,16 @@ class Gate:
         """Return `send`, but refuse where the weights were lost since the request came in.
 
         An answer that is on its way then ends where it is: the rest would be of another set.
+        So it is where they are whole again by now: it may have been computed in between.
         """
         started = over = False
+        losses = self._losses
 
         async def checked(message: MutableMapping[str, Any]) -> None:
             nonlocal started, over
             if over:
                 return
-            over = self.settled != "ready"
+            over = self._losses != losses
             if not over:
                 started = True
                 await send(message)

@@ -155,7 +155,9 @@ def _telling(held: Mapping[str, Sequence[Shard]]) -> set[str]:
         return set()
     sums = digests((shard.tensor, shard.row, shard.column) for _, shard in flat)
     bits = [shard.tensor.view(_BITS[shard.tensor.element_size()]) for _, shard in flat]
-    varied = torch.stack([(b != b[(0,) * b.dim()]).any() for b in bits]).tolist()
+    # Without a copy of any: the largest table would not fit beside a serving engine.
+    ends = [torch.aminmax(b) for b in bits]
+    varied = torch.stack([low != high for low, high in ends]).tolist()
     kinds = [
         (tuple(shard.tensor.shape), shard.tensor.dtype, total)
         for (_, shard), total in zip(flat, sums, strict=True)

@@ -95,7 +95,7 @@ class PushRoutes:
 
     async def _log(self, query: str) -> tuple[int, Body]:
         after = parse_qs(query).get("after", ["0"])[0]
-        if not (after.isascii() and after.isdigit()):
+        if not (after.isascii() and after.isdigit() and len(after) < 20):
             told = f"after={after!r:.40}; expected a number of lines"
             return 400, RefusedError(400, "FP8-WIRE", told).body(self._updates.state)
         lines, following = await asyncio.to_thread(self._updates.log.read, int(after))

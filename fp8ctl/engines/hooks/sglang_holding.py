@@ -14,7 +14,9 @@ idle scheduler's count of its memory is right.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,6 +66,24 @@ def this() -> Holding:
     if _holding is None:
         raise RuntimeError("this process has no scheduler")
     return _holding
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Surround what may keep the scheduler for minutes, such as a trainer that joins late.
+
+    SGLang's watchdog ends the server where a batch takes longer than 300 s.
+    """
+    if _holding is None:
+        yield
+        return
+    scheduler = _holding.scheduler
+    batch, scheduler.cur_batch = scheduler.cur_batch, None
+    try:
+        yield
+    finally:
+        scheduler.watchdog_last_time = time.perf_counter()
+        scheduler.cur_batch = batch
 
 
 def _is_held(scheduler: Any) -> bool:

@@ -60,8 +60,8 @@ class Workers:
         """Return one answer per rank, in the order of ranks.
 
         Args:
-            what: as in `workers.Workers`, and for this engine "trust", "hold", "resume",
-                "flush" and "reload".
+            what: as in `workers.Workers`, and for this engine "hold", "resume", "flush"
+                and "reload".
             details: of the question, in JSON types.
 
         Raises:
@@ -92,7 +92,11 @@ class Workers:
         try:
             async with self._one_at_a_time:
                 self.listen()
-                [result] = await self._manager.update_weights_from_tensor_communicator(request)
+                results = await self._manager.update_weights_from_tensor_communicator(request)
+            if len(results) > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                raise RuntimeError(why)
+            [result] = results
             if not result.success:
                 raise RuntimeError(result.message)
             answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]

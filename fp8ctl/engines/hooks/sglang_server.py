@@ -34,6 +34,7 @@ from fp8ctl.engines.hooks.gate import (
     below_root,
 )
 from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.resting import quietly
 from fp8ctl.engines.hooks.routes import PushRoutes
 from fp8ctl.engines.hooks.secret import Secret
 from fp8ctl.engines.hooks.sglang_ranks import Workers
@@ -147,8 +148,8 @@ class UpdateWatch:
             nonlocal status
             status = message.get("status", status)
             if message["type"] == "http.response.start" and status == 200 and releases(body):
-                await self._workers.ask("forget")
                 self._gate.lose("the memory of the weights was released: push them again")
+                await quietly(self._workers.ask("forget"))
             await send(message)
 
         if self._workers.can_release:

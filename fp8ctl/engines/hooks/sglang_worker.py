@@ -168,7 +168,8 @@ def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str,
         return sglang_holding.this().flush()
     if what == "reload":
         return _reload(receiver, details["path"])
-    return receiver.answer(what, details)
+    with sglang_holding.unwatched():
+        return receiver.answer(what, details)
 
 
 def _reload(receiver: Receiver, path: str) -> dict[str, Any]:

@@ -154,7 +154,8 @@ class Updates:
                 yield
             finally:
                 self._alone = ""
-                if self._gate.updates != before:
+                # Written, or given up: then the ranks have forgotten, too.
+                if self._gate.updates != before or self._gate.settled != "ready":
                     self._trusted.clear()
                     self._gate.about["version"] = None  # nobody said which these are
 
@@ -286,6 +287,8 @@ class Updates:
             async with self._or_ends(push):
                 entries = intake.read(found, disk=self._connection.disk)
                 self._expected.check(entries, push.entries)
+                if self._connection.disk:
+                    self._trusted.clear()  # the engine's own reload: the ranks lose it, too
                 loaded = await intake.load(self._workers, push, found, disk=self._connection.disk)
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
@@ -414,7 +417,6 @@ class Updates:
     async def _trust(self, names: Collection[str]) -> None:
         """Tell the ranks which tensors lie where they should: it makes the next update faster."""
         if self._connection.disk:
-            self._trusted.clear()  # the engine's own reload: the ranks have lost it, too
             return
         more = [name for name in names if name not in self._trusted]
         if more and not await quietly(self._workers.ask("trust", names=more)):

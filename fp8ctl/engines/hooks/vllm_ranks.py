@@ -71,6 +71,12 @@ class Workers:
             )
         return engine
 
+    @property
+    def can_release(self) -> bool:
+        """Whether vLLM can give the memory of its weights up: without sleep mode it does not."""
+        config = getattr(self.engine, "model_config", None)
+        return bool(getattr(config, "enable_sleep_mode", True))
+
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
         """Return one answer per rank, in the order of ranks.
 
@@ -149,7 +155,7 @@ class Workers:
         known = list(engine.output_processor.request_states)
         await self._core("fp8ctl_hold", "abort")
         # What the core gave before it came to rest is on its way to the clients.
-        while not engine.engine_core.outputs_queue.empty():
+        while not engine.engine_core.outputs_queue.empty() and not engine.errored:
             await asyncio.sleep(0)
         await asyncio.sleep(_LOOK)
         _tell(engine.output_processor, known)

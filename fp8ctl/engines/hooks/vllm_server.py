@@ -22,6 +22,7 @@ import json
 import os
 import sys
 from typing import Any
+from urllib.parse import parse_qs
 
 from fp8ctl.engines.hooks import loaded, manifest, ranklog, vllm_worker
 from fp8ctl.engines.hooks.gate import (
@@ -35,6 +36,7 @@ from fp8ctl.engines.hooks.gate import (
     below_root,
 )
 from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.resting import quietly
 from fp8ctl.engines.hooks.routes import PushRoutes, read_body
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.vllm_ranks import Workers
@@ -132,11 +134,23 @@ class Control:
         return 200, {"success": True, "message": outcome.message, "missing": outcome.missing}
 
     async def _sleep(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        async def look(message: Any) -> None:
+            if message.get("status") == 200 and drops(path, scope) and self._workers.can_release:
+                self._gate.lose("the weights were dropped for a sleep: push them again")
+                await quietly(self._workers.ask("forget"))
+            await send(message)
+
         try:
             async with self._updates.alone(path):
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, look)
         except RefusedError as e:
             await answer_json(send, e.status, e.body(self._gate.state))
+
+
+def drops(path: str, scope: Scope) -> bool:
+    """Say whether a request gives the weights up: every sleep does that does not keep a copy."""
+    asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("level", ["1"])
+    return path == "/sleep" and asked[-1].strip() != "1"
 
 
 def main(argv: list[str]) -> None:

@@ -149,7 +149,7 @@ def test_without_a_run_folder_there_is_no_log() -> None:
     assert read(server) == (200, {"lines": [], "next": 0})
 
 
-@pytest.mark.parametrize("query", ["after=-1", "after=x", "after=%C2%B2"])
+@pytest.mark.parametrize("query", ["after=-1", "after=x", "after=%C2%B2", f"after={10**30}"])
 def test_a_place_that_is_no_number_is_refused(query: str) -> None:
     status, answer = read(Server(), query)
     assert (status, answer["error"]["id"]) == (400, "FP8-WIRE")

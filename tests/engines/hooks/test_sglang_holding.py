@@ -6,6 +6,7 @@ be held at all.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -203,6 +204,22 @@ def test_an_update_of_the_engine_may_flush_while_requests_are_paused(scheduler: 
     assert scheduler.waiting_queue
     assert scheduler.flush_cache()
     assert (scheduler.flushed, scheduler.emptied) == (1, (2, 2, 2))
+
+
+def test_sglangs_watchdog_does_not_see_a_batch_while_a_question_takes_long(scheduler: Any) -> None:
+    """It reads these two, in a thread of its own, and ends the server."""
+    batch = scheduler.cur_batch
+    scheduler.watchdog_last_time = before = time.perf_counter()
+
+    def late() -> None:
+        with sglang_holding.unwatched():
+            assert scheduler.cur_batch is None
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        late()
+    assert scheduler.cur_batch is batch
+    assert scheduler.watchdog_last_time > before, "the batch's time begins anew"
 
 
 def test_without_a_scheduler_a_process_cannot_rest(monkeypatch: pytest.MonkeyPatch) -> None:

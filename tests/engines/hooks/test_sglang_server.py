@@ -276,6 +276,12 @@ def test_what_releases_no_weights_leaves_the_gate_open(body: bytes) -> None:
     assert server.gate.state == "ready"
 
 
+def test_weights_that_are_released_close_the_gate_whatever_the_ranks_answer() -> None:
+    server = Server(COMPLETE, await_push=False, error=RuntimeError("rank 1 did not answer"))
+    assert server.ask(RELEASE)[0] == 200
+    assert server.gate.state == "unpushed"
+
+
 def test_a_release_that_is_refused_or_gives_nothing_up_leaves_the_gate_open() -> None:
     refused = Server(COMPLETE, await_push=False, status=400)
     refused.ask(RELEASE)
@@ -343,6 +349,7 @@ class Engine:
         self.silent: set[int] = set()
         self.waiting = False
         self.refusal = ""
+        self.replicas = 1
         self.requests: list[Any] = []
 
     def auto_create_handle_loop(self) -> None:
@@ -356,7 +363,7 @@ class Engine:
         self.waiting = False
         self.requests.append(request)
         if self.refusal:
-            return [SimpleNamespace(success=False, message=self.refusal)]
+            return [SimpleNamespace(success=False, message=self.refusal)] * self.replicas
         assert request.load_format == sglang_worker.LOADER
         assert not request.flush_cache
         for rank in reversed(range(len(self.models))):
@@ -481,6 +488,12 @@ def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
         asyncio.run(workers(engine).ask("nonsense"))
     assert list((run_dir / "reports").iterdir()) == []
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_server_of_several_replicas_is_told_that_it_is_one(run_dir: Path, engine: Engine) -> None:
+    engine.refusal, engine.replicas = "whatever", 2
+    with pytest.raises(RuntimeError, match="data parallelism: one server would have several sets"):
+        asyncio.run(workers(engine).ask("refittable"))
 
 
 def test_a_refusal_of_the_engine_is_an_error(run_dir: Path, engine: Engine) -> None:

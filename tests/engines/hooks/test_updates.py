@@ -946,6 +946,38 @@ def test_a_version_is_forgotten_when_something_else_writes_weights() -> None:
     run(test())
 
 
+def test_after_weights_were_given_up_the_ranks_are_told_again_what_they_may_copy() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.push("B")
+        async with server.updates.alone("/release_memory_occupation"):
+            server.gate.lose("released")
+        assert server.gate.describe()["version"] is None
+        assert (await server.push("C"))[0] == 200
+        assert server.workers.calls.count("trust") == 2
+
+    run(test())
+
+
+def test_after_a_folder_that_was_rejected_the_ranks_are_told_again_what_they_may_copy() -> None:
+    """They trust nothing after a reload of the engine's own, however it ended."""
+
+    async def rejected(path: str) -> Reloaded:
+        return Reloaded(False, "no such folder", changed=False)
+
+    async def test() -> None:
+        server = Server()
+        await server.push("B")
+        server.workers.load_from_disk, load = rejected, server.workers.load_from_disk  # type: ignore[method-assign]
+        assert error(await _from_disk(server, "/C", "C")) == (500, "FP8-LOAD", "ready")
+        server.workers.load_from_disk = load  # type: ignore[method-assign]
+        await server.connect()
+        assert (await server.push("D"))[0] == 200
+        assert server.workers.calls.count("trust") == 2
+
+    run(test())
+
+
 # --- without a plan, and by disk ------------------------------------------------------------------
 
 
@@ -987,6 +1019,36 @@ def test_without_a_plan_what_the_ranks_hold_says_what_leads_out_of_a_failure() -
         assert (status, answer["error"]["data"]["names"]) == (422, ["norm.weight"])
         status, ended = await _push_16_bits(server, _sixteen(), "A")
         assert (status, ended["state"]) == (200, "ready")
+
+    run(test())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_need_not_be_sent_to_lead_out_of_a_failure(tied: bool) -> None:
+    """VLLM's LlamaForCausalLM has a name for it, and its loader skips what comes under it."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+
+        def embed(version: str) -> None:
+            for held in server.workers.held:
+                held["lm_head.weight"] = digest(version, NAMES[0])
+
+        embed("A")
+        await server.begin("C")
+        await server.bucket(0, NAMES[:1], "C")
+        await server.abort("C")
+        await server.begin("B")
+        for i, name in enumerate(_sixteen()):
+            assert (await server.bucket(i, [name], "B", dtype="bfloat16"))[0] == 200
+        if tied:
+            embed("B")
+        status, answer = await server.end(len(_sixteen()), "B")
+        if tied:
+            assert (status, answer["state"]) == (200, "ready")
+        else:
+            assert (status, answer["error"]["data"]["names"]) == (422, ["lm_head.weight"])
 
     run(test())
 
