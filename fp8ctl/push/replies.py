@@ -39,8 +39,8 @@ _HINTS: Mapping[str, str] = {
     "FP8-CARRIER": 'Rollout(urls, plan, via="disk")',
     "FP8-BUSY": "fp8ctl push-log {url}",
     "FP8-DRAIN": 'Rollout(urls, plan, in_flight="abort")',
-    "FP8-MANIFEST": "make both from one plan: fp8ctl launch MODEL --await-push",
-    "FP8-TENSOR": "plan the model that is trained: fp8ctl plan MODEL --out plan.json",
+    "FP8-MANIFEST": "start it by the trainer's plan: fp8ctl launch --backend {backend} --plan F",
+    "FP8-TENSOR": "plan what is trained: fp8ctl plan --model M --backend {backend} --out plan.json",
     "FP8-INCOMPLETE": "send all tensors of the checkpoint, or update(..., complete=False)",
     "FP8-UNEQUAL": "update again; and look at the server: fp8ctl check --level weights {url}",
 }
