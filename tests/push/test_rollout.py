@@ -290,6 +290,18 @@ def test_what_cannot_be_meant_is_refused_at_once(arguments: Any, message: str) -
     assert "a\nb" not in str(e.value)
 
 
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["online", "plan"])
+def test_a_state_dict_instead_of_its_items_is_a_type_error(plan: Any) -> None:
+    with (
+        serving(plan) as server,
+        Rollout(server.url, plan) as rollout,
+        pytest.raises(TypeError, match=r"str where \(name, tensor\) was expected"),
+    ):
+        rollout.update(dict(WEIGHTS), 1)  # type: ignore[arg-type]
+    assert server.state == "ready"
+    assert not server.table.buckets
+
+
 def test_one_update_at_a_time() -> None:
     with serving(PLAN) as server, Rollout(server.url, PLAN) as rollout:
 
