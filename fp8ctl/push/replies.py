@@ -46,6 +46,10 @@ _HINTS: Mapping[str, str] = {
 }
 
 
+#: What the server would have its client do, and this client does by itself.
+_OURS: Mapping[str, str] = {"FP8-CONNECTION": "update again: that connects anew"}
+
+
 def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> Fp8ctlError:
     """Return the error that an answer is.
 
@@ -71,7 +75,8 @@ def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> F
         )
     reply = str(told.get("id") or "")
     message = str(told.get("message") or f"it answers {status}")
-    hint = str(told.get("hint") or "") or _HINTS.get(reply, "").format(url=url, backend=backend)
+    hint = _OURS.get(reply) or str(told.get("hint") or "")
+    hint = hint or _HINTS.get(reply, "").format(url=url, backend=backend)
     more = told.get("data")
     data: dict[str, object] = dict(more) if isinstance(more, dict) else {}
     state = body.get("state") if isinstance(body, dict) else None

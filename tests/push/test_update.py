@@ -544,3 +544,16 @@ def test_a_bucket_that_is_refused_while_the_last_one_waits_says_why(
             update(rollout, Source(CHANGED.items()), how, "new")
         server.faults.clear()
         assert serves_again(server, rollout)
+
+
+def test_a_group_whose_server_was_started_anew_is_made_again_by_the_next_update(
+    server: Server,
+) -> None:
+    with Rollout(server.url, PLAN, via="nccl") as rollout:
+        rollout.update(CHANGED.items(), 1)
+        server.restart()
+        with pytest.raises(ConflictError, match="no connection") as e:
+            rollout.update(CHANGED.items(), 2)
+        assert e.value.hint == "update again: that connects anew"
+        rollout.update(WEIGHTS.items(), 3)
+        assert holds(server, wanted())
