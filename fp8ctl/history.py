@@ -117,7 +117,8 @@ def held(updates: Sequence[Pushed], version: str) -> dict[str, Line]:
         known = list(dict.fromkeys(one.version for one in updates if one.applied))
         there = f"there is {', '.join(known[-8:])}" if known else "no update was applied yet"
         raise NotFoundError(
-            f"version {version!r} is not in the log; {there}", hint="fp8ctl push-log URL"
+            f"version {version!r} is not in the log; {there}",
+            hint="fp8ctl push-log URL|FILE lists them, without --diff",
         )
     state: dict[str, Line] = {}
     for one in updates[: ends[-1] + 1]:

@@ -97,7 +97,7 @@ def run(
         AbortedError: Ctrl-C or SIGTERM; the message says what state the servers are in.
         Fp8ctlError: what `push.Rollout` raises.
     """
-    _require_sense(urls, via, in_flight)
+    _require_sense(urls, via, in_flight, delta)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
     states = {url: _state(url) for url in addresses}
     plan = _plan_of(addresses)
@@ -141,7 +141,7 @@ def run(
     return data
 
 
-def _require_sense(urls: Sequence[str], via: str, in_flight: str) -> None:
+def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -> None:
     if not urls:
         raise UsageError("no server was named", hint="fp8ctl ps lists the servers of fp8ctl")
     if via not in VIA:
@@ -150,6 +150,11 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str) -> None:
         known = ", ".join(get_args(wire.InFlight))
         raise UsageError(
             f"--in-flight {in_flight!r}; expected one of {known}", hint="--in-flight finish"
+        )
+    if via == "disk" and delta:
+        raise UsageError(
+            "--delta with --via disk: an engine's own reload takes whole checkpoints",
+            hint="--via ipc or --via nccl",
         )
 
 

@@ -198,6 +198,8 @@ def test_nobody_there_and_options_that_cannot_be_meant(source: Path, report: Rep
         push(report, nowhere, model=source, via="post")
     with pytest.raises(UsageError, match="--in-flight 'drop'"):
         push(report, nowhere, model=source, in_flight="drop")
+    with pytest.raises(UsageError, match="--delta with --via disk"):
+        push(report, nowhere, model=source, via="disk", delta=True)
     with pytest.raises(UsageError, match="not an address"):
         push(report, "127.0.0.1", model=source)
 

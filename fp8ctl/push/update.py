@@ -139,8 +139,10 @@ class Work:
             await aside.do_at_last(lambda: self._give_up(error))
             raise
         finally:
-            cancelled = await aside.do_at_last(self._close)
-            aside.close()
+            try:
+                cancelled = await aside.do_at_last(self._close)
+            finally:
+                aside.close()
             if cancelled:
                 raise asyncio.CancelledError
 
