@@ -83,7 +83,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--answer", type=int, default=16, help="tokens that are generated")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("engine", nargs="*", help="arguments of the engine, behind --")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.url and not asked.plan:
+        parser.error("--url needs --plan: the plan that the server was started with")
+    return asked
 
 
 # --- the update: all that a trainer needs ---------------------------------------------------------

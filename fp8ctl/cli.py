@@ -518,22 +518,24 @@ def push(
         list[str], typer.Argument(metavar="URL", help="Addresses of servers of fp8ctl.")
     ],
     model: Model,
-    via: Annotated[str, typer.Option("--via", help="ipc, nccl or disk.")] = "ipc",
+    via: Annotated[
+        str, typer.Option("--via", help="How they travel: ipc (this host), nccl or disk.")
+    ] = "ipc",
     version: Annotated[
         str | None,
-        typer.Option("--version", help="What to call them; left out: the time."),
+        typer.Option("--version", help="Name of these weights in logs; default: the time."),
     ] = None,
     delta: Annotated[
         bool, typer.Option("--delta", help="Send only tensors that the servers do not hold.")
     ] = False,
     record: Annotated[
-        Path | None, typer.Option("--record", help="Add a line for every tensor to this file.")
+        Path | None, typer.Option("--record", help="Append a JSON line a tensor to this file.")
     ] = None,
     in_flight: Annotated[
         str, typer.Option("--in-flight", help="Running requests: finish, abort or pause.")
     ] = "finish",
     bucket_size: Annotated[
-        int, typer.Option("--bucket-size", min=1, help="MB that are sent together.")
+        int, typer.Option("--bucket-size", min=1, help="MB of a transfer buffer; two are held.")
     ] = 512,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
     dry_run: DryRun = False,

@@ -30,6 +30,7 @@ _TIMEOUT = 60.0
 _LIMIT = 256 << 20
 _COLUMNS = ("version", "outcome", "started", "sent", "skipped", "bytes", "seconds", "rate")
 _FACTS = ("amax", "saturated")
+_RECORDS = "fp8ctl push URL --model M --record FILE writes one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ def held(updates: Sequence[Pushed], version: str) -> dict[str, Line]:
         known = list(dict.fromkeys(one.version for one in updates if one.applied))
         there = f"there is {', '.join(known[-8:])}" if known else "no update was applied yet"
         raise NotFoundError(
-            f"version {version!r} is not in the log; {there}", hint="fp8ctl push-log URL"
+            f"version {version!r} is not in the log; {there}",
+            hint="fp8ctl push-log URL|FILE lists them, without --diff",
         )
     state: dict[str, Line] = {}
     for one in updates[: ends[-1] + 1]:
@@ -217,12 +219,12 @@ def _of_file(path: Path) -> Iterator[Line]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as e:
-        raise NotFoundError(f"cannot read {path}: {e.strerror}", hint="push --record FILE") from e
+        raise NotFoundError(f"cannot read {path}: {e.strerror}", hint=_RECORDS) from e
     found = [line for line in map(_line, lines) if line is not None]
     if lines and not found:
         raise UsageError(
             f"{path} has no line of a log of updates",
-            hint="fp8ctl push URL --model M --record FILE writes one",
+            hint=_RECORDS,
         )
     yield from found
 

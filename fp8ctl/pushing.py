@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
@@ -33,7 +34,7 @@ from fp8ctl.render import human_bytes, plural
 from fp8ctl.signals import interruptible
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from fp8ctl.models import Checkpoint
     from fp8ctl.render import Reporter
@@ -48,6 +49,24 @@ _ASK: Final = 60.0
 _LIMIT: Final = 256 << 20
 # Until a worker that was told to stop has told the servers.
 _PATIENCE: Final = 30.0
+
+
+def _megabytes(found: re.Match[str]) -> str:
+    return f"--bucket-size {-(-int(found[1]) // 1_000_000)}"
+
+
+# What `Rollout` calls what, and the command.
+_SPELLED: Final[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]] = (
+    (r", or Rollout\(urls, plan, api_key=KEY\)", ""),
+    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\), .*', "--via disk"),
+    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "export XDG_CACHE_HOME=PATH"),
+    (r"Rollout\(urls, plan, (.*?)\)", r"\1"),
+    (r'via="(\w+)"', r"--via \1"),
+    (r'in_flight="(\w+)"', r"--in-flight \1"),
+    (r"bucket_bytes=(\d+)", _megabytes),
+    (r"bucket_bytes", "--bucket-size"),
+    (r"record=PATH", "--record FILE"),
+)
 
 
 def run(
@@ -78,7 +97,7 @@ def run(
         AbortedError: Ctrl-C or SIGTERM; the message says what state the servers are in.
         Fp8ctlError: what `push.Rollout` raises.
     """
-    _require_sense(urls, via, in_flight)
+    _require_sense(urls, via, in_flight, delta)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
     states = {url: _state(url) for url in addresses}
     plan = _plan_of(addresses)
@@ -122,7 +141,7 @@ def run(
     return data
 
 
-def _require_sense(urls: Sequence[str], via: str, in_flight: str) -> None:
+def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -> None:
     if not urls:
         raise UsageError("no server was named", hint="fp8ctl ps lists the servers of fp8ctl")
     if via not in VIA:
@@ -132,6 +151,11 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str) -> None:
         raise UsageError(
             f"--in-flight {in_flight!r}; expected one of {known}", hint="--in-flight finish"
         )
+    if via == "disk" and delta:
+        raise UsageError(
+            "--delta with --via disk: an engine's own reload takes whole checkpoints",
+            hint="--via ipc or --via nccl",
+        )
 
 
 def _state(url: str) -> dict[str, Any]:
@@ -140,7 +164,10 @@ def _state(url: str) -> dict[str, Any]:
     Raises:
         Fp8ctlError: it is none that could take a push.
     """
-    with contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server:
+    with (
+        _hints_of_options(),
+        contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server,
+    ):
         return server.state()
 
 
@@ -244,7 +271,7 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
     """Have the worker push; on a signal see to it that the servers were told."""
     title = f"push {Path(arguments['model']).name}"
     try:
-        with interruptible():
+        with interruptible(), _hints_of_options():
             return run_worker(python, "push", arguments, report, title, patience=_PATIENCE)
     except (KeyboardInterrupt, AbortedError):
         raise _interrupted(arguments["urls"]) from None
@@ -257,6 +284,17 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
                 f"{', '.join(broken)}: part of an update may be in place, so it answers 503"
                 " until a push succeeds"
             )
+        raise
+
+
+@contextlib.contextmanager
+def _hints_of_options() -> Iterator[None]:
+    """Turn hints for who calls `Rollout` into such that can be typed behind `fp8ctl push`."""
+    try:
+        yield
+    except Fp8ctlError as e:
+        for found, spelled in _SPELLED:
+            e.hint = e.hint and re.sub(found, spelled, e.hint)
         raise
 
 

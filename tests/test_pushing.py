@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from fp8ctl import history, pushing, wire
 from fp8ctl.errors import (
+    BusyError,
     CheckFailedError,
     ConflictError,
     NotFoundError,
@@ -197,6 +198,8 @@ def test_nobody_there_and_options_that_cannot_be_meant(source: Path, report: Rep
         push(report, nowhere, model=source, via="post")
     with pytest.raises(UsageError, match="--in-flight 'drop'"):
         push(report, nowhere, model=source, in_flight="drop")
+    with pytest.raises(UsageError, match="--delta with --via disk"):
+        push(report, nowhere, model=source, via="disk", delta=True)
     with pytest.raises(UsageError, match="not an address"):
         push(report, "127.0.0.1", model=source)
 
@@ -217,6 +220,42 @@ def test_a_weight_that_has_no_code_is_named_and_the_old_ones_are_served(
         assert caught.value.data["states"] == {server.url: "ready"}
         after = server.table.held[0]
         assert all(after[name] is tensor for name, tensor in before.items()), "nothing came"
+
+
+@pytest.mark.parametrize(
+    ("told", "typed"),
+    [
+        ('Rollout(urls, plan, in_flight="abort")', "--in-flight abort"),
+        ('Rollout(urls, plan, via="disk")', "--via disk"),
+        ('Rollout(urls, plan, via="disk", folder=PATH)', "export XDG_CACHE_HOME=PATH"),
+        ('Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host', "--via disk"),
+        ("Rollout(urls, plan, record=PATH)", "--record FILE"),
+        ("Rollout(urls, plan, bucket_bytes=9000001)", "--bucket-size 10"),
+        ('a smaller bucket_bytes, or via="disk"', "a smaller --bucket-size, or --via disk"),
+        (
+            "export FP8CTL_API_KEY=KEY, or Rollout(urls, plan, api_key=KEY)",
+            "export FP8CTL_API_KEY=KEY",
+        ),
+        ("fp8ctl ps; fp8ctl logs NAME", "fp8ctl ps; fp8ctl logs NAME"),
+    ],
+)
+def test_a_hint_for_rollout_can_be_typed_behind_the_command(told: str, typed: str) -> None:
+    with pytest.raises(UsageError) as e, pushing._hints_of_options():
+        raise UsageError("no", hint=told)
+    assert e.value.hint == typed
+
+
+def test_requests_that_do_not_end_are_told_with_the_option(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    async def drain(_: Any) -> Any:
+        return 408, {"error": {"id": "FP8-DRAIN", "message": "requests run"}, "state": "ready"}
+
+    with serving(plan) as server:
+        server.faults[wire.BEGIN] = drain
+        with pytest.raises(BusyError) as e:
+            push(report, server.url, model=source)
+        assert e.value.hint == "--in-flight abort"
 
 
 def test_a_server_that_does_not_answer_well_afterwards_fails_the_command(

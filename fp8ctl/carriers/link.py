@@ -124,7 +124,7 @@ class Hub:
             self.close()
             raise CarrierError(
                 f"cannot listen on {host}: {e.strerror or e}",
-                hint="give an address of this host that the servers reach",
+                hint='Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host',
             ) from e
         self.port: int = self._listener.getsockname()[1]
 
@@ -319,7 +319,7 @@ def join(
     except OSError as e:
         raise CarrierError(
             f"no trainer at {host}:{port}: {e.strerror or e}",
-            hint="the trainer's address must be one that this server reaches",
+            hint='Rollout(urls, plan, via="nccl", master=ADDRESS), one that this server reaches',
         ) from e
     line = Line(connection, "the trainer")
     try:

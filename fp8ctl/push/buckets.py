@@ -288,7 +288,7 @@ class Filler:
             how = "differs from" if its else "came without"
             raise ConflictError(
                 f"{head} {how} {embedding}, which the plan has for both",
-                hint="plan the checkpoint that is trained: fp8ctl plan MODEL --out plan.json",
+                hint="plan what is trained: fp8ctl plan --model M --backend B --out plan.json",
                 data={"tensor": head},
             )
 

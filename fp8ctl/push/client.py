@@ -54,7 +54,9 @@ class Server:
         except ValueError:
             host, port = None, None
         if parts.scheme not in ("http", "https") or not host or parts.query or parts.username:
-            shown = url if parts.username is None else f"{parts.scheme}://...@{host}"
+            # What may be secret is not shown: a password, or a key in the query.
+            shown = url.partition("?")[0] + ("?..." if parts.query else "")
+            shown = shown if parts.username is None else f"{parts.scheme}://...@{host}"
             raise UsageError(
                 f"{shown!r} is no address of a server",
                 hint='Rollout("http://127.0.0.1:30000", plan)',
@@ -168,6 +170,13 @@ class Server:
         self._cut.clear()
 
     @property
+    def here(self) -> str:
+        """This host's address, as the server sees it; "" without a connection."""
+        connection = self._connection
+        sock = None if connection is None else connection.sock
+        return "" if sock is None else str(sock.getsockname()[0])
+
+    @property
     def is_cut(self) -> bool:
         """Whether requests are refused."""
         return self._cut.is_set()
@@ -245,7 +254,11 @@ class Server:
             headers["Authorization"] = f"Bearer {self._key}"
         connection.request(method, self._base + path, body=data, headers=headers)
         with connection.getresponse() as response:
-            text = response.read(_LIMIT)
+            # No more than there is: Python 3.10 fills as much memory with zeros as it is asked for.
+            length = _LIMIT if response.length is None else min(response.length, _LIMIT)
+            text = response.read(length)
+            if response.length is not None and len(text) < length:
+                raise http.client.IncompleteRead(text, length - len(text))
             if not response.isclosed():
                 self.close()  # more than any answer has
         try:

@@ -151,8 +151,8 @@ class ByCarrier:
 
     def drain(self) -> None:
         """Wait until all servers have loaded all buckets."""
-        for slot in range(SLOTS):
-            self._wait(slot)
+        for number in range(self.number, self.number + SLOTS):
+            self._wait(number % SLOTS)  # the older first: what follows a failure does not say why
 
     def cancel(self, why: str) -> None:
         """End what waits for the carrier."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl import paths
+from fp8ctl.carriers import offers
 from fp8ctl.errors import NotPermittedError
 from fp8ctl.push.delivery import SLOTS
 
@@ -75,11 +76,14 @@ class ByFolder:
 
         Raises:
             NotPermittedError: it cannot be made, or does not have room for the plan.
+            CarrierError: the device has no room for the buckets.
         """
         self.capacity, self.device, self.number = capacity, device, 0
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
         self._files: dict[str, str] = {}
+        # Before there is a folder: who gets no memory leaves nothing behind.
+        self._memory = offers.allocate([capacity] * SLOTS, device)
         where = paths.cache_dir() / "pushes" if parent is None else parent
         try:
             where.mkdir(parents=True, exist_ok=True)
@@ -97,9 +101,6 @@ class ByFolder:
                 f"{where} has {free} bytes free; the weights take {needed}",
                 hint='Rollout(urls, plan, via="disk", folder=PATH)',
             )
-        self._memory = [
-            torch.empty(capacity, dtype=torch.uint8, device=device) for _ in range(SLOTS)
-        ]
         self._pool = ThreadPoolExecutor(1, "fp8ctl-push-write")
         self._writing: list[Future[None] | None] = [None] * SLOTS
 

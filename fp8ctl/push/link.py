@@ -59,7 +59,8 @@ class Link:
             via: what the user asked for.
             manifest: digest of the plan; "" for none.
             device: where buckets are filled; None: what fits the servers.
-            host: address of this host that the servers reach, for a process group.
+            host: address of this host that the servers reach, for a process group; None: by
+                which this host reaches them.
             timeout: seconds that joining, and one bucket, may take.
         """
         self.kind: Kind = "disk"
@@ -91,6 +92,8 @@ class Link:
         alive = self.sender is None or self.sender.alive
         if self.connections and alive and (self.sender is None or nbytes <= self._nbytes):
             return
+        if self.connections and alive:
+            self.close(fleet)  # the servers first: they have the smaller carrier open
         self.drop()
         states = fleet.all(lambda _, server: server.state())
         self._check(fleet.servers, states)
@@ -101,7 +104,7 @@ class Link:
                 nbytes,
                 device=self._device if self._device is not None else device,
                 ranks=[int(state["ranks"]) for state in states] if self.kind == "group" else (),
-                host=self._host or "127.0.0.1",
+                host=self._host or _here(fleet.servers),
                 timeout=self._timeout,
             )
             self._nbytes = nbytes
@@ -201,3 +204,10 @@ class Link:
         if self._via == "nccl":
             return "group", device
         return ("ipc" if gpu else "memory"), device
+
+
+def _here(servers: Sequence[Server]) -> str:
+    """Return the address of this host by which a server of another one is reached, if any is."""
+    found = [server.here for server in servers]
+    away = (one for one in found if one and one != "::1" and not one.startswith("127."))
+    return next(away, "127.0.0.1")

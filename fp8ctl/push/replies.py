@@ -39,11 +39,15 @@ _HINTS: Mapping[str, str] = {
     "FP8-CARRIER": 'Rollout(urls, plan, via="disk")',
     "FP8-BUSY": "fp8ctl push-log {url}",
     "FP8-DRAIN": 'Rollout(urls, plan, in_flight="abort")',
-    "FP8-MANIFEST": "make both from one plan: fp8ctl launch MODEL --await-push",
-    "FP8-TENSOR": "plan the model that is trained: fp8ctl plan MODEL --out plan.json",
+    "FP8-MANIFEST": "start it by the trainer's plan: fp8ctl launch --backend {backend} --plan F",
+    "FP8-TENSOR": "plan what is trained: fp8ctl plan --model M --backend {backend} --out plan.json",
     "FP8-INCOMPLETE": "send all tensors of the checkpoint, or update(..., complete=False)",
     "FP8-UNEQUAL": "update again; and look at the server: fp8ctl check --level weights {url}",
 }
+
+
+#: What the server would have its client do, and this client does by itself.
+_OURS: Mapping[str, str] = {"FP8-CONNECTION": "update again: that connects anew"}
 
 
 def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> Fp8ctlError:
@@ -71,7 +75,8 @@ def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> F
         )
     reply = str(told.get("id") or "")
     message = str(told.get("message") or f"it answers {status}")
-    hint = str(told.get("hint") or "") or _HINTS.get(reply, "").format(url=url, backend=backend)
+    hint = _OURS.get(reply) or str(told.get("hint") or "")
+    hint = hint or _HINTS.get(reply, "").format(url=url, backend=backend)
     more = told.get("data")
     data: dict[str, object] = dict(more) if isinstance(more, dict) else {}
     state = body.get("state") if isinstance(body, dict) else None

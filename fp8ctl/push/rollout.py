@@ -74,7 +74,8 @@ class Rollout:
                 process group, gloo where they are on CPUs. "disk": a folder.
             api_key: of the servers; None: `FP8CTL_API_KEY` of the environment.
             bucket_bytes: of a bucket; two are kept, as long as the rollout.
-            device: where weights are quantised; None: where the buckets are.
+            device: whose GPU has the buckets, where weights are quantised; None: the current one.
+                For servers on CPUs that is the CPU, whatever is said here.
             in_flight: what becomes of requests that run when an update begins: "finish" waits
                 for them, "abort" ends them, "pause" has them go on with the new weights.
             delta: send only tensors whose codes or scales differ from what the servers hold.
@@ -83,7 +84,8 @@ class Rollout:
             folder: for "disk": where each update makes a folder and removes it; None: fp8ctl's
                 cache. The servers read it there.
             timeout: seconds that any request, or waiting for requests in flight, may take.
-            master: address of this host that the servers reach; for "nccl".
+            master: address of this host that the servers reach; for "nccl". None: the one by
+                which this host reaches them.
             dtype: what weights are rounded to before they are quantised; None: the dtypes of the
                 plan, since the codes must be those of that checkpoint.
 
@@ -256,5 +258,5 @@ def _read(plan: Plan | Mapping[str, Any] | None) -> Plan | None:
         return Plan.from_json(plan)
     raise UsageError(
         f"{type(plan).__name__} where a plan was expected: a server takes the weights of its plan",
-        hint='Plan.read(Path("plan.json")), of fp8ctl plan MODEL --out plan.json',
+        hint='Plan.read(Path("plan.json")), of fp8ctl plan --model M --backend B --out plan.json',
     )

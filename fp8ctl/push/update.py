@@ -12,6 +12,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fp8ctl import ranks as together
 from fp8ctl.errors import Fp8ctlError
 from fp8ctl.forms import tied_head
@@ -30,8 +32,6 @@ from fp8ctl.wire import ALIGN
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
-
-    import torch
 
     from fp8ctl.manifest import Plan
     from fp8ctl.push.client import Server
@@ -139,8 +139,10 @@ class Work:
             await aside.do_at_last(lambda: self._give_up(error))
             raise
         finally:
-            cancelled = await aside.do_at_last(self._close)
-            aside.close()
+            try:
+                cancelled = await aside.do_at_last(self._close)
+            finally:
+                aside.close()
             if cancelled:
                 raise asyncio.CancelledError
 
@@ -166,7 +168,10 @@ class Work:
             return
         try:
             if self._wish.plan is None and isinstance(named_tensors, Collection):
-                sizes = (t.numel() * t.element_size() + ALIGN for _, t in named_tensors)
+                # What is no pair of a name and a tensor, the stream refuses.
+                pairs = (one for one in named_tensors if isinstance(one, tuple) and len(one) == 2)
+                tensors = (t for _, t in pairs if isinstance(t, torch.Tensor))
+                sizes = (t.numel() * t.element_size() + ALIGN for t in tensors)
                 self._slot = max([self._slot, *sizes])
             self._link.open(self._fleet, self._slot)
             if self._wish.record is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fp8ctl import wire
-from fp8ctl.errors import EngineFailedError, NotPermittedError
+from fp8ctl.errors import CarrierError, EngineFailedError, NotPermittedError
 from fp8ctl.push import Rollout
 from fp8ctl.push.folder import PREFIX
 from tests.push.serving import read_safetensors, serving
@@ -105,3 +105,22 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
             Rollout(server.url, PLAN, via="disk", folder=file).update(WEIGHTS.items(), 1)
         assert "folder=" in (e.value.hint or "")
         assert wire.BEGIN not in server.asked
+
+
+def test_buckets_without_memory_leave_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with (
+        serving(PLAN) as server,
+        Rollout(server.url, PLAN, via="disk", folder=tmp_path) as rollout,
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "empty", none)
+            with pytest.raises(CarrierError, match="slots") as e:
+                rollout.update(WEIGHTS.items(), 1)
+            assert "bucket_bytes" in str(e.value.hint)
+        assert not any(tmp_path.iterdir())
+        rollout.update(WEIGHTS.items(), 2)

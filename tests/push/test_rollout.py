@@ -290,6 +290,18 @@ def test_what_cannot_be_meant_is_refused_at_once(arguments: Any, message: str) -
     assert "a\nb" not in str(e.value)
 
 
+@pytest.mark.parametrize("plan", [None, PLAN], ids=["online", "plan"])
+def test_a_state_dict_instead_of_its_items_is_a_type_error(plan: Any) -> None:
+    with (
+        serving(plan) as server,
+        Rollout(server.url, plan) as rollout,
+        pytest.raises(TypeError, match=r"str where \(name, tensor\) was expected"),
+    ):
+        rollout.update(dict(WEIGHTS), 1)  # type: ignore[arg-type]
+    assert server.state == "ready"
+    assert not server.table.buckets
+
+
 def test_one_update_at_a_time() -> None:
     with serving(PLAN) as server, Rollout(server.url, PLAN) as rollout:
 
@@ -315,3 +327,16 @@ def test_closed_it_connects_anew_and_leaves_nothing() -> None:
         assert server.asked.count(wire.CONNECT) == server.asked.count(wire.DISCONNECT) == 2
     rollout.close()  # nobody is there any more
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+def test_servers_close_a_carrier_before_a_larger_one_is_made() -> None:
+    small, large = torch.ones(16), torch.ones(4096)
+    with serving(None) as server, Rollout(server.url, None, bucket_bytes=1024) as rollout:
+        rollout.update([("a", small)], 1, complete=False)
+        rollout.update([("a", small)], 2, complete=False)
+        assert server.asked.count(wire.CONNECT) == 1
+        server.asked.clear()
+        rollout.update([("a", small), ("b", large)], 3, complete=False)
+        said = [path for path in server.asked if path in (wire.CONNECT, wire.DISCONNECT)]
+        assert said == [wire.DISCONNECT, wire.CONNECT]
+        assert torch.equal(server.table.held[0]["b"], large)

@@ -524,3 +524,37 @@ def test_a_slow_source_does_not_lose_its_servers(
         rollout.update(named(), "new")
     assert server.asked.count(wire.BEGIN) > 3
     assert server.state == "ready"
+
+
+@each_way
+@pytest.mark.parametrize("bucket_bytes", [5000, 9000])
+def test_a_bucket_that_is_refused_while_the_last_one_waits_says_why(
+    bucket_bytes: int, how: str, server: Server
+) -> None:
+    with Rollout(server.url, PLAN, bucket_bytes=bucket_bytes) as rollout:
+        last = rollout.update(WEIGHTS.items(), "count").buckets - 1
+
+        async def refuse(found: Any) -> Any:
+            if found["number"] == last - 1:
+                await asyncio.sleep(0.3)  # the last one stands behind it by then
+                return await refusing("FP8-LOAD", 500, "this is why")(found)
+            return None
+
+        server.faults[wire.BUCKET] = refuse
+        with pytest.raises(EngineFailedError, match="this is why"):
+            update(rollout, Source(CHANGED.items()), how, "new")
+        server.faults.clear()
+        assert serves_again(server, rollout)
+
+
+def test_a_group_whose_server_was_started_anew_is_made_again_by_the_next_update(
+    server: Server,
+) -> None:
+    with Rollout(server.url, PLAN, via="nccl") as rollout:
+        rollout.update(CHANGED.items(), 1)
+        server.restart()
+        with pytest.raises(ConflictError, match="no connection") as e:
+            rollout.update(CHANGED.items(), 2)
+        assert e.value.hint == "update again: that connects anew"
+        rollout.update(WEIGHTS.items(), 3)
+        assert holds(server, wanted())
