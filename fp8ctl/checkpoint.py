@@ -32,7 +32,7 @@ from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.layout import PART, Layout, layouts
-from fp8ctl.manifest import RECORD
+from fp8ctl.manifest import RECORD, dumps
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
 from fp8ctl.pipeline import DTYPES, Bad, Pipeline, Shard, bytes_of, groups_of, writing
 
@@ -75,7 +75,7 @@ def quantize_tensor(
         PlanDoesNotFitError: the weight holds NaN or Inf; says where.
     """
     try:
-        return kernels.quantize(weight, groups_of(plan))
+        return kernels.quantize(weight, groups_of(plan), plan.recipe)
     except NonFiniteError as e:
         raise _no_code([Bad(name, e.index, e.value)]) from e
 
@@ -100,12 +100,13 @@ def convert(
         extra: more fields for fp8ctl.json.
         verify: how much of the result is read again and compared: `all`, `sample`, `off`
             or `auto`, which is all of a small result and a sample of a large one.
-        device: that quantises; None takes a GPU if there is one.
+        device: that quantises; None takes a GPU if there is one. Beside a GPU, in block mode,
+            the cores do, too.
 
     Returns:
-        `files` (name to bytes), `bytes_before`, `bytes_after`, `device`, `verified` (bytes
-        that were read again), `resumed` (files that an earlier call had finished),
-        `peak_memory` of this process in bytes.
+        `files` (name to bytes), `bytes_before`, `bytes_after`, `device` (`cuda` where a GPU
+        took part), `verified` (bytes that were read again), `resumed` (files that an earlier
+        call had finished), `peak_memory` of this process in bytes.
 
     Raises:
         BusyError: another process writes `out`.
@@ -165,7 +166,7 @@ def convert(
         "files": sizes,
         "bytes_before": plan.bytes_before,
         "bytes_after": plan.bytes_after,
-        "device": device.type,
+        "device": "cuda" if "cuda" in line.used else "cpu",
         "verified": line.verified,
         "resumed": [name for name in resumed if name not in line.lost],
         "peak_memory": _peak_memory(),
@@ -256,13 +257,13 @@ def _write_rest(
         shutil.copyfile(path, target)
     record = {
         "fp8ctl": __version__,
-        "recipe": formats.RECIPE,
+        "recipe": plan.recipe,
         "files": dict(sizes),
         "source": _identity(source),
         "plan": plan.to_json(),
         **extra,
     }
-    _write_json(folder / RECORD, record)
+    _write_text(folder / RECORD, dumps(record))
 
 
 def _carried(source: Checkpoint) -> Iterator[Path]:
@@ -308,7 +309,7 @@ def _identity(source: Checkpoint) -> list[dict[str, object]]:
 
 def _key(source: Checkpoint, plan: Plan) -> str:
     """Return what the bytes of the result depend on, as 64 hexadecimal digits."""
-    identity = [_SCHEMA, __version__, PART, formats.RECIPE, plan.digest, _identity(source)]
+    identity = [_SCHEMA, __version__, PART, plan.recipe, plan.digest, _identity(source)]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
@@ -392,8 +393,12 @@ def _device() -> torch.device:
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write what others read, too, as they write it."""
+    _write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 # UsageError, root of what the parser raises: Typer publishes its subclasses only.
 _PARSER_ERROR: Any = typer.BadParameter.__base__
 
+_ELSEWHERE = "df -h, or send the output to a file on another disk"
+
 _commands: list[tuple[Callable[..., None], dict[str, Any]]] = []
 
 
 def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: make a function a command of fp8ctl, named after it."""
+    """Decorator: make a function a command of fp8ctl, named after it or by `name`."""
 
     def register(body: Callable[..., None]) -> Callable[..., None]:
-        _commands.append((body, settings))
+        named = {"name": body.__name__, **settings}
+        _commands.append((body, named))
         return body
 
     return register
@@ -57,10 +60,10 @@ def build(only: str | None = None) -> typer.Typer:
     )
     app.callback()(_root)
     for body, settings in _commands:
-        if only is None or body.__name__ == only:
+        if only is None or settings["name"] == only:
             app.command(**settings)(body)
         else:
-            app.command(name=body.__name__, help=body.__doc__)(_without_options)
+            app.command(name=settings["name"], help=body.__doc__)(_without_options)
     return app
 
 
@@ -77,6 +80,20 @@ def main() -> None:
             sys.exit(_refuse("", "a command is missing"))
         e.show()  # no command at all: the help
         sys.exit(e.exit_code)
+    except OSError as e:
+        # A help or the version was printed: what a command raises never comes here.
+        sys.exit(_lost(name, f"cannot write to stdout: {e.strerror}"))
+
+
+def _lost(name: str, why: str) -> int:
+    """Tell that stdout took nothing."""
+    from fp8ctl.errors import NotPermittedError
+    from fp8ctl.render import Reporter, forget
+
+    forget(sys.stdout)
+    error = NotPermittedError(why, hint=_ELSEWHERE)
+    Reporter().fail(name, error)
+    return error.exit_code
 
 
 def _refuse(name: str, message: str) -> int:
@@ -86,7 +103,7 @@ def _refuse(name: str, message: str) -> int:
 
     words = sys.argv[1:]
     options = words[: words.index("--")] if "--" in words else words
-    hint = f"fp8ctl {name} --help" if any(b.__name__ == name for b, _ in _commands) else "fp8ctl -h"
+    hint = f"fp8ctl {name} --help" if any(s["name"] == name for _, s in _commands) else "fp8ctl -h"
     error = UsageError(message.rstrip("."), hint=hint)
     Reporter(json_mode="--json" in options).fail(name, error)
     return error.exit_code
@@ -136,6 +153,10 @@ Gpu = Annotated[
     str | None,
     typer.Option("--gpu", help="Compute capability to serve on, or none; default 9.0."),
 ]
+Scale = Annotated[
+    str | None,
+    typer.Option("--scale", help="Scales: fp32 (default), or ue8m0: powers of two, in FP32."),
+]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A manifest that `fp8ctl plan --out` wrote.")
 ]
@@ -160,10 +181,7 @@ def _run(command: str, json_mode: bool, body: Callable[[Reporter], dict[str, obj
     except KeyboardInterrupt:
         error = AbortedError("interrupted")
     except StdoutError as e:
-        error = NotPermittedError(
-            str(e.strerror),
-            hint="df -h, or send the output to a file on another disk",
-        )
+        error = NotPermittedError(str(e.strerror), hint=_ELSEWHERE)
     except Exception as e:
         if os.environ.get("FP8CTL_TRACEBACK"):
             raise
@@ -255,6 +273,7 @@ def plan(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = "fp32",
     out: Annotated[Path | None, typer.Option("--out", help="Write the manifest here.")] = None,
     snippet: Annotated[
         str | None, typer.Option("--snippet", help="Print what to paste into a trainer instead.")
@@ -279,6 +298,7 @@ def plan(
             gpu=gpu,
             keep=keep or (),
             quantize=quantize_ or (),
+            scale=scale,
         ),
     )
 
@@ -373,6 +393,7 @@ def quantize(
     keep: Keep = None,
     quantize_: Quantize = None,
     gpu: Gpu = None,
+    scale: Scale = None,
     verify: Annotated[
         str, typer.Option("--verify", help="Read the result again: auto, all, sample or off.")
     ] = "auto",
@@ -398,6 +419,7 @@ def quantize(
             keep=keep or (),
             quantize=quantize_ or (),
             gpu=gpu,
+            scale=scale,
             verify=verify,
         ),
     )
@@ -488,6 +510,76 @@ def check(
     from fp8ctl.check import command as m
 
     _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
+
+
+@command()
+def push(
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL", help="Addresses of servers of fp8ctl.")
+    ],
+    model: Model,
+    via: Annotated[
+        str, typer.Option("--via", help="How they travel: ipc (this host), nccl or disk.")
+    ] = "ipc",
+    version: Annotated[
+        str | None,
+        typer.Option("--version", help="Name of these weights in logs; default: the time."),
+    ] = None,
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Send only tensors that the servers do not hold.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option("--record", help="Append a JSON line a tensor to this file.")
+    ] = None,
+    in_flight: Annotated[
+        str, typer.Option("--in-flight", help="Running requests: finish, abort or pause.")
+    ] = "finish",
+    bucket_size: Annotated[
+        int, typer.Option("--bucket-size", min=1, help="MB of a transfer buffer; two are held.")
+    ] = 512,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
+    dry_run: DryRun = False,
+    python: Python = None,
+    json_: Json = False,
+) -> None:
+    """Send a checkpoint's weights to running servers, in FP8."""
+    from fp8ctl import pushing as m
+
+    _run(
+        "push",
+        json_,
+        lambda r: m.run(
+            r,
+            urls=urls,
+            model=model,
+            via=via,
+            version=version,
+            delta=delta,
+            record=record,
+            in_flight=in_flight,
+            bucket_size=bucket_size,
+            check=check,
+            dry_run=dry_run,
+            python=python,
+        ),
+    )
+
+
+@command(name="push-log")
+def push_log(
+    source: Annotated[
+        str, typer.Argument(metavar="URL|FILE", help="A server, or a file of `push --record`.")
+    ],
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--diff", metavar="V1 V2", help="Compare two versions instead."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Say which weights a server was sent when, and what differs."""
+    from fp8ctl import history as m
+
+    _run("push-log", json_, lambda r: m.run(r, source=source, versions=diff))
 
 
 @command()

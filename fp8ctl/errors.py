@@ -137,3 +137,9 @@ class CheckpointError(NotFoundError):
     """A folder does not hold a model that can be read: a part is missing or broken."""
 
     id = "FP8-CHECKPOINT"
+
+
+class CarrierError(ConflictError):
+    """Weights cannot reach a server by the way that was chosen; nothing was changed."""
+
+    id = "FP8-CARRIER"

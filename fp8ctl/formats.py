@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from fp8ctl.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RECIPE = "ieee"
+RecipeName = Literal["ieee", "ue8m0"]
+"""Arithmetic of scales and codes that a plan can ask for; kernels/recipes.py has what each is."""
+
+RECIPE: Final[RecipeName] = "ieee"
+SCALES: Final[dict[str, RecipeName]] = {"fp32": "ieee", "ue8m0": "ue8m0"}
+"""What `--scale` takes: which FP32 numbers scales may be; with `ue8m0` powers of two alone."""
 CODE_DTYPE = "F8_E4M3"  # as safetensors spells torch.float8_e4m3fn
 SCALE_DTYPE = "F32"
 
@@ -44,6 +49,24 @@ def parse_mode(text: str) -> Mode:
             return mode
     known = " or ".join(mode.value for mode in CHECKPOINT_MODES)
     raise UsageError(f"unknown mode {text!r}; expected {known}", hint="--mode block")
+
+
+def parse_scale(text: str) -> RecipeName:
+    """Return the recipe of the scales that `text` names.
+
+    Raises:
+        UsageError: it names none.
+    """
+    if text in SCALES:
+        return SCALES[text]
+    raise UsageError(
+        f"unknown --scale {text!r}; expected {' or '.join(SCALES)}", hint="--scale fp32"
+    )
+
+
+def scale_word(recipe: RecipeName) -> str:
+    """Return the word of `--scale` for a recipe."""
+    return next(word for word, name in SCALES.items() if name == recipe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ def ask(
             whoever else answers there is `foreign`.
     """
     try:
-        status, body = _get(url, STATE_PATH, key, timeout)
+        status, body = get(url, STATE_PATH, key, timeout)
         data = _object(body)
         teller = None if data is None else data.get("pid")
         if pid is not None and teller != pid and (status == 200 or teller is not None):
@@ -78,7 +78,7 @@ def ask(
             return Answer("locked", message=f"{STATE_PATH} answers {status}: it wants a key")
         if pid is not None:
             return Answer("starting", message=f"{STATE_PATH} answers {status}", foreign=True)
-        status, _ = _get(url, HEALTH_PATH, key, timeout)
+        status, _ = get(url, HEALTH_PATH, key, timeout)
     except (OSError, http.client.HTTPException, ValueError) as e:
         return Answer("starting", message=f"{type(e).__name__}: {e}")
     if status == 200:
@@ -94,8 +94,21 @@ def _object(body: bytes) -> dict[str, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _get(url: str, path: str, key: str | None, timeout: float) -> tuple[int, bytes]:
-    """Fetch one path; no proxy, since a server that fp8ctl starts is its neighbour."""
+def get(
+    url: str, path: str, key: str | None, timeout: float, limit: int = 1 << 20
+) -> tuple[int, bytes]:
+    """Fetch one path; no proxy, since a server that fp8ctl starts is its neighbour.
+
+    Args:
+        url: address of the server.
+        path: of the route, with its query.
+        key: sent as a Bearer token.
+        timeout: seconds for each step on the way.
+        limit: bytes of the answer that are read.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: there was no answer.
+    """
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
@@ -103,6 +116,6 @@ def _get(url: str, path: str, key: str | None, timeout: float) -> tuple[int, byt
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
         response = connection.getresponse()
-        return response.status, response.read(1 << 20)
+        return response.status, response.read(limit)
     finally:
         connection.close()

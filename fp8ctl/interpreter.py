@@ -94,7 +94,13 @@ def torch_python(preferred: Path | None = None) -> Path:
 
 
 def run_worker(
-    python: Path, task: str, arguments: Mapping[str, Any], report: Reporter, title: str
+    python: Path,
+    task: str,
+    arguments: Mapping[str, Any],
+    report: Reporter,
+    title: str,
+    *,
+    patience: float = 5.0,
 ) -> dict[str, Any]:
     """Run one task of `fp8ctl.worker` in `python`, showing its progress as `title`.
 
@@ -104,6 +110,7 @@ def run_worker(
         arguments: JSON types; paths must be absolute, the worker runs elsewhere.
         report: shows the progress.
         title: what the task does, for a person.
+        patience: seconds that it has to end when it is told to, before it is killed.
 
     Raises:
         Fp8ctlError: what the worker raised, as the same class; or that it
@@ -138,7 +145,7 @@ def run_worker(
             if process.poll() is None:
                 process.terminate()
                 try:
-                    process.wait(timeout=5)
+                    process.wait(timeout=patience)
                 except subprocess.TimeoutExpired:
                     process.kill()
                     process.wait()

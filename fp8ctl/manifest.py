@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fp8ctl import formats, models, policy
 from fp8ctl.errors import NotFoundError, UsageError
 from fp8ctl.families import Backend, family_named
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.formats import BlockSize, Mode, RecipeName
 from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-SCHEMA = 2
+SCHEMA = 3
 RECORD = "fp8ctl.json"  # in a checkpoint that fp8ctl wrote: its plan and recipe
 
 _AGAIN = "fp8ctl plan --model MODEL --backend BACKEND --out plan.json"
@@ -99,6 +99,7 @@ class Plan:
         block: in block mode.
         gpu: compute capability of the GPU whose kernels were asked about; None: of none.
         keep, quantize: the user's rules, as typed.
+        recipe: the arithmetic of scales and codes.
         memory: of one GPU.
         rejected: blocks that were tried first, each with its problems.
         notes: what a user should know and no rule forbids.
@@ -119,6 +120,7 @@ class Plan:
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
     memory: Memory = Memory()
+    recipe: RecipeName = formats.RECIPE
 
     @property
     def fits(self) -> bool:
@@ -133,7 +135,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of the plan without the place of the model, in hexadecimal."""
-        return self._digest(self._head())
+        pairs = zip(self.tensors, self._shared(), strict=True)
+        return _digest(self._head(), [f"{t.name!r} {line}" for t, (_, line) in pairs])
 
     @property
     def bytes_before(self) -> int:
@@ -177,12 +180,13 @@ class Plan:
     def to_json(self) -> dict[str, object]:
         """Return the manifest: JSON types only."""
         head = self._head()
-        tensors = []
-        for t, (rest, _) in zip(self.tensors, self._shared(), strict=True):
+        tensors, lines = [], []
+        for t, (rest, line) in zip(self.tensors, self._shared(), strict=True):
             tensors.append({"name": t.name, **rest})
+            lines.append(f"{t.name!r} {line}")
         return {
             "schema": SCHEMA,
-            "digest": self._digest(head),
+            "digest": _digest(head, lines),
             "model": str(self.model),
             "fits": self.fits,
             **head,
@@ -217,7 +221,8 @@ class Plan:
         """
         if document.get("schema") != SCHEMA:
             raise UsageError(
-                f"a plan of schema {document.get('schema')!r}; expected {SCHEMA}",
+                f"a plan of schema {document.get('schema')!r}; expected {SCHEMA}:"
+                " another version of fp8ctl made it",
                 hint=_AGAIN,
             )
         try:
@@ -250,6 +255,7 @@ class Plan:
                 keep=tuple(document["keep"]),
                 quantize=tuple(document["quantize"]),
                 memory=Memory(memory["before"], memory["after"], memory["kv_cache_per_token"]),
+                recipe=_recipe(document["recipe"]),
             )
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise UsageError(
@@ -276,7 +282,7 @@ class Plan:
             "gpu": None if self.gpu is None else list(self.gpu),
             "keep": list(self.keep),
             "quantize": list(self.quantize),
-            "recipe": formats.RECIPE,
+            "recipe": self.recipe,
             "memory": {
                 "before": self.memory.before,
                 "after": self.memory.after,
@@ -289,14 +295,6 @@ class Plan:
             ],
             "notes": list(self.notes),
         }
-
-    def _digest(self, head: dict[str, object]) -> str:
-        # Lines, not JSON: a model of 70 000 tensors is to be planned in a second.
-        lines = [json.dumps(head, sort_keys=True, separators=(",", ":"))]
-        lines += [
-            f"{t.name!r} {line}" for t, (_, line) in zip(self.tensors, self._shared(), strict=True)
-        ]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _shared(self) -> Iterator[tuple[dict[str, object], str]]:
         """Yield of each tensor all but its name: for JSON, and in a line."""
@@ -318,8 +316,14 @@ class Plan:
             yield shared
 
 
-def dumps(document: dict[str, object]) -> str:
-    """Return a manifest as text, with a line for each tensor."""
+def _digest(head: dict[str, object], tensors: list[str]) -> str:
+    # Lines, not JSON: a model of 70 000 tensors is to be planned in a second.
+    lines = [json.dumps(head, sort_keys=True, separators=(",", ":")), *tensors]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def dumps(document: Mapping[str, object]) -> str:
+    """Return a manifest, or a document that holds one, as text, with a line for each tensor."""
     # `indent` would leave json's fast encoder. Quotes inside a string are escaped, so that
     # what is replaced is nowhere but between tensors.
     text = json.dumps(document)
@@ -329,6 +333,13 @@ def dumps(document: dict[str, object]) -> str:
 def _reason(text: str) -> tuple[Reason, str]:
     kind, _, rule = text.partition(": ")
     return (Reason.USER, rule) if kind == Reason.USER.value else (Reason(text), "")
+
+
+def _recipe(text: object) -> RecipeName:
+    for recipe in formats.SCALES.values():
+        if text == recipe:
+            return recipe
+    raise ValueError(f"recipe {text!r}")
 
 
 def _problem(problem: Problem) -> dict[str, object]:

@@ -3,7 +3,8 @@
 Each thread takes a part of at most a few MB, reads it into its own memory, quantises it
 there and writes what came of it: while one waits for the disk, another computes, and no
 thread holds more than its part. Reads, writes and kernels let other threads run.
-On a GPU a thread takes as many parts as fill its buffers and quantises them in one list.
+Where there is a GPU, some threads more take as many parts as fill their buffers and quantise
+them there in one list; the others do not wait until it is ready, and all bits are the same.
 Runs in an interpreter with torch. Python 3.10.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections import deque
 from dataclasses import dataclass
@@ -55,14 +57,13 @@ DTYPES = {
 _BATCH = 32 << 20
 # So many parts ahead of the one that is read, the disk is told which come.
 _AHEAD = 16
-# So many parts behind the one that is written, the disk is to begin with them.
-_BEHIND = 8
 _ALIGN = 256
 # Threads beside those that compute: some always wait for the disk.
 _WAITING = 2
 # Where parts are whole tensors: one is read, one computed on by all cores, one written.
 _WHOLE = 3
 _ON_DEVICE = 6
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -229,13 +230,14 @@ class Pipeline:
         plan: which says what becomes of each tensor.
         partial: where finished shards are noted.
         verify: says whether a part of the result is read again.
-        device: that quantises.
-        threads: at once; None: as many as the device and this machine can use.
-        batch: bytes of the source that a thread takes at once, at least a part; None: as is
-            best for the device.
+        device: that quantises; beside a GPU the cores do, too.
+        threads: at once, all of them on the device; None: as many as it and this machine can use.
+        batch: bytes of the source that a thread takes at once, at least a part; None: a part on
+            a CPU, on a GPU as many as it takes to be worth a launch.
 
     Attributes:
         verified: bytes of the result that were read again and were right.
+        used: types of the devices that quantised something.
         lost: files that an earlier command finished and that had to be made anew.
     """
 
@@ -250,6 +252,7 @@ class Pipeline:
     ) -> None:
         self._plan = plan
         self._batch = batch or (0 if device.type == "cpu" else _BATCH)
+        self._together = batch is not None
         self._partial = partial
         self._verify = verify
         self._device = device
@@ -258,6 +261,7 @@ class Pipeline:
         self._lock = threading.Lock()
         self._done = 0
         self.verified = 0
+        self.used: set[str] = set()
         self.lost: list[str] = []
 
     def run(self, shards: Sequence[Shard], progress: Callable[[int], None]) -> None:
@@ -282,18 +286,23 @@ class Pipeline:
             else:
                 self._begin_again(shard)
         cores = torch.get_num_threads()
-        whole = self._plan.mode is not Mode.BLOCK
-        count = _WHOLE if whole else cores + _WAITING
-        if self._device.type != "cpu":
-            count = _ON_DEVICE
-        if not whole:
+        devices = self._devices(cores)
+        if self._plan.mode is Mode.BLOCK or self._device != _CPU:
             # The threads here are the parallelism; those of a kernel would come on top.
             torch.set_num_threads(1)
         threads = [
-            threading.Thread(target=self._board.work, args=(self._desk,), daemon=True)
-            for _ in range(self._threads or count)
+            threading.Thread(
+                target=self._board.work,
+                args=(functools.partial(Desk, self._plan, device, self._together),),
+                daemon=True,
+            )
+            for device in devices
         ]
+        interval = sys.getswitchinterval()
         try:
+            # While a GPU's kernels are compiled a thread is busy in Python, and each call of
+            # another would wait 5 ms for it: conversions then took nearly twice as long.
+            sys.setswitchinterval(1e-4)
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -310,11 +319,19 @@ class Pipeline:
             for shard in shards:
                 shard.close()
             torch.set_num_threads(cores)
+            sys.setswitchinterval(interval)
         self._board.check()
         progress(self._done)
 
-    def _desk(self) -> Desk:
-        return Desk(self._plan, self._device)
+    def _devices(self, cores: int) -> list[torch.device]:
+        """Return the device of each thread."""
+        on_gpu = self._device.type != "cpu"
+        if self._threads:
+            return [self._device] * self._threads
+        if self._plan.mode is not Mode.BLOCK:
+            return [self._device] * (_ON_DEVICE if on_gpu else _WHOLE)
+        # A core makes some 3 GB/s, and a GPU takes seconds until it is ready: these do not wait.
+        return [self._device] * (_ON_DEVICE if on_gpu else 0) + [_CPU] * (cores + _WAITING)
 
     def _making(self, shard: Shard) -> list[Job]:
         batches = list(_filled(shard.parts, self._batch))
@@ -323,6 +340,11 @@ class Pipeline:
         return [functools.partial(self._make, shard, batch) for batch in batches]
 
     def _make(self, shard: Shard, numbers: Sequence[int], desk: Desk) -> None:
+        """Make some parts, as many at once as the desk takes."""
+        for some in [numbers] if desk.takes_all else [[number] for number in numbers]:
+            self._make_some(shard, some, desk)
+
+    def _make_some(self, shard: Shard, numbers: Sequence[int], desk: Desk) -> None:
         """Read, quantise and write some parts; finish the shard behind its last."""
         source, target = shard.source(), shard.target()
         parts = [shard.parts[i] for i in numbers]
@@ -339,9 +361,12 @@ class Pipeline:
                 if scales is not None:
                     _write(target, bytes_of(scales), part.scales_place)
                     shard.sums[number] = checksum(scales, shard.sums[number])
-        for part in shard.parts[max(0, numbers[0] - _BEHIND) : max(0, numbers[-1] + 1 - _BEHIND)]:
-            _push(target, part.place, part.size)
+        # The disk is to begin with what this thread wrote before.
+        for of, part in desk.before(shard, parts):
+            _push(of.target(), part.place, part.size)
         with self._lock:
+            if any(part.tensor.quantize for part in parts):
+                self.used.add(desk.device.type)
             self._done += sum(part.nbytes for part in parts)
             shard.bad += bad
             shard.left -= len(parts)
@@ -419,12 +444,18 @@ class Pipeline:
 
 
 class Desk:
-    """The memory of one thread, and the device that it uses."""
+    """The memory of one thread, and the device that it uses.
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    Attributes:
+        takes_all: whether many small parts are best quantised at once.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, together: bool = False) -> None:
         self._groups = groups_of(plan)
         self._plan = plan
-        self._device = device
+        self.device = device
+        self.takes_all = together or device.type != "cpu"
+        self._before: list[tuple[Shard, Part]] = []
         self._buffers: dict[str, torch.Tensor] = {}
         self._stream: Any = None
         if device.type == "cuda":
@@ -444,6 +475,12 @@ class Desk:
                 if not count:
                     raise EOFError
                 start, left = start + count, left[count:]
+        return found
+
+    def before(self, shard: Shard, parts: Sequence[Part]) -> list[tuple[Shard, Part]]:
+        """Return what was written before these parts, of files that are not finished yet."""
+        found = [(of, part) for of, part in self._before if not of.made]
+        self._before = [(shard, part) for part in parts]
         return found
 
     def quantize(
@@ -474,17 +511,17 @@ class Desk:
         return made, []
 
     def _run(self, xs: list[torch.Tensor], outs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             for x, out in zip(xs, outs, strict=True):
-                kernels.quantize(x, self._groups, out=out)
+                kernels.quantize(x, self._groups, self._plan.recipe, out=out)
             return
         if not xs:
             return
         with torch.cuda.stream(self._stream):
-            there = [x.to(self._device, non_blocking=True) for x in xs]
+            there = [x.to(self.device, non_blocking=True) for x in xs]
             self._stream.synchronize()  # so that nobody waits for a copy behind the lock
             with _ONE_AT_A_TIME:
-                pairs = kernels.quantize_many(there, self._groups)
+                pairs = kernels.quantize_many(there, self._groups, self._plan.recipe)
             for pair, out in zip(pairs, outs, strict=True):
                 for value, host in zip(pair, out, strict=True):
                     host.view(torch.uint8).copy_(value.view(torch.uint8), non_blocking=True)
@@ -499,7 +536,7 @@ class Desk:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < end:
             self._buffers.pop(name, None)
-            pinned = self._device.type == "cuda"
+            pinned = self.device.type == "cuda"
             buffer = torch.empty(max(end, _ALIGN), dtype=torch.uint8, pin_memory=pinned)
             self._buffers[name] = buffer
         return [buffer[at : at + length] for at, length in zip(places, lengths, strict=True)]

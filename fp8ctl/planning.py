@@ -10,7 +10,6 @@ import contextlib
 import gc
 import re
 import shlex
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,10 @@ from fp8ctl import fitting, models, policy
 from fp8ctl.errors import CheckpointError, NotPermittedError, PlanDoesNotFitError, UsageError
 from fp8ctl.families import ENGINES
 from fp8ctl.fitting import HOPPER, SQUARES, Heads, Linear
-from fp8ctl.formats import BlockSize, Mode, parse_mode
+from fp8ctl.formats import RECIPE, BlockSize, Mode, parse_mode, parse_scale, scale_word
 from fp8ctl.manifest import Plan, PlannedTensor, Problem, dumps
 from fp8ctl.sizing import Sizer
-from fp8ctl.survey import Numbered, Survey, Target, survey
+from fp8ctl.survey import Kind, Survey, Target, survey
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 
     from fp8ctl.families import Backend
     from fp8ctl.fitting import Module
-    from fp8ctl.models import Checkpoint
+    from fp8ctl.formats import RecipeName
+    from fp8ctl.models import Checkpoint, TensorInfo
+    from fp8ctl.policy import Decision
     from fp8ctl.render import Reporter
 
 __all__ = ["Plan", "Typed", "make_plan", "plan_checkpoint", "read_plan", "require_fit", "run"]
@@ -47,6 +48,7 @@ def make_plan(
     gpu: tuple[int, int] | None = HOPPER,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    recipe: RecipeName = RECIPE,
 ) -> Plan:
     """Plan the model in `model`; a plan that does not fit says so in `problems`.
 
@@ -59,6 +61,7 @@ def make_plan(
         gpu: compute capability of the GPU; None where the engine computes on none.
         keep: rules for what stays, see `selection`.
         quantize: rules for what becomes FP8.
+        recipe: the arithmetic of scales and codes.
 
     Raises:
         CheckpointError: the folder is not a model's, or is broken.
@@ -68,7 +71,15 @@ def make_plan(
     with _no_collections():
         checkpoint = models.read_checkpoint(model)
         return plan_checkpoint(
-            checkpoint, backend, mode, tp, block_size, gpu=gpu, keep=keep, quantize=quantize
+            checkpoint,
+            backend,
+            mode,
+            tp,
+            block_size,
+            gpu=gpu,
+            keep=keep,
+            quantize=quantize,
+            recipe=recipe,
         )
 
 
@@ -95,8 +106,25 @@ def plan_checkpoint(
     gpu: tuple[int, int] | None = HOPPER,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    recipe: RecipeName = RECIPE,
 ) -> Plan:
     """Plan a checkpoint that was read; otherwise as `make_plan`."""
+    plan, _ = _planned(checkpoint, backend, mode, tp, block_size, gpu, keep, quantize, recipe)
+    return plan
+
+
+def _planned(
+    checkpoint: Checkpoint,
+    backend: Backend | None,
+    mode: Mode,
+    tp: int,
+    block_size: BlockSize | None,
+    gpu: tuple[int, int] | None,
+    keep: Sequence[str],
+    quantize: Sequence[str],
+    recipe: RecipeName,
+) -> tuple[Plan, Survey]:
+    """Return the plan, and what it was made from."""
     if tp < 1:
         raise UsageError(f"tensor-parallel size {tp} is not positive", hint="--tp 1")
     if block_size is not None and mode is not Mode.BLOCK:
@@ -119,7 +147,7 @@ def plan_checkpoint(
             target = replace(target, block=block)
     else:
         problems = seen.problems(target)
-    return Plan(
+    plan = Plan(
         model=checkpoint.folder,
         model_type=str(checkpoint.config.get("model_type", "unknown")),
         family=seen.family.name,
@@ -127,21 +155,17 @@ def plan_checkpoint(
         mode=mode,
         tp=tp,
         block=target.block,
-        tensors=tuple(
-            PlannedTensor(name, info.dtype, info.shape, d.quantize, d.reason, d.rule)
-            for name, d in seen.decisions.items()
-            for info in (checkpoint.tensors[name],)
-        ),
+        tensors=tuple([_become(checkpoint.tensors[name], d) for name, d in seen.decisions.items()]),
         problems=problems,
         rejected=tuple(rejected),
         notes=_notes(seen, target),
         gpu=gpu,
         keep=tuple(keep),
         quantize=tuple(quantize),
-        memory=Sizer(checkpoint.config, mode, target.block, tp).memory(
-            (checkpoint.tensors[name], decision) for name, decision in seen.decisions.items()
-        ),
+        memory=Sizer(checkpoint.config, mode, target.block, tp).memory(seen),
+        recipe=recipe,
     )
+    return plan, seen
 
 
 def engine_modules(checkpoint: Checkpoint, names: Collection[str], tp: int) -> tuple[Module, ...]:
@@ -199,6 +223,7 @@ def run(
     gpu: str | None = None,
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
+    scale: str | None = None,
 ) -> dict[str, object]:
     """Plan, print a table or a snippet, write the manifest to `out`; exit 8 if it does not fit."""
     from fp8ctl import snippets
@@ -209,25 +234,23 @@ def run(
     form = parse_mode(mode)
     block = None if block_size is None else BlockSize.parse(block_size)
     capability = parse_gpu(gpu)
+    recipe = RECIPE if scale is None else parse_scale(scale)
     if snippet is not None:
         snippets.engine_of(snippet, engine)
     with _no_collections():
-        plan = make_plan(
-            resolve_model(report, model),
-            engine,
-            form,
-            tp,
-            block,
-            gpu=capability,
-            keep=keep,
-            quantize=quantize,
+        checkpoint = models.read_checkpoint(resolve_model(report, model))
+        plan, seen = _planned(
+            checkpoint, engine, form, tp, block, capability, keep, quantize, recipe
         )
         if snippet is None:
-            show(report, plan)
-        document = plan.to_json()
+            show(report, plan, seen.kinds)
+        # Of a large model it takes as long as the table, and in a terminal nobody reads it.
+        document = plan.to_json() if report.json_mode or out is not None else {}
         if out is not None:
             _write(out, document)
             report.say(f"wrote {out}")
+    # The process ends soon: what it holds by now need not be looked through for cycles.
+    gc.freeze()
     require_fit(plan)
     if snippet is None:
         return document
@@ -260,6 +283,7 @@ class Typed:
     gpu: tuple[int, int] | None = None
     keep: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
+    recipe: RecipeName | None = None
 
 
 def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
@@ -284,6 +308,7 @@ def read_plan(path: Path, typed: Typed, model: Path | None = None) -> Plan:
         ("--gpu", typed.gpu and _dotted(typed.gpu), _dotted(plan.gpu)),
         ("--keep", typed.keep or None, plan.keep),
         ("--quantize", typed.quantize or None, plan.quantize),
+        ("--scale", typed.recipe and scale_word(typed.recipe), scale_word(plan.recipe)),
     )
     for option, asked, planned in pairs:
         if asked is not None and asked != planned:
@@ -335,40 +360,47 @@ def parse_gpu(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def show(report: Reporter, plan: Plan) -> None:
-    """Print a plan: one row for all tensors that differ only in layer and expert."""
+def _become(info: TensorInfo, d: Decision) -> PlannedTensor:
+    return PlannedTensor(info.name, info.dtype, info.shape, d.quantize, d.reason, d.rule)
+
+
+def show(report: Reporter, plan: Plan, kinds: Sequence[Kind]) -> None:
+    """Print a plan: one row for all tensors that differ only in layer and expert.
+
+    Args:
+        report: where to.
+        plan: to print.
+        kinds: what it was made of.
+    """
     from fp8ctl.render import human_bytes
 
-    # Reasons by identity: Python hashes an enum slowly, and a model may have 70 000 tensors.
-    groups: dict[tuple[str, tuple[int, ...], bool, int, str], list[PlannedTensor]] = {}
-    numbered = Numbered()
-    for tensor in plan.tensors:
-        _, pattern = numbered.read(tensor.name)
-        key = (pattern, tensor.shape, tensor.quantize, id(tensor.reason), tensor.rule)
-        groups.setdefault(key, []).append(tensor)
+    # A row is of one shape; its dtypes may differ.
+    groups: dict[tuple[str, object], list[tuple[int, PlannedTensor]]] = {}
+    for pattern, info, decision, number in kinds:
+        tensor = _become(info, decision)
+        group = (pattern, (tensor.shape, tensor.quantize, tensor.reason, tensor.rule))
+        groups.setdefault(group, []).append((number, tensor))
     rows = []
     before = after = count = 0
-    for (name, shape, quantize, _, _), members in groups.items():
-        grid = "x".join(map(str, plan.scale_shape(members[0]))) if quantize else ""
-        # All of one shape; a dtype may differ.
-        dtypes = Counter(tensor.dtype for tensor in members)
-        one = {tensor.dtype: tensor for tensor in members}
+    for (pattern, _), members in groups.items():
+        one = members[0][1]
+        many = sum(number for number, _ in members)
         own = (
-            sum(number * one[dtype].bytes_before for dtype, number in dtypes.items()),
-            sum(number * plan.bytes_of(one[dtype]) for dtype, number in dtypes.items()),
+            sum(number * tensor.bytes_before for number, tensor in members),
+            sum(number * plan.bytes_of(tensor) for number, tensor in members),
         )
         before, after = before + own[0], after + own[1]
-        count += len(members) if quantize else 0
+        count += many if one.quantize else 0
         rows.append(
             (
-                name,
-                str(len(members)),
-                "x".join(map(str, shape)),
-                "fp8" if quantize else "keep",
-                grid,
+                pattern,
+                str(many),
+                "x".join(map(str, one.shape)),
+                "fp8" if one.quantize else "keep",
+                "x".join(map(str, plan.scale_shape(one))) if one.quantize else "",
                 human_bytes(own[0]),
                 human_bytes(own[1]),
-                members[0].why,
+                one.why,
             )
         )
     report.table(("tensor", "count", "shape", "as", "scales", "before", "after", "why"), rows)
@@ -396,6 +428,8 @@ def explain(plan: Plan) -> list[str]:
         lines.append(f"{block.label} does not fit: {_summary(problems)}")
     verdict = "fits" if plan.fits else f"does not fit: {_summary(plan.problems)}"
     form = plan.mode.value if plan.block is None else f"blocks of {plan.block.label}"
+    if plan.recipe == "ue8m0":
+        form += ", scales powers of two"
     lines.append(f"{plan.family}, {form}, tp {plan.tp}, {engine}: {verdict}")
     return lines
 

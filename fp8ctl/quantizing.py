@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl import formats, partial, paths
 from fp8ctl.errors import ConflictError, NotPermittedError, UsageError
-from fp8ctl.formats import BlockSize, Mode, parse_mode
+from fp8ctl.formats import BlockSize, Mode, parse_mode, parse_scale
 from fp8ctl.interpreter import resolve_model, run_worker, torch_python
 from fp8ctl.manifest import RECORD
 
@@ -51,6 +51,7 @@ def run(
     keep: Sequence[str] = (),
     quantize: Sequence[str] = (),
     gpu: str | None = None,
+    scale: str | None = None,
     verify: str = "auto",
 ) -> dict[str, object]:
     """Convert a checkpoint to FP8 at `out`; return what was written and how fast.
@@ -78,6 +79,7 @@ def run(
         gpu=None if gpu is None else planning.parse_gpu(gpu),
         keep=tuple(keep),
         quantize=tuple(quantize),
+        recipe=None if scale is None else parse_scale(scale),
     )
     if plan_file is not None:
         plan = planning.read_plan(
@@ -93,6 +95,7 @@ def run(
             gpu=planning.parse_gpu(gpu),
             keep=typed.keep,
             quantize=typed.quantize,
+            recipe=typed.recipe or formats.RECIPE,
         )
     else:
         raise UsageError("--model is missing, and no --plan names one", hint="--model FOLDER")
@@ -123,7 +126,7 @@ def run(
         "model": str(plan.model),
         "mode": plan.mode.value,
         "block_size": None if plan.block is None else [plan.block.n, plan.block.k],
-        "recipe": formats.RECIPE,
+        "recipe": plan.recipe,
         "plan_digest": plan.digest,
         "seconds": round(seconds, 3),
         **result,
@@ -171,7 +174,7 @@ def cache_key(plan: Plan) -> str:
         for path in sorted(plan.model.iterdir())
         if path.is_file()
     ]
-    identity = [_CACHE_SCHEMA, formats.RECIPE, plan.digest, str(plan.model.resolve()), files]
+    identity = [_CACHE_SCHEMA, plan.recipe, plan.digest, str(plan.model.resolve()), files]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
 
 

@@ -35,6 +35,8 @@ _STYLES = {
 _PLAIN = str.maketrans({"✓": "ok", "✗": "x", "▸": ">", "·": "-", "…": "..."})
 # The narrowest last column of a table that is still read with ease.
 _NARROWEST = 24
+# A longer document is not indented: that takes json four times as long.
+_READ_BY_PEOPLE = 1 << 20
 
 
 class StdoutError(OSError):
@@ -218,7 +220,10 @@ class Reporter:
             self.say(f"{self.style('hint:', 'bold', self._err)} {error.hint}")
 
     def _document(self, document: JsonObject) -> None:
-        self._write(self._out, json.dumps(document, indent=2, default=str) + "\n")
+        text = json.dumps(document, default=str)
+        if len(text) < _READ_BY_PEOPLE:
+            text = json.dumps(document, default=str, indent=2)
+        self._write(self._out, text + "\n")
 
     def _colour(self, stream: TextIO) -> bool:
         return stream.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
@@ -233,15 +238,19 @@ class Reporter:
         try:
             yield
         except OSError as e:
-            # What is left in the buffer would fail once more when the interpreter ends.
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            forget(stream)
             # A reader that has gone away (`fp8ctl ps | head -1`) is no error of ours,
             # and of a lost stderr nobody can be told.
             if isinstance(e, BrokenPipeError) or stream is not self._out:
                 return
             self._closed = True
             raise StdoutError(e.errno, f"cannot write to stdout: {e.strerror}") from e
+
+
+def forget(stream: TextIO) -> None:
+    """Have nothing more written; what is left in the buffer would fail again at the very end."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fit(stream: TextIO, text: str) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fp8ctl import formats, hfconfig, policy, snippets
 from fp8ctl.engines import sglang, vllm
 from fp8ctl.errors import PlanDoesNotFitError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.formats import BlockSize, Mode, RecipeName
 from fp8ctl.manifest import Plan
 
 if TYPE_CHECKING:
@@ -128,6 +128,11 @@ class Settings:
             return "off"
         return self.mode.value if self.block is None else f"blocks of {self.block.label}"
 
+    @property
+    def recipe(self) -> RecipeName:
+        """The arithmetic of scales and codes: the plan's."""
+        return formats.RECIPE if self.plan is None else self.plan.recipe
+
     def quantization_config(self, backend: Backend | None = None) -> dict[str, object] | None:
         """Return a new `quantization_config` for config.json or an override; None where off.
 
@@ -215,7 +220,7 @@ class Settings:
             "quantization_config": self.quantization_config(backend),
             "mode": self.mode.value,
             "block_size": None if self.block is None else [self.block.n, self.block.k],
-            "recipe": formats.RECIPE,
+            "recipe": self.recipe,
             "plan_digest": None if self.plan is None else self.plan.digest,
             "tensors": None if self.plan is None else _tensors(self.plan),
         }
@@ -269,6 +274,7 @@ class Settings:
                 model=path,
                 mode=self.mode,
                 block=self.block,
+                recipe=self.recipe,
                 tp=self.tp,
                 config=config,
                 flags=_flags(options),

@@ -15,12 +15,13 @@ from fp8ctl.manifest import Memory
 from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterator
 
     from fp8ctl.families import Role
     from fp8ctl.formats import BlockSize, Mode
     from fp8ctl.models import TensorInfo
     from fp8ctl.policy import Decision
+    from fp8ctl.survey import Survey
 
 _SERVED_BYTES = 2
 """Of a float that stays: engines serve BF16 or FP16, also from an FP32 checkpoint."""
@@ -28,7 +29,7 @@ _VOCABULARY_PART = 64
 
 
 class Sizer:
-    """Adds up a model, tensor by tensor; what it asks for each is kept by shape and role."""
+    """Adds up a model; of tensors that are alike one is asked for."""
 
     def __init__(
         self,
@@ -55,30 +56,26 @@ class Sizer:
             self._ahead = tuple(f".layers.{layers + i}." for i in range(count))
         self.heads = Heads.of(config)
         self.mode, self.block, self.tp = mode, block, tp
-        self._known: dict[object, tuple[int, int, int, Decision]] = {}
 
-    def memory(self, decided: Iterable[tuple[TensorInfo, Decision]]) -> Memory:
+    def memory(self, seen: Survey) -> Memory:
         """Return the bytes of one GPU."""
         before = after = cache = 0
-        for info, decision in decided:
-            # By identity: decisions are shared, and Python hashes a dataclass slowly.
-            key = (id(decision), info.shape, info.dtype)
-            sizes = self._known.get(key)
-            if sizes is None:
-                sizes = self._known[key] = (*self._sizes(info, decision), decision)
-            if self._is_ahead(info.name) and decision.reason is not Reason.VISION:
-                continue
-            before += sizes[0]
-            after += sizes[1]
-            cache += sizes[2]
+        counted = [(kind.first, kind.decision, kind.number) for kind in seen.kinds]
+        for info, decision, count in (*counted, *self._not_loaded(seen)):
+            sizes = self._sizes(info, decision)
+            before += count * sizes[0]
+            after += count * sizes[1]
+            cache += count * sizes[2]
         return Memory(before, after, cache)
 
-    def _is_ahead(self, name: str) -> bool:
-        """Say whether a tensor is of a layer for multi-token prediction: engines load none."""
-        for layer in self._ahead:
-            if layer in name:
-                return True
-        return name.startswith("mtp.")
+    def _not_loaded(self, seen: Survey) -> Iterator[tuple[TensorInfo, Decision, int]]:
+        """Yield -1 times each tensor of layers for multi-token prediction: engines load none."""
+        ahead = {name for part in self._ahead for name in seen.decisions if part in name}
+        ahead |= {name for name in seen.decisions if name.startswith("mtp.")}
+        for name in ahead:
+            decision = seen.decisions[name]
+            if decision.reason is not Reason.VISION:
+                yield seen.checkpoint.tensors[name], decision, -1
 
     def _sizes(self, info: TensorInfo, decision: Decision) -> tuple[int, int, int]:
         name, shape, dtype, role = info.name, info.shape, info.dtype, decision.role

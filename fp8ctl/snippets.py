@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from fp8ctl.errors import UnsupportedError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.formats import RECIPE, BlockSize, Mode, scale_word
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from fp8ctl.formats import RecipeName
     from fp8ctl.policy import Backend
 
 _PUSHED = (
@@ -35,6 +36,7 @@ class Facts:
     Attributes:
         model: the 16-bit checkpoint.
         config: the `quantization_config`.
+        recipe: the arithmetic of scales and codes.
         flags, arguments, environment: of the engine, from `Settings`.
         quantized: names of the tensors that become FP8; empty where unknown.
     """
@@ -43,6 +45,7 @@ class Facts:
     model: str
     mode: Mode
     block: BlockSize | None
+    recipe: RecipeName
     tp: int | None
     config: Mapping[str, object]
     flags: Sequence[str]
@@ -88,6 +91,7 @@ def _verl(facts: Facts) -> str:
     whole components of a name.
     """
     _require_128(facts, "verl's `quantization: fp8`", "--snippet verl-old")
+    _require_ieee(facts, "verl")
     lines = ["# verl: weights stay in 16 bits in training, and become FP8 on their way to rollout."]
     ignored = _short_names(facts)
     if facts.backend == "sglang" and ignored:
@@ -101,6 +105,7 @@ def _verl(facts: Facts) -> str:
 def _verl_old(facts: Facts) -> str:
     """verl until November 2025: docs/advance/fp8.md of that time."""
     _require_128(facts, "verl's `use_block_quant_rollout`", None)
+    _require_ieee(facts, "verl")
     lines = [
         "# verl until November 2025, with two switches: FP8 at all, and blocks of 128x128",
         "# (false: one scale per tensor).",
@@ -122,6 +127,7 @@ def _areal(facts: Facts) -> str:
     `build_args` of areal/api/cli_args.py makes a flag of every field of the dataclass,
     so a field more is an argument of the server more; it says `load_format="auto"` itself.
     """
+    _require_ieee(facts, "AReaL")
     ours = "SGLangConfig" if facts.backend == "sglang" else "vLLMConfig"
     name = "json_model_override_args" if facts.backend == "sglang" else "hf_overrides"
     return _lines(
@@ -257,6 +263,20 @@ def _require_128(facts: Facts, what: str, instead: str | None) -> None:
         f"{what} makes blocks of 128x128 and no others; the plan is {form}",
         hint=instead if instead and facts.mode is Mode.PER_TENSOR else "--block-size 128,128",
     )
+
+
+def _require_ieee(facts: Facts, who: str) -> None:
+    """Refuse a plan whose scales the trainer, which quantises itself, does not make.
+
+    Raises:
+        UnsupportedError: powers of two.
+    """
+    if facts.recipe != RECIPE:
+        raise UnsupportedError(
+            f"{who} quantises itself, with scales that are any FP32 number; the plan says"
+            f" --scale {scale_word(facts.recipe)}",
+            hint=f"--scale {scale_word(RECIPE)}",
+        )
 
 
 def _short_names(facts: Facts) -> list[str]:

@@ -6,48 +6,78 @@ checkpoint of the plan holds under these names: codes, then scales; what stays i
 it came. Tensors are taken in buckets, which is what the kernels quantise in one launch and
 all the memory that is used. Nothing is passed on unquantised in place of a failure.
 
+A push has the outputs written where it sends them from (`placed_weights`); all else is the
+same stream.
+
 Under FSDP all ranks go through the stream: each tensor is gathered by all, quantised and
 given by one. Runs in a trainer's interpreter: torch and the standard library. Python 3.10.
 """
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import sys
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fp8ctl import formats, policy
-from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.formats import BlockSize, Mode
+from fp8ctl import formats, forms
+from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels import quantize as kernels
-from fp8ctl.kernels.groups import PER_TENSOR, Groups, block
 from fp8ctl.kernels.inputs import NonFiniteError
-from fp8ctl.manifest import Plan
+from fp8ctl.ranks import Ranks, leave, meet, tell
+from fp8ctl.wire import ALIGN, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Iterable
+    from collections.abc import (
+        AsyncIterable,
+        AsyncIterator,
+        Awaitable,
+        Callable,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
+    from contextlib import AbstractContextManager
+
+    from fp8ctl.forms import Form
+    from fp8ctl.manifest import Plan
 
     Named = tuple[str, torch.Tensor]
+
+__all__ = ["BUCKET_BYTES", "Placing", "Ranks", "Stream", "placed_weights", "quantize_weights"]
 
 BUCKET_BYTES = 512 << 20
 
 
-@dataclass(frozen=True)
-class Ranks:
-    """Who gives the stream's tensors when several ranks hold parts of each.
+class Placing(Protocol):
+    """A push, as the stream sees it.
 
     Attributes:
-        group: a process group on the CPU (gloo), by which the ranks wait for each other.
-        source: global rank that quantises and gives; the others only take part.
-        timeout: seconds after which a rank that does not come is an error on the others.
+        limit: bytes of outputs that are placed together; a larger tensor comes alone.
+        patience: seconds that a place may have to be waited for.
     """
 
-    group: Any
-    source: int = 0
-    timeout: float = 300.0
+    limit: int
+    patience: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are quantised."""
+
+    def wants(self, name: str) -> bool:
+        """Say whether a tensor of this name is taken at all."""
+
+    def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
+        """Return memory for these tensors; may wait until there is some."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Return what measures a stage of the work."""
+
+    def in_thread(self, work: Callable[[], list[Named]]) -> Awaitable[list[Named]]:
+        """Do what would block an event loop; ends with `work`, also when it is cancelled."""
 
 
 def quantize_weights(
@@ -90,7 +120,37 @@ def quantize_weights(
     if bucket_bytes < 1:
         raise UsageError(f"a bucket of {bucket_bytes} bytes", hint="bucket_bytes=512 << 20")
     where = None if device is None else torch.device(device)
-    taker = _Taker(_form(plan), bucket_bytes, where, dtype, complete, ranks)
+    taker = _Taker(forms.of(plan), bucket_bytes, where, dtype, complete, ranks)
+    return Stream(named_tensors, taker)
+
+
+def placed_weights(
+    named_tensors: Iterable[Named] | AsyncIterable[Named],
+    plan: Plan | None,
+    placing: Placing,
+    *,
+    dtype: torch.dtype | None = None,
+    complete: bool = True,
+    ranks: Ranks | None = None,
+) -> Stream:
+    """Return the stream of a push: its tensors lie where `placing` put them.
+
+    Tensors are rounded to the dtypes of the plan first: a server's 16-bit checkpoint has these,
+    and codes made of anything else would be other codes than those of its FP8 form.
+
+    Args:
+        named_tensors, complete, ranks: as in `quantize_weights`. An output head that the plan
+            does not have, since it is tied, may come.
+        plan: None: all is kept.
+        placing: gives the memory.
+        dtype: what weights are rounded to before they are quantised, instead of the plan's.
+
+    Returns:
+        As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
+        tied head is a ConflictError.
+    """
+    form = forms.of_push(plan, dtype)
+    taker = _Taker(form, placing.limit, None, None, complete, ranks, placing)
     return Stream(named_tensors, taker)
 
 
@@ -145,16 +205,18 @@ class Stream:
         """Return itself."""
         return self
 
-    def __exit__(self, *error: object) -> None:
-        """End it."""
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End it; other ranks are told the error."""
+        self._taker.why = error
         self.close()
 
     async def __aenter__(self) -> Stream:
         """Return itself."""
         return self
 
-    async def __aexit__(self, *error: object) -> None:
-        """End it."""
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End it; other ranks are told the error."""
+        self._taker.why = error
         await self.aclose()
 
     def _once(self, made: Any) -> Any:
@@ -179,92 +241,24 @@ class Stream:
         try:
             if is_async:
                 async for item in source:
-                    for one in self._taker.take(item):
+                    for one in await self._flow(self._taker.take(item)):
                         yield one
             else:
                 for item in source:
-                    for one in self._taker.take(item):
+                    for one in await self._flow(self._taker.take(item)):
                         yield one
-            for one in self._taker.end():
+            for one in await self._flow(self._taker.end()):
                 yield one
         finally:
             self._taker.leave()
             await _aclose(source)
 
-
-@dataclass(frozen=True)
-class _Form:
-    """What becomes of tensors.
-
-    Attributes:
-        quantized: says whether a name of this shape becomes FP8; raises where it cannot be.
-        names: all that have to come; None: nobody knows.
-    """
-
-    groups: Groups
-    mode: Mode
-    quantized: Callable[[str, torch.Size], bool]
-    names: frozenset[str] | None
-
-
-def _form(plan: Plan | Mapping[str, Any]) -> _Form:
-    if isinstance(plan, Mapping) and "quantization_config" in plan:
-        return _form_of_config(plan)
-    if isinstance(plan, Mapping):
-        plan = Plan.from_json(plan)
-    if not isinstance(plan, Plan):
-        raise UsageError(
-            f"{type(plan).__name__} where a plan or a configuration was expected",
-            hint="quantize_weights(named_tensors, fp8ctl.planning.make_plan(...))",
-        )
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    family = policy.family_of({"model_type": plan.model_type})
-
-    def quantized(name: str, shape: torch.Size) -> bool:
-        one = planned.get(name)
-        if one is None:
-            # A tied head, a buffer: what the policy keeps anyway may come along.
-            if policy.decide(family, name, shape).quantize:
-                raise ConflictError(
-                    f"{name} is not in the plan of {plan.model.name}",
-                    hint="give the names of the checkpoint that was planned",
-                    data={"tensor": name},
-                )
-            return False
-        if tuple(shape) != one.shape:
-            raise PlanDoesNotFitError(
-                f"{name} has shape {list(shape)}, planned {list(one.shape)}",
-                hint="plan the model that is trained",
-                data={"tensor": name},
-            )
-        return one.quantize
-
-    return _Form(_groups(plan.mode, plan.block), plan.mode, quantized, frozenset(planned))
-
-
-def _form_of_config(config: Mapping[str, Any]) -> _Form:
-    found = config["quantization_config"]
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if method != "fp8":
-        raise UsageError(
-            f"quant_method {method!r} in quantization_config; expected 'fp8'",
-            hint="give the plan, or the config.json of an FP8 checkpoint",
-        )
-    sides = found.get("weight_block_size")
-    mode = Mode.PER_TENSOR if sides is None else Mode.BLOCK
-    size = None if sides is None else BlockSize(int(sides[0]), int(sides[1]))
-    family = policy.family_of(config)
-    kept = {*found.get("modules_to_not_convert", ()), *found.get("ignored_layers", ())}
-
-    def quantized(name: str, shape: torch.Size) -> bool:
-        module = name.removesuffix(".weight")
-        return module not in kept and policy.decide(family, name, shape).quantize
-
-    return _Form(_groups(mode, size), mode, quantized, None)
-
-
-def _groups(mode: Mode, size: BlockSize | None) -> Groups:
-    return PER_TENSOR if size is None or mode is not Mode.BLOCK else block(size.n, size.k)
+    async def _flow(self, given: Iterable[Named]) -> Iterable[Named]:
+        """Return what is given; in a push it is waited for elsewhere than in the event loop."""
+        placing = self._taker.placing
+        if placing is None or not given:
+            return given
+        return await placing.in_thread(lambda: [*given])
 
 
 class _Taker:
@@ -272,24 +266,30 @@ class _Taker:
 
     def __init__(
         self,
-        form: _Form,
+        form: Form,
         bucket_bytes: int,
         device: torch.device | None,
         dtype: torch.dtype | None,
         complete: bool,
         ranks: Ranks | None,
+        placing: Placing | None = None,
     ) -> None:
         self._form, self._limit = form, bucket_bytes
         self._device, self._dtype = device, dtype
         self._complete, self._ranks = complete, ranks
+        self.placing = placing
         self._held: list[tuple[str, torch.Tensor, bool]] = []
         self._bytes = 0
         self._came: set[str] = set()
+        #: Of who reads the stream, for the other ranks.
+        self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
         self._open = False
+        # True when all ranks know that no more comes.
+        self._over = ranks is None
 
-    def take(self, item: Any) -> Iterator[Named]:
-        """Take a tensor; give what a full bucket becomes."""
+    def take(self, item: Any) -> Iterable[Named]:
+        """Take a tensor; return what a full bucket becomes, which is made while it is read."""
         try:
             name, tensor = item
         except (TypeError, ValueError):
@@ -297,77 +297,155 @@ class _Taker:
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             found = f"({type(name).__name__}, {type(tensor).__name__})"
             raise TypeError(f"{found} where (name, tensor) was expected")
+        if self.placing is not None and not self.placing.wants(name):
+            return ()
         if name in self._came:
             raise ConflictError(f"{name} comes a second time", data={"tensor": name})
         self._came.add(name)
         becomes_fp8 = self._form.quantized(name, tensor.shape)
-        self._held.append((name, tensor, becomes_fp8))
-        self._bytes += tensor.numel() * tensor.element_size()
-        if self._bytes >= self._limit:
-            yield from self._bucket()
+        one = (name, tensor, becomes_fp8)
+        full: Iterable[Named] = ()
+        if self.placing is None:
+            size = tensor.numel() * tensor.element_size()
+        else:
+            # A place is as large as it is: what would not fit any more is the next one's.
+            size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in self._slots(one))
+            if self._held and self._bytes + size > self._limit:
+                full = self._bucket(self._taken())
+        self._held.append(one)
+        self._bytes += size
+        if self.placing is None and self._bytes >= self._limit:
+            full = self._bucket(self._taken())
+        return full
 
-    def end(self) -> Iterator[Named]:
-        """Give what the last bucket becomes, when no more tensor comes.
+    def end(self) -> Iterable[Named]:
+        """Return what the last bucket becomes, when no more tensor comes.
 
         Raises:
             ConflictError: planned tensors did not come.
         """
         absent = sorted((self._form.names or frozenset()) - self._came) if self._complete else []
+        if self.placing is not None:
+            absent = [name for name in absent if self.placing.wants(name)]
         if absent:
             raise ConflictError(
                 f"{len(absent)} tensors of the plan did not come, such as {absent[0]}",
                 hint="complete=False sends a part",
                 data={"absent": absent[:20]},
             )
-        if self._held:
-            yield from self._bucket()
+        return self._last() if self._held or self._ranks is not None else ()
 
     def leave(self) -> None:
-        """Tell ranks that wait for this one's word that there will be none."""
+        """Tell the other ranks, where they do not know yet, that nothing more comes."""
         self._held.clear()
-        if self._open and self._ranks is not None:
-            self._open = False
-            _tell(self._ranks, done=False)
+        ranks, over, self._over = self._ranks, self._over, True
+        if ranks is None or over:
+            return
+        failed = sys.exc_info()[1]
+        why = self.why if failed is None or isinstance(failed, GeneratorExit) else failed
+        why = why or ConflictError("who read it went away")
+        if not self._open:
+            leave(ranks, why)
+        elif ranks.is_source:
+            tell(ranks, why)
+        else:
+            # The source goes on, and hears it at the next bucket; or is gone itself.
+            with suppress(TimeoutError, Fp8ctlError):
+                tell(ranks)
+                leave(ranks, why)
 
-    def _bucket(self) -> Iterator[Named]:
+    def _taken(self) -> list[tuple[str, torch.Tensor, bool]]:
         held, self._held, self._bytes = self._held, [], 0
+        return held
+
+    def _bucket(self, held: list[tuple[str, torch.Tensor, bool]]) -> Iterator[Named]:
         ranks = self._ranks
-        gives = ranks is None or torch.distributed.get_rank() == ranks.source
+        gives = ranks is None or ranks.is_source
         if ranks is not None:
-            _meet(ranks)
-            self._open = gives
+            with self._among_ranks():
+                meet(ranks, "more", names=[name for name, _, _ in held])
+            self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
-        whole = [(name, self._whole(tensor, gives), fp8) for name, tensor, fp8 in held]
-        del held
+        with self._stage("gather"):
+            whole = [(name, self._whole(name, t, fp8, gives), fp8) for name, t, fp8 in held]
+        held.clear()
         if gives:
             yield from self._become([(name, t, fp8) for name, t, fp8 in whole if t is not None])
         if ranks is not None:
+            with self._among_ranks():
+                tell(ranks, patience=0.0 if self.placing is None else self.placing.patience)
             self._open = False
-            _tell(ranks, done=True)
+
+    def _last(self) -> Iterator[Named]:
+        """Give what the last bucket becomes, and see all ranks at the end."""
+        if self._held:
+            yield from self._bucket(self._taken())
+        if self._ranks is not None:
+            with self._among_ranks():
+                meet(self._ranks, "end")
+            self._over = True
+
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """What is raised here, all ranks that are there know."""
+        try:
+            yield
+        except (TimeoutError, Fp8ctlError):
+            self._over = True
+            raise
+
+    def _stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.placing is None else self.placing.stage(name)
+
+    def _slots(self, one: tuple[str, torch.Tensor, bool]) -> list[Slot]:
+        """Return the places that what a tensor becomes needs."""
+        name, tensor, fp8 = one
+        shape = tuple(tensor.shape)
+        if not fp8:
+            rounded = self._form.dtype(name) if tensor.is_floating_point() else None
+            return [Slot(name, _spelled(rounded or tensor.dtype), shape)]
+        scale = formats.scale_name(name, self._form.mode)
+        return [
+            Slot(name, "float8_e4m3fn", shape),
+            Slot(scale, "float32", tuple(self._form.groups.scale_shape(shape))),
+        ]
 
     @torch.no_grad()
-    def _whole(self, tensor: torch.Tensor, wanted: bool) -> torch.Tensor | None:
+    def _whole(
+        self, name: str, tensor: torch.Tensor, fp8: bool, wanted: bool
+    ) -> torch.Tensor | None:
         moved: Any = tensor.detach()
-        if self._device is not None:
-            moved = moved.to(self._device)
         if hasattr(moved, "full_tensor"):
+            # Shards that are kept on the CPU are gathered where the ranks' group is.
+            there = moved.device_mesh.device_type
+            if moved.device.type != there:
+                moved = moved.to(there)
             moved = moved.full_tensor()
         if not wanted:
             return None
-        if self._dtype is not None and moved.is_floating_point():
-            moved = moved.to(self._dtype)
+        if self.placing is not None:
+            moved = moved.to(self.placing.device) if fp8 else moved  # what is kept is copied there
+        elif self._device is not None:
+            moved = moved.to(self._device)
+        rounded = self._dtype or (self._form.dtype(name) if fp8 else None)
+        if rounded is not None and moved.is_floating_point():
+            moved = moved.to(rounded)
         whole: torch.Tensor = moved
         return whole
 
     @torch.no_grad()
     def _become(self, bucket: list[tuple[str, torch.Tensor, bool]]) -> Iterator[Named]:
+        places = self._places(bucket)
         by_device: dict[torch.device, list[int]] = {}
         for i, (_, tensor, fp8) in enumerate(bucket):
             if fp8:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for those in by_device.values():
-            made.update(self._quantize(bucket, those))
+        with self._stage("quantise"):
+            for those in by_device.values():
+                made.update(self._quantize(bucket, those, places))
+            for i, (place,) in ((i, p) for i, p in places.items() if len(p) == 1):
+                bucket[i] = (bucket[i][0], place.copy_(bucket[i][1]), False)
         for i, (name, tensor, _) in enumerate(bucket):
             if i not in made:
                 yield name, tensor
@@ -376,12 +454,26 @@ class _Taker:
             yield name, codes
             yield formats.scale_name(name, self._form.mode), scales
 
+    def _places(
+        self, bucket: list[tuple[str, torch.Tensor, bool]]
+    ) -> dict[int, tuple[torch.Tensor, ...]]:
+        """Return where what the tensors become is to be written, where that matters."""
+        if self.placing is None:
+            return {}
+        slots = [self._slots(one) for one in bucket]
+        places = iter(self.placing.place([slot for those in slots for slot in those]))
+        return {i: tuple(islice(places, len(those))) for i, those in enumerate(slots)}
+
     def _quantize(
-        self, bucket: list[tuple[str, torch.Tensor, bool]], those: list[int]
+        self,
+        bucket: list[tuple[str, torch.Tensor, bool]],
+        those: list[int],
+        places: dict[int, tuple[torch.Tensor, ...]],
     ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
         xs = [bucket[i][1] for i in those]
+        out: Any = [places[i] for i in those] if places else None
         try:
-            return iter([*zip(those, kernels.quantize_many(xs, self._form.groups), strict=True)])
+            made = kernels.quantize_many(xs, self._form.groups, self._form.recipe, out=out)
         except NonFiniteError as e:
             name = bucket[those[e.tensor or 0]][0]
             raise PlanDoesNotFitError(
@@ -390,41 +482,11 @@ class _Taker:
                 hint="look at the optimiser's step: one such value spoils its whole block",
                 data={"tensor": name, "index": list(e.index)},
             ) from e
+        return iter([*zip(those, made, strict=True)])
 
 
-def _meet(ranks: Ranks) -> None:
-    """Wait until all ranks are here; a rank that is dead shows before a collective hangs."""
-    try:
-        torch.distributed.monitored_barrier(
-            ranks.group, timeout=datetime.timedelta(seconds=ranks.timeout)
-        )
-    except RuntimeError as e:
-        raise TimeoutError(f"not all ranks came within {ranks.timeout:g} s: {e}") from e
-
-
-def _tell(ranks: Ranks, *, done: bool) -> None:
-    """Say, on the source, how a bucket ended; hear it on the others.
-
-    Raises:
-        TimeoutError: the source does not say it in time.
-        ConflictError: it failed, or its consumer ended the stream.
-    """
-    distributed = torch.distributed
-    here = distributed.get_rank()
-    word = torch.tensor([int(done)])
-    work = distributed.broadcast(word, ranks.source, group=ranks.group, async_op=True)
-    try:
-        work.wait(datetime.timedelta(seconds=ranks.timeout))
-    except RuntimeError as e:
-        if here == ranks.source:
-            return  # nobody is there to hear it; who reads the stream has the error
-        told = f"rank {ranks.source} did not end its bucket within {ranks.timeout:g} s: {e}"
-        raise TimeoutError(told) from e
-    if here != ranks.source and not int(word):
-        raise ConflictError(
-            f"rank {ranks.source} ended the stream before its end",
-            hint=f"see the error of rank {ranks.source}",
-        )
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _close(source: Any) -> None:

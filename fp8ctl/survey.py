@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fp8ctl import fitting, fusing, policy, selection
 from fp8ctl.errors import UnsupportedError
@@ -17,12 +17,12 @@ from fp8ctl.fitting import Heads, Linear
 from fp8ctl.policy import Decision, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.families import Backend, Family, Role
     from fp8ctl.formats import BlockSize, Mode
     from fp8ctl.manifest import Problem
-    from fp8ctl.models import Checkpoint
+    from fp8ctl.models import Checkpoint, TensorInfo
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """A layer's or an expert's number in a tensor's name."""
@@ -33,22 +33,32 @@ class Numbered:
 
     def __init__(self) -> None:
         """Start with nothing known."""
-        self._stems: dict[str, tuple[str, str]] = {}
+        self._paths: dict[str, tuple[str, str]] = {"": ("", "")}
 
     def read(self, name: str) -> tuple[str, str]:
         """Return a name that sorts layer 10 behind layer 9, and the name with `*` for numbers."""
-        stem, _, leaf = name.rpartition(".")
-        stem, _, module = stem.rpartition(".")
-        known = self._stems.get(stem)
-        if known is None:
-            known = self._stems[stem] = (
-                NUMBER.sub(lambda number: number[0].zfill(8), stem + ".")[:-1],
-                NUMBER.sub("*", stem + ".")[:-1],
-            )
+        path, dot, leaf = name.rpartition(".")
+        if not dot:
+            return name, name
+        # The last module is put in here: most are beside two others of one expert.
+        path, _, module = path.rpartition(".")
+        known = self._paths.get(path) or self._read(path)
         if module.isdigit():
-            return f"{known[0]}.{module.zfill(8)}.{leaf}", f"{known[1]}.*.{leaf}"
-        rest = f".{module}.{leaf}"
-        return known[0] + rest, known[1] + rest
+            return f"{known[0]}{module:0>8}.{leaf}", f"{known[1]}*.{leaf}"
+        return f"{known[0]}{module}.{leaf}", f"{known[1]}{module}.{leaf}"
+
+    def _read(self, path: str) -> tuple[str, str]:
+        """Return both forms of a path, each with a dot behind it."""
+        known = self._paths.get(path)
+        if known is None:
+            above, _, last = path.rpartition(".")
+            key, pattern = self._read(above)
+            if last.isdigit():
+                known = f"{key}{last:0>8}.", f"{pattern}*."
+            else:
+                known = f"{key}{last}.", f"{pattern}{last}."
+            self._paths[path] = known
+        return known
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +77,26 @@ class Target:
     gpu: tuple[int, int] | None
 
 
+class Kind(NamedTuple):
+    """Tensors that differ in the numbers in their names alone.
+
+    Attributes:
+        pattern: their name, with `*` for numbers.
+    """
+
+    pattern: str
+    first: TensorInfo
+    decision: Decision
+    number: int
+
+
 @dataclass(frozen=True, slots=True)
 class Survey:
     """A checkpoint and its decisions.
 
     Attributes:
         decisions: of every tensor by name, layer 10 behind layer 9.
+        kinds: the same tensors, those that are alike counted.
         shapes: one Linear for all of the same role and shape, of those that become FP8.
         dense: every Linear that becomes FP8 and is no expert.
         kept: every Linear of a decoder layer that a rule keeps.
@@ -83,6 +107,7 @@ class Survey:
     family: Family
     heads: Heads
     decisions: dict[str, Decision]
+    kinds: tuple[Kind, ...]
     shapes: tuple[Linear, ...]
     dense: tuple[Linear, ...]
     kept: tuple[Linear, ...]
@@ -108,8 +133,8 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
     """
     _require_16_bit(checkpoint)
     family = policy.family_of(checkpoint.config)
-    decisions = _decide(checkpoint, family, selection.parse(keep, quantize))
-    shapes, dense, kept, stacked = _linears(checkpoint, decisions)
+    decisions, kinds = _decide(checkpoint, family, selection.parse(keep, quantize))
+    shapes, dense, kept, stacked = _linears(checkpoint, decisions, kinds)
     if not shapes:
         raise UnsupportedError(
             f"{checkpoint.folder}: no Linear of a decoder layer to quantise"
@@ -121,6 +146,7 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
         family=family,
         heads=Heads.of(checkpoint.config),
         decisions=decisions,
+        kinds=kinds,
         shapes=shapes,
         dense=tuple(dense),
         kept=tuple(kept),
@@ -130,32 +156,53 @@ def survey(checkpoint: Checkpoint, keep: Sequence[str], quantize: Sequence[str])
 
 def _decide(
     checkpoint: Checkpoint, family: Family, rules: Sequence[selection.Rule]
-) -> dict[str, Decision]:
+) -> tuple[dict[str, Decision], tuple[Kind, ...]]:
     """Decide every tensor, in order: layer 10 behind layer 9."""
     # Of names that differ in their numbers only, one is decided: a large MoE has 70 000
-    # tensors and some 40 such patterns.
-    numbered = Numbered()
-    order = sorted((numbered.read(name), name) for name in checkpoint.tensors)
-    known: dict[tuple[str, int, str], Decision] = {}
+    # tensors and some 40 such patterns. This is the one loop over all that a plan takes.
+    read = Numbered().read
+    order = sorted([(*read(info.name), info) for info in checkpoint.tensors.values()])
+    known: dict[tuple[str, tuple[int, ...], str], Decision] = {}
+    counts: dict[tuple[str, tuple[int, ...], str], int] = {}
+    first = []
     decisions = {}
-    for (_, pattern), name in order:
-        info = checkpoint.tensors[name]
-        key = (pattern, len(info.shape), info.dtype)
+    for _, pattern, info in order:
+        key = (pattern, info.shape, info.dtype)
         decision = known.get(key)
         if decision is None:
-            decision = known[key] = policy.decide(family, name, info.shape, info.dtype)
-        decisions[name] = decision
-    return selection.apply(rules, decisions, checkpoint.tensors) if rules else decisions
+            decision = known[key] = policy.decide(family, info.name, info.shape, info.dtype)
+            counts[key] = 0
+            first.append(info)
+        counts[key] += 1
+        decisions[info.name] = decision
+    if rules:
+        decisions = selection.apply(rules, decisions, checkpoint.tensors)
+        return decisions, _recounted([(pattern, info) for _, pattern, info in order], decisions)
+    kinds = [
+        Kind(key[0], info, known[key], count)
+        for (key, count), info in zip(counts.items(), first, strict=True)
+    ]
+    return decisions, tuple(kinds)
+
+
+def _recounted(
+    order: Sequence[tuple[str, TensorInfo]], decisions: Mapping[str, Decision]
+) -> tuple[Kind, ...]:
+    """Return the kinds of tensors where rules have split some."""
+    kinds: dict[tuple[str, tuple[int, ...], str, Decision], Kind] = {}
+    for pattern, info in order:
+        decision = decisions[info.name]
+        key = (pattern, info.shape, info.dtype, decision)
+        known = kinds.get(key) or Kind(pattern, info, decision, 0)
+        kinds[key] = known._replace(number=known.number + 1)
+    return tuple(kinds.values())
 
 
 def _linears(
-    checkpoint: Checkpoint, decisions: dict[str, Decision]
+    checkpoint: Checkpoint, decisions: Mapping[str, Decision], kinds: Sequence[Kind]
 ) -> tuple[tuple[Linear, ...], list[Linear], list[Linear], list[str]]:
     """Return shapes, dense Linears, Linears that stay, and tensors of many experts."""
-    # By identity: Python hashes a dataclass slowly, and a family shares its roles. No Linear
-    # is made for each expert.
-    counts: dict[tuple[int, tuple[int, ...]], int] = {}
-    first: dict[tuple[int, tuple[int, ...]], Linear] = {}
+    # Of experts no Linear is made for each.
     dense: list[Linear] = []
     kept: list[Linear] = []
     stacked: list[str] = []
@@ -165,24 +212,20 @@ def _linears(
             if decision.reason is Reason.STACKED:
                 stacked.append(name)
             continue
-        shape = checkpoint.tensors[name].shape
-        key = (id(role), shape)
-        if decision.quantize:
-            counts[key] = counts.get(key, 0) + 1
-            if role.expert and key in first:
-                continue
-        linear = Linear(name, 1, (shape[0], shape[1]), role)
-        if not decision.quantize:
-            kept.append(linear)
+        if decision.quantize and role.expert:
             continue
-        first.setdefault(key, linear)
-        if not role.expert:
-            dense.append(linear)
+        shape = checkpoint.tensors[name].shape
+        linear = Linear(name, 1, (shape[0], shape[1]), role)
+        (dense if decision.quantize else kept).append(linear)
     # Roles that a rule made may be equal without being the same.
     merged: dict[tuple[Role, tuple[int, int]], Linear] = {}
-    for key, linear in first.items():
-        same = merged.get((linear.role, linear.shape), replace(linear, count=0))
-        merged[linear.role, linear.shape] = replace(same, count=same.count + counts[key])
+    for _, info, decision, count in kinds:
+        if not decision.quantize or decision.role is None:
+            continue
+        shape = (info.shape[0], info.shape[1])
+        key = (decision.role, shape)
+        same = merged.get(key, Linear(info.name, 0, shape, decision.role))
+        merged[key] = replace(same, count=same.count + count)
     return tuple(merged.values()), dense, kept, stacked
 
 

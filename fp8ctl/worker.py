@@ -12,17 +12,19 @@ function and returns a JSON object. Python 3.10, standard library and torch;
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from fp8ctl.errors import Fp8ctlError, NotFoundError, UsageError
+from fp8ctl.errors import AbortedError, Fp8ctlError, NotFoundError, UsageError
 
 Progress = Callable[[int, int], None]
 Task = Callable[[dict[str, Any], Progress], dict[str, Any]]
@@ -113,12 +115,63 @@ def bench_kernel(arguments: dict[str, Any], progress: Progress) -> dict[str, Any
     }
 
 
+def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Send the checkpoint `model` to the servers `urls`; return what `push.Update` says."""
+    from fp8ctl import models, source
+    from fp8ctl.push import Rollout
+
+    folder = Path(arguments["model"])
+    record = arguments.get("record")
+    rollout = Rollout(
+        arguments["urls"],
+        arguments["plan"],
+        via=arguments["via"],
+        bucket_bytes=arguments["bucket_bytes"],
+        in_flight=arguments["in_flight"],
+        delta=arguments["delta"],
+        record=None if record is None else Path(record),
+    )
+    total = models.read_checkpoint(folder).nbytes
+    with _once_interrupted(), rollout:
+        update = rollout.update(
+            source.read_tensors(folder),
+            arguments["version"],
+            on_progress=lambda told: progress(told.nbytes, told.total_bytes or total),
+        )
+        return update.to_json()
+
+
+@contextlib.contextmanager
+def _once_interrupted() -> Iterator[None]:
+    """Have the first signal end the work, and no other disturb what is put in order then.
+
+    Raises:
+        AbortedError: there was a signal.
+    """
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def end(number: int, frame: object) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.signal(one, end) for one in signals}
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise AbortedError("interrupted") from None
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 TASKS: dict[str, Task] = {
     "quantize": quantize,
     "expect": expect,
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,
+    "push": push,
 }
 
 

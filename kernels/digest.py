@@ -36,7 +36,7 @@ from fp8ctl.kernels import compiled
 from fp8ctl.kernels.inputs import has_triton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
 _MASK = (1 << 64) - 1
 _M1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # as int64: torch multiplies modulo 2^64
@@ -87,21 +87,21 @@ def digest(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
 def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
     """Return the digest of each (tensor, row_offset, col_offset), as `digest` does.
 
-    GPUs are waited for once, at the end.
+    With Triton a GPU gets all of its tensors in a few launches and is waited for once.
     """
     found: list[int | torch.Tensor] = []
+    lists: dict[torch.device, list[tuple[int, Sums]]] = {}
     for t, row_offset, col_offset in parts:
         sums = _sums(t.detach(), row_offset, col_offset)
-        found.append(0 if sums is None else _path(sums.bits.device)(sums))
-    waiting: dict[torch.device, list[torch.Tensor]] = {}
-    for one in found:
-        if isinstance(one, torch.Tensor):
-            waiting.setdefault(one.device, []).append(one)
-    arrived = {where: iter(torch.stack(ones).tolist()) for where, ones in waiting.items()}
-    return [
-        (next(arrived[one.device]) if isinstance(one, torch.Tensor) else one) & _MASK
-        for one in found
-    ]
+        path = None if sums is None else _path(sums.bits.device)
+        if sums is not None and path is None:
+            lists.setdefault(sums.bits.device, []).append((len(found), sums))
+        found.append(0 if sums is None or path is None else path(sums))
+    for those in lists.values():
+        values = by_triton([sums for _, sums in those]).tolist()
+        for (i, _), value in zip(those, values, strict=True):
+            found[i] = value
+    return [int(one) & _MASK for one in found]
 
 
 def combine(*parts: int) -> int:
@@ -164,16 +164,19 @@ def by_c(sums: Sums) -> int:
     )
 
 
-def by_triton(sums: Sums) -> torch.Tensor:
-    """Add up on a GPU."""
+def by_triton(sums: Sequence[Sums]) -> torch.Tensor:
+    """Add up each of a list on one GPU."""
     from fp8ctl.kernels import digest_triton
 
-    return digest_triton.add_up(*sums)
+    if len(sums) == 1:
+        return digest_triton.add_up(*sums[0]).unsqueeze(0)
+    return digest_triton.add_up_many(sums)
 
 
-def _path(device: torch.device) -> Callable[[Sums], int | torch.Tensor]:
+def _path(device: torch.device) -> Callable[[Sums], int | torch.Tensor] | None:
+    """Return what adds up one matrix of a device; None: `by_triton`, which takes lists."""
     if device.type == "cuda" and has_triton():
-        return by_triton
+        return None
     return by_c if device.type == "cpu" and _compiled() is not None else by_torch
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -105,6 +106,14 @@ def _download(requirement: str, folder: Path) -> None:
     )
     if done.returncode:
         pytest.fail(f"pip could not download {requirement}: {done.stderr[-2000:]}")
+
+
+@pytest.fixture
+def interrupts_count() -> Iterator[None]:
+    """Have Ctrl-C interrupt, also in the background, where shells turn it off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -40,30 +40,33 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("supervisor",),
     # The bodies of commands.
     (
-        *("bench", "check", "doctor", "install", "planning", "quantizing", "remedy", "server"),
-        "patching.commands",
+        *("bench", "check", "doctor", "history", "install", "planning", "pushing", "quantizing"),
+        *("remedy", "server", "patching.commands"),
     ),
     ("settings",),
     # What they work with.
     (
         *("diagnosis", "engines", "environment", "findings", "gate", "host_rules", "installplan"),
-        *("interpreter",),
+        *("interpreter", "push"),
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig", "layout", "manifest"),
-        *("partial", "pipeline", "selection", "sizing", "snippets", "stream", "survey"),
+        *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
+        *("layout", "manifest"),
+        *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
+        *("forms", "ranks"),
     ),
-    ("families", "formats", "kernels", "models", "policy"),
-    ("errors", "hardware", "paths", "probe", "record", "render", "signals"),
+    ("families", "formats", "kernels", "models", "policy", "wire"),
+    ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline")
+WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
@@ -201,7 +204,7 @@ def test_a_late_import_goes_up_only_where_it_is_known() -> None:
 
 
 def test_the_package_itself_imports_nothing() -> None:
-    for name in ("", "engines", "engines.hooks", "check", "patching"):
+    for name in ("", "engines", "engines.hooks", "check", "patching", "carriers"):
         assert not GRAPH[name], name
 
 
@@ -310,22 +313,28 @@ def test_no_module_runs_a_shell() -> None:
 
 
 def command_modules() -> list[str]:
-    return [name for name in MODULES if not belongs(name, ("engines.hooks", "kernels"))]
+    elsewhere = ("engines.hooks", "kernels", "carriers")
+    return [name for name in MODULES if not belongs(name, elsewhere)]
+
+
+def in_trainer(name: str) -> bool:
+    return name.startswith("push.") or name in {"stream", "forms", "ranks"}
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
-    workers = {"stream", "worker", *WORKERS}
+    workers = {"worker", *WORKERS}
     for name in command_modules():
         kinds: tuple[Kind, ...] = ("run",) if name in workers else ("run", "late")
         heavy = {one.module.split(".")[0] for one in of(name, *kinds)} & HEAVY
-        early = {"torch"} if name in {"stream", *WITH_TORCH} else set()
+        # `push` itself imports its modules when a trainer asks for one: tests/push.
+        early = {"torch"} if name in WITH_TORCH or in_trainer(name) else set()
         assert heavy <= early, name
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
-    theirs = ("stream", "worker", "kernels", *WORKERS)
+    theirs = ("stream", "forms", "ranks", "worker", "kernels", *WORKERS)
     for name in MODULES:
-        if belongs(name, (*theirs, "engines.hooks")):
+        if belongs(name, (*theirs, "engines.hooks")) or in_trainer(name):
             continue
         used = {one.module for one in ours(name, "run", "late")}
         assert not [m for m in used if belongs(m, theirs)], name

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fp8ctl import checkpoint, models
 from fp8ctl.errors import ConflictError, NotPermittedError, PlanDoesNotFitError
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.kernels import groups, reference
+from fp8ctl.kernels import groups, native, recipes, reference
 from fp8ctl.kernels.digest import digest
 from fp8ctl.layout import Part
 from fp8ctl.manifest import Plan, PlannedTensor
@@ -27,6 +27,8 @@ from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from fp8ctl.formats import RecipeName
 
 LAYER = "model.layers.0"
 BLOCK = BlockSize(32, 16)
@@ -82,8 +84,9 @@ def source(tmp_path: Path) -> Path:
     return save(tmp_path / "source", weights())
 
 
-def planned(model: Path, mode: Mode = Mode.BLOCK) -> Plan:
-    return make_plan(model, None, mode, 1, BLOCK if mode is Mode.BLOCK else None)
+def planned(model: Path, mode: Mode = Mode.BLOCK, recipe: RecipeName = "ieee") -> Plan:
+    block = BLOCK if mode is Mode.BLOCK else None
+    return make_plan(model, None, mode, 1, block, recipe=recipe)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -92,19 +95,53 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def wanted(tensors: dict[str, torch.Tensor], mode: Mode) -> dict[str, torch.Tensor]:
+def wanted(
+    tensors: dict[str, torch.Tensor], mode: Mode, recipe: RecipeName = "ieee"
+) -> dict[str, torch.Tensor]:
+    how = recipes.named(recipe)
     result = {}
     for name, tensor in tensors.items():
         if not name.endswith("_proj.weight"):
             result[name] = tensor
         elif mode is Mode.BLOCK:
-            block = (BLOCK.n, BLOCK.k)
-            result[name], result[name + "_scale_inv"] = reference.quantize(
-                tensor, groups.block(*block)
-            )
+            per = groups.block(BLOCK.n, BLOCK.k)
+            result[name], result[name + "_scale_inv"] = reference.quantize(tensor, per, how)
         else:
-            result[name], result[name + "_scale"] = reference.quantize(tensor, groups.PER_TENSOR)
+            pair = reference.quantize(tensor, groups.PER_TENSOR, how)
+            result[name], result[name + "_scale"] = pair
     return result
+
+
+@pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_scales_are_powers_of_two_where_the_plan_says_so(
+    source: Path, tmp_path: Path, mode: Mode, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the plan to the file and to what `check` expects: the reference, to the last bit."""
+    if not compiled:
+        monkeypatch.setattr(native, "available", lambda: False)
+    plan = planned(source, mode, "ue8m0")
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).recipe == "ue8m0"
+    checkpoint.convert(plan, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = wanted(weights(), mode, "ue8m0")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert same(found[name], tensor), name
+    scales = [tensor for name, tensor in found.items() if "_scale" in name]
+    assert all(bool((s.frexp().mantissa == 0.5).all()) for s in scales)
+    assert all(s.dtype == torch.float32 for s in scales)
+    # The control: any FP32 number gives others, in scales and in codes.
+    other = wanted(weights(), mode)
+    assert not any(same(other[name], found[name]) for name in found if "_scale" in name)
+    assert not any(same(other[t.name], found[t.name]) for t in plan.quantized)
+    digests = checkpoint.expected_digests(source, plan)
+    assert digests == {name: digest(tensor) for name, tensor in found.items()}
+    record = json.loads((tmp_path / "out" / "fp8ctl.json").read_text())
+    assert (record["recipe"], record["plan"]["recipe"]) == ("ue8m0", "ue8m0")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    # Engines multiply by these as by any other; the key of DeepSeek-V3.1 would say more.
+    assert "scale_fmt" not in config["quantization_config"]
 
 
 @pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])

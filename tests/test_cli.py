@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-COMMANDS = [body.__name__ for body, _ in cli._commands]
+COMMANDS = [settings["name"] for _, settings in cli._commands]
 
 
 @dataclass(frozen=True)
@@ -260,6 +260,25 @@ def test_a_stdout_that_takes_nothing_is_not_permitted(flags: list[str], tmp_path
     assert "'nobody'" in done.stderr or "nobody" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "argv", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
+def test_a_help_that_stdout_does_not_take_is_told_in_a_line(argv: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fp8ctl", *argv],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 6
+    first, _, hint = done.stderr.partition("\n\n")
+    assert first == "error: cannot write to stdout: No space left on device"
+    assert hint.startswith("hint: df -h")
+    assert len(hint.splitlines()) == 1
+
+
 def test_a_stdout_of_another_encoding_does_not_end_a_command(tmp_path: Path) -> None:
     site = engine(tmp_path / "site")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "FP8CTL_TRACEBACK": "1"}
@@ -317,6 +336,23 @@ def test_under_json_stdout_is_one_document(
     assert plain.code == 0
     assert "\x1b[" not in plain.out + plain.err
     assert plain.out or command == ["ps"]
+
+
+def test_scales_that_were_asked_for_are_in_both_documents(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model")
+    for word, recipe in (("fp32", "ieee"), ("ue8m0", "ue8m0")):
+        file = tmp_path / f"{word}.json"
+        argv = ["plan", "--model", folder, "--backend", "sglang", "--scale", word, "--json"]
+        planned = invoke(*argv, "--out", file)
+        assert json.loads(planned.out)["data"]["recipe"] == recipe
+        assert json.loads(file.read_text())["recipe"] == recipe
+    out = tmp_path / "out"
+    made = fp8ctl("quantize", "--plan", file, "--scale", "ue8m0", "--out", out, "--json")
+    assert made.code == 0, made.err
+    assert json.loads(made.out)["data"]["recipe"] == "ue8m0"
+    assert json.loads((out / "fp8ctl.json").read_text())["recipe"] == "ue8m0"
+    refused = invoke("plan", "--model", folder, "--backend", "sglang", "--scale", "bf16", "--json")
+    assert (refused.code, refused.error()["hint"]) == (2, "--scale fp32")
 
 
 # --- bad input ----------------------------------------------------------------------------------

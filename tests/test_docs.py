@@ -27,11 +27,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
     "docs/design.md": DESIGN,
     "docs/commands.md": COMMANDS,
     "docs/library.md": LIBRARY,
+    "docs/trainers.md": TRAINERS,
 }
 ALL = "\n".join(PAGES.values())
 
@@ -112,7 +114,8 @@ def literals(*paths: Path) -> set[str]:
 
 
 def test_the_contract_has_these_commands() -> None:
-    wanted = "doctor install plan patch revert quantize launch check ps logs stop bench demo"
+    wanted = "doctor install plan patch revert quantize launch check push push-log"
+    wanted += " ps logs stop bench demo"
     assert list(NAMES) == wanted.split()
 
 
@@ -228,6 +231,8 @@ def test_every_command_takes_json_and_help(name: str) -> None:
             "--dry-run",
         ),
         ("check", "--model --level"),
+        ("push", "--model --via --version --delta --record --in-flight --bucket-size --no-check"),
+        ("push-log", "--diff"),
         ("logs", "--rank -f"),
         ("stop", "--all"),
     ],
@@ -247,6 +252,7 @@ def test_launch_listens_on_loopback_unless_told_otherwise() -> None:
 CONTRACT = {
     "Fp8ctlError": 1,
     "CatalogError": 1,
+    "CarrierError": 5,
     "UsageError": 2,
     "NotFoundError": 3,
     "CheckpointError": 3,
@@ -295,8 +301,8 @@ def test_exit_codes_that_a_section_speaks_of_exist() -> None:
 
 def test_every_id_in_the_documents_is_in_the_program() -> None:
     known = {c.id for c in error_classes()}
-    hooks = literals(ROOT / "fp8ctl" / "engines" / "hooks" / "gate.py")
-    known |= {text for text in hooks if text.startswith("FP8-")}
+    for hook in (ROOT / "fp8ctl" / "engines" / "hooks").glob("*.py"):
+        known |= {text for text in literals(hook) if text.startswith("FP8-")}
     assert set(re.findall(r"FP8-[A-Z][A-Z-]+", PROSE)) == known
 
 
@@ -392,6 +398,8 @@ MODULES = {
         *("check/code.py", "check/command.py", "check/verdict.py", "check/weights.py"),
         "engines/hooks/loaded.py",
     ],
+    "push": ["pushing.py", "push/result.py"],
+    "push-log": ["history.py", "engines/hooks/openpush.py"],
     "ps": ["server.py"],
     "logs": ["server.py"],
     "stop": ["server.py"],
@@ -416,7 +424,7 @@ def top_keys(name: str) -> set[str]:
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_every_documented_key_is_one_that_the_command_writes(name: str) -> None:
     known = literals(*(ROOT / "fp8ctl" / module for module in MODULES[name]))
-    known |= {"--list", "--snippet", "levels"}
+    known |= {"--list", "--snippet", "--check", "--diff", "levels"}
     assert set(spans(documented_data(name))) <= known
 
 
@@ -527,7 +535,7 @@ def test_the_tree_in_the_design_is_the_tree() -> None:
     drawn = sorted(name for line in tree.splitlines() for name in re.findall(r"[\w.]+\.py\b", line))
     there = sorted(
         path.name
-        for folder in ("fp8ctl", "kernels", "tools")
+        for folder in ("examples", "fp8ctl", "kernels", "tools")
         for path in (ROOT / folder).rglob("*.py")
         if path.name != "__init__.py" and not path.is_relative_to(ROOT / "fp8ctl" / "kernels")
     )

@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 
 from fp8ctl.errors import UsageError
 from fp8ctl.formats import (
+    SCALES,
     BlockSize,
     Mode,
     parse_mode,
+    parse_scale,
     quantization_config,
     scale_name,
     scale_shape,
+    scale_word,
 )
+from fp8ctl.kernels import recipes
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**6))
@@ -38,6 +42,16 @@ def test_modes_of_a_checkpoint_are_two() -> None:
     for text in ("per-channel", "online", "Block", ""):
         with pytest.raises(UsageError, match="expected block or per-tensor"):
             parse_mode(text)
+
+
+def test_scales_that_can_be_asked_for_have_recipes_of_the_kernels() -> None:
+    assert [parse_scale(word) for word in SCALES] == ["ieee", "ue8m0"]
+    for word, recipe in SCALES.items():
+        assert scale_word(recipe) == word
+        assert recipes.named(recipe).name == recipe
+    for text in ("ieee", "UE8M0", ""):
+        with pytest.raises(UsageError, match=f"--scale {text!r}; expected fp32 or ue8m0"):
+            parse_scale(text)
 
 
 def test_scales_are_named_and_shaped_as_engines_read_them() -> None:

@@ -428,14 +428,6 @@ def test_in_the_foreground_fp8ctl_stop_is_a_good_end() -> None:
     assert "stopped by `fp8ctl stop`" in err.getvalue()
 
 
-@pytest.fixture
-def interrupts_count() -> Iterator[None]:
-    """Have Ctrl-C interrupt, also in the background, where shells turn it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("interrupts_count")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_the_whole_tree(number: signal.Signals) -> None:

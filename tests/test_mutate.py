@@ -110,6 +110,18 @@ def test_what_a_weak_test_misses_is_told(tmp_path: Path) -> None:
     assert module.read_bytes() == SOURCE
 
 
+def test_the_last_line_of_a_log_counts(mutate: Any, tmp_path: Path) -> None:
+    """A survivor that a new test kills is not tried again; one that lives again is."""
+    log = tmp_path / "log"
+    module = ROOT / "fp8ctl" / "toy.py"
+    rows = [("a", False), ("a", True), ("b", True), ("b", False), ("c", True), ("d", False)]
+    told = [{"module": "fp8ctl/toy.py", "key": key, "killed": killed} for key, killed in rows]
+    told.append({"module": "fp8ctl/other.py", "key": "d", "killed": True})
+    log.write_text("".join(json.dumps(row) + "\n" for row in told))
+    assert mutate.known_dead(log, module) == {"a", "c"}
+    assert mutate.known_dead(None, module) == mutate.known_dead(tmp_path / "none", module) == set()
+
+
 def test_a_function_that_somebody_imported_runs_the_new_code(mutate: Any) -> None:
     source = "from dataclasses import dataclass\nN = 1\ndef f():\n    return N\n"
     source += "@dataclass(frozen=True, slots=True)\nclass C:\n    x: int\n    @property\n"

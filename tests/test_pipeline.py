@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +23,8 @@ from tests.test_checkpoint import LAYER, planned, save, weights
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from fp8ctl.formats import RecipeName
 
 DOWN = f"{LAYER}.mlp.down_proj.weight"
 CPU = torch.device("cpu")
@@ -52,7 +55,7 @@ def test_neither_threads_nor_parts_change_a_bit(
     plan = planned(source, mode)
     checkpoint.convert(plan, tmp_path / "wanted")
     monkeypatch.setattr(layout, "PART", part)
-    before = torch.get_num_threads()
+    before = torch.get_num_threads(), sys.getswitchinterval()
     with partial.opened(tmp_path / "out", "key") as work:
         line = pipeline.Pipeline(plan, work, lambda part: True, CPU, threads, batch)
         shards = shards_of(source, work.folder, mode)
@@ -61,17 +64,57 @@ def test_neither_threads_nor_parts_change_a_bit(
             assert data == (tmp_path / "wanted" / name).read_bytes(), name
         assert line.verified == plan.bytes_after
         assert work.finished.keys() == {shard.layout.name for shard in shards}
-    assert torch.get_num_threads() == before
+    assert (torch.get_num_threads(), sys.getswitchinterval()) == before
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["ieee", "ue8m0"])
 @pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
-def test_a_gpu_writes_the_same_bytes(tmp_path: Path, mode: Mode) -> None:
-    plan = planned(save(tmp_path / "source", weights(), 3), mode)
-    checkpoint.convert(plan, tmp_path / "cpu", device=CPU)
-    made = checkpoint.convert(plan, tmp_path / "gpu", device=torch.device("cuda"))
-    assert made["device"] == "cuda"
-    assert content(tmp_path / "cpu") == content(tmp_path / "gpu")
+def test_a_gpu_writes_the_same_bytes(tmp_path: Path, mode: Mode, recipe: RecipeName) -> None:
+    source = save(tmp_path / "source", weights(), 3)
+    plan = planned(source, mode, recipe)
+    assert checkpoint.convert(plan, tmp_path / "cpu", device=CPU)["device"] == "cpu"
+    # Whoever comes first: the cores may have made it all before the GPU is ready.
+    checkpoint.convert(plan, tmp_path / "both", device=torch.device("cuda"))
+    assert content(tmp_path / "cpu") == content(tmp_path / "both")
+    with partial.opened(tmp_path / "gpu", "key") as work:
+        line = pipeline.Pipeline(plan, work, lambda part: True, torch.device("cuda"), 3)
+        line.run(shards_of(source, work.folder, mode), lambda done: None)
+        assert line.used == {"cuda"}
+        for name, data in content(work.folder).items():
+            assert data == (tmp_path / "cpu" / name).read_bytes(), name
+
+
+@pytest.mark.gpu
+def test_a_gpu_names_every_weight_with_nan_or_inf(tmp_path: Path) -> None:
+    tensors = weights()
+    tensors[DOWN][40, 3] = float("nan")
+    tensors[f"{LAYER}.self_attn.q_proj.weight"][1, 2] = float("-inf")
+    source = save(tmp_path / "bad", tensors, 2)
+    plan = planned(source)
+    with partial.opened(tmp_path / "gpu", "key") as work:
+        line = pipeline.Pipeline(plan, work, lambda part: True, torch.device("cuda"), 2)
+        shards = shards_of(source, work.folder, Mode.BLOCK)
+        line.run(shards, lambda done: None)
+    found = {(one.tensor, one.index) for shard in shards for one in shard.bad}
+    assert found == {(DOWN, (40, 3)), (f"{LAYER}.self_attn.q_proj.weight", (1, 2))}
+
+
+def test_the_cores_do_not_wait_for_a_gpu(tmp_path: Path) -> None:
+    """Which takes seconds to begin; with whole tensors they would need all of their memory."""
+    source, cuda = save(tmp_path / "source", weights()), torch.device("cuda")
+
+    def devices(mode: Mode, device: torch.device, threads: int | None = None) -> Counter[str]:
+        with partial.opened(tmp_path / "out", "key") as work:
+            plan = planned(source, mode)
+            line = pipeline.Pipeline(plan, work, lambda part: True, device, threads)
+            return Counter(one.type for one in line._devices(16))
+
+    assert devices(Mode.BLOCK, cuda) == {"cuda": 6, "cpu": 18}
+    assert devices(Mode.BLOCK, CPU) == {"cpu": 18}
+    assert devices(Mode.PER_TENSOR, cuda) == {"cuda": 6}
+    assert devices(Mode.PER_TENSOR, CPU) == {"cpu": 3}
+    assert devices(Mode.BLOCK, cuda, 2) == {"cuda": 2}
 
 
 def test_every_weight_with_nan_or_inf_is_named(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8ctl import interpreter, partial, paths, quantizing
+from fp8ctl import formats, interpreter, partial, paths, quantizing
 from fp8ctl.errors import (
     BusyError,
     ConflictError,
@@ -22,6 +22,8 @@ from fp8ctl.errors import (
     UsageError,
 )
 from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.kernels import quantize as kernels
+from fp8ctl.kernels.groups import block
 from fp8ctl.kernels.quantize import quantize_block
 from fp8ctl.manifest import Plan, dumps
 from fp8ctl.planning import make_plan
@@ -114,6 +116,31 @@ def test_a_plan_that_was_written_is_followed(
     assert load_file(tmp_path / "out" / "model.safetensors")[NAME + "_scale_inv"].shape == (4, 2)
 
 
+def test_scales_that_are_powers_of_two_are_asked_for_and_said(
+    source: Path, tmp_path: Path, report: Reporter
+) -> None:
+    data = quantizing.run(report, model=str(source), out=tmp_path / "out", scale="ue8m0")
+    assert data["recipe"] == "ue8m0"
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    weight = load_file(source / "model.safetensors")[NAME]
+    codes, scales = kernels.quantize(weight, block(64, 64), "ue8m0")
+    assert torch.equal(found[NAME].view(torch.uint8), codes.view(torch.uint8))
+    assert torch.equal(found[NAME + "_scale_inv"], scales)
+
+
+def test_the_cache_keeps_recipes_apart(source: Path, report: Reporter) -> None:
+    folders = {}
+    for recipe in formats.SCALES.values():
+        plan = make_plan(source, "sglang", Mode.BLOCK, recipe=recipe)
+        folders[recipe] = quantizing.quantize_cached(report, plan)
+        assert quantizing.quantize_cached(report, plan) == folders[recipe]
+    scales = [
+        load_file(folder / "model.safetensors")[NAME + "_scale_inv"] for folder in folders.values()
+    ]
+    assert folders["ieee"] != folders["ue8m0"]
+    assert not torch.equal(*scales)
+
+
 def test_a_plan_and_another_option_or_neither_plan_nor_model_are_refused(
     source: Path, tmp_path: Path, report: Reporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,6 +149,10 @@ def test_a_plan_and_another_option_or_neither_plan_nor_model_are_refused(
     path.write_text(dumps(make_plan(source, "sglang", Mode.BLOCK).to_json()))
     with pytest.raises(UsageError, match="--tp 2 beside --plan"):
         quantizing.run(report, plan_file=path, tp=2, out=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"--scale ue8m0 beside --plan .* says fp32"):
+        quantizing.run(report, plan_file=path, scale="ue8m0", out=tmp_path / "out")
+    with pytest.raises(UsageError, match="--scale 'e8m0'"):
+        quantizing.run(report, plan_file=path, scale="e8m0", out=tmp_path / "out")
     with pytest.raises(UsageError, match="--model is missing"):
         quantizing.run(report, out=tmp_path / "out")
 

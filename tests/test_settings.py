@@ -340,6 +340,10 @@ def test_an_update_has_the_names_that_a_server_waits_for(moe: Path, mode: Mode) 
     assert names == expected_names(plan.to_json())
     assert (meta["quantization"], meta["mode"]) == ("fp8", mode.value)
     assert meta["recipe"] == formats.RECIPE
+    powers = dataclasses.replace(plan, recipe="ue8m0")
+    assert Settings.from_plan(powers).update_metadata()["recipe"] == "ue8m0"
+    again = Settings.from_json(Settings.from_plan(powers).to_json())
+    assert again.recipe == "ue8m0"
     assert meta["plan_digest"] == plan.digest
     assert meta["quantization_config"] == plan.quantization_config("sglang")
     assert meta["block_size"] == ([128, 128] if mode is Mode.BLOCK else None)
@@ -700,6 +704,18 @@ def test_a_short_name_that_would_catch_more_is_not_shortened(moe: Path) -> None:
     plan = keeping(plan_of(moe, "sglang"), "model.layers.1.self_attn.q_proj.weight")
     text = Settings.from_plan(plan).snippet("verl")
     assert "IGNORED_LAYERS=mlp.gate,model.layers.1.self_attn.q_proj\n" in text
+
+
+@pytest.mark.parametrize("kind", ["verl", "verl-old", "areal"])
+def test_a_trainer_that_quantises_itself_cannot_be_told_powers_of_two(kind: str, moe: Path) -> None:
+    plan = plan_of(moe, "vllm")
+    Settings.from_plan(plan).snippet(kind)
+    powers = Settings.from_plan(dataclasses.replace(plan, recipe="ue8m0"))
+    with pytest.raises(UnsupportedError, match="--scale ue8m0") as caught:
+        powers.snippet(kind)
+    assert caught.value.hint == "--scale fp32"
+    # An engine multiplies by whatever comes.
+    assert powers.snippet("vllm") == Settings.from_plan(plan).snippet("vllm")
 
 
 def test_verl_cannot_be_told_another_format() -> None:

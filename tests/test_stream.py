@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.kernels import reference
+from fp8ctl.kernels import recipes, reference
 from fp8ctl.kernels.groups import PER_TENSOR, block
 from fp8ctl.manifest import Plan, PlannedTensor
 from fp8ctl.policy import Reason
@@ -82,14 +83,14 @@ def planned(tensors: dict[str, torch.Tensor], mode: Mode = Mode.BLOCK) -> Plan:
 PLAN = planned(WEIGHTS)
 
 
-def wanted(mode: Mode = Mode.BLOCK) -> list[Named]:
+def wanted(mode: Mode = Mode.BLOCK, recipe: str = "ieee") -> list[Named]:
     pairs: list[Named] = []
     for name, tensor in WEIGHTS.items():
         if not name.endswith("_proj.weight"):
             pairs.append((name, tensor))
             continue
         per = block(32, 16) if mode is Mode.BLOCK else PER_TENSOR
-        codes, scales = reference.quantize(tensor, per)
+        codes, scales = reference.quantize(tensor, per, recipes.named(recipe))
         suffix = "_scale_inv" if mode is Mode.BLOCK else "_scale"
         pairs += [(name, codes), (name + suffix, scales)]
     return pairs
@@ -159,6 +160,13 @@ def test_it_gives_what_the_checkpoint_holds(how: str, bucket: int, mode: Mode) -
     given = read(source, how, plan=planned(WEIGHTS, mode), bucket_bytes=bucket)
     assert same(given, wanted(mode))
     assert source.closed
+
+
+def test_scales_are_of_the_plan_s_recipe() -> None:
+    plan = dataclasses.replace(PLAN, recipe="ue8m0")
+    given = read(Source(WEIGHTS.items()), "sync sync", plan=plan.to_json())
+    assert same(given, wanted(recipe="ue8m0"))
+    assert not same(given, wanted())
 
 
 @each_way
@@ -400,12 +408,12 @@ def test_ranks_gather_and_one_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "errors"),
     [
-        # What fails or leaves on the source is told to the other at once.
-        ("nan", ("PlanDoesNotFitError", "ConflictError")),
+        # What fails or leaves on one is told to the other at once, by its name.
+        ("nan", ("PlanDoesNotFitError", "PlanDoesNotFitError")),
         ("leaves", (None, "ConflictError")),
         # What is gone elsewhere shows after the time-out.
         ("dead", ("TimeoutError", None)),
-        ("raises", ("TimeoutError", "OSError")),
+        ("raises", ("ConflictError", "OSError")),
     ],
 )
 def test_no_rank_waits_for_ever(

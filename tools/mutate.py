@@ -385,12 +385,12 @@ def run(
 
 
 def known_dead(log: Path | None, module: Path) -> set[str]:
-    """Return the keys of mutants of a module that a log calls killed."""
+    """Return the keys of mutants of a module that a log calls killed, by its last word on each."""
     if log is None or not log.exists():
         return set()
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    mine = [r for r in rows if r["module"] == str(module.relative_to(ROOT))]
-    return {r["key"] for r in mine if r["killed"]} - {r["key"] for r in mine if not r["killed"]}
+    last = {r["key"]: r["killed"] for r in rows if r["module"] == str(module.relative_to(ROOT))}
+    return {key for key, killed in last.items() if killed}
 
 
 def main() -> int:

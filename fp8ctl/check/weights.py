@@ -8,7 +8,6 @@ matter. Called by `command`, `launching` and `demo`.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,11 +16,12 @@ from urllib.parse import urlsplit
 from fp8ctl import formats, interpreter
 from fp8ctl.engines.base import is_loopback
 from fp8ctl.errors import CheckFailedError, UnsupportedError
+from fp8ctl.held import Held, gather
 from fp8ctl.manifest import Plan
 from fp8ctl.policy import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.check.verdict import Verdict
     from fp8ctl.render import Reporter
@@ -31,27 +31,9 @@ Found = Literal["equal", "different", "missing", "unexpected", "cast"]
 REPORT_PATH = "/fp8ctl/report"
 #: Seconds for all workers to digest their weights: about 1 s per GB on a busy CPU core.
 TIMEOUT = 900.0
-_MASK = (1 << 64) - 1
 #: Types of kept tensors, from the spelling of safetensors to that of torch.
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One checkpoint tensor as all workers together hold it.
-
-    Attributes:
-        dtype: as torch spells it, without the `torch.`.
-        digest: sum over the shards that count.
-        replicas_agree: False where a copy on another rank differs.
-        ranks: the ranks that hold a part of it.
-    """
-
-    dtype: str
-    digest: int
-    replicas_agree: bool
-    ranks: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,26 +102,6 @@ def verify(url: str, model: str | None, report: Reporter, api_key: str | None) -
         )
     verdict, message = judge(plan, lines, held)
     return _tell(report, plan, lines, verdict, message, len(answer["ranks"]))
-
-
-def gather(ranks: Iterable[Mapping[str, Any]]) -> dict[str, Held]:
-    """Add up what the ranks reported, by checkpoint tensor."""
-    places: dict[str, dict[tuple[int, int], list[tuple[int, Mapping[str, Any]]]]] = {}
-    for rank in ranks:
-        for shard in rank["tensors"]:
-            at = (int(shard["row"]), int(shard["column"]))
-            places.setdefault(shard["name"], defaultdict(list))[at].append((rank["rank"], shard))
-    held = {}
-    for name, rectangles in places.items():
-        total, agree, holders, dtypes = 0, True, set(), set()
-        for copies in rectangles.values():
-            counting = [s for _, s in copies if s["primary"]]
-            total += sum(int(s["digest"], 16) for s in counting)
-            agree &= len(counting) == 1 and len({s["digest"] for _, s in copies}) == 1
-            holders |= {rank for rank, _ in copies}
-            dtypes |= {s["dtype"] for _, s in copies}
-        held[name] = Held("/".join(sorted(dtypes)), total & _MASK, agree, tuple(sorted(holders)))
-    return held
 
 
 def compare(plan: Plan, expected: Mapping[str, int], held: Mapping[str, Held]) -> list[Line]:
@@ -278,6 +240,7 @@ def _tell(
             report.data(f"and {len(unequal) - _SHOWN} more (--json lists them)")
     workers = "1 worker" if ranks == 1 else f"{ranks} workers"
     mode = plan.mode.value + (f" {plan.block.label}" if plan.block else "")
+    mode += "" if plan.recipe == formats.RECIPE else f", {plan.recipe}"
     report.data(
         f"weights: {counts['equal']} of {len(lines)} equal in {workers} ({mode}): {message}"
     )
@@ -287,7 +250,7 @@ def _tell(
         "message": message,
         "model": str(plan.model),
         "mode": plan.mode.value,
-        "recipe": formats.RECIPE,
+        "recipe": plan.recipe,
         "ranks": ranks,
         "counts": counts,
         "tensors": [line.to_json() for line in unequal],

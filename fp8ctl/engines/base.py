@@ -34,6 +34,7 @@ TracePoint = NewType("TracePoint", str)
 
 STATE_PATH: Final = "/fp8ctl/state"
 HEALTH_PATH: Final = "/health"
+_TORCHRUN: Final = "TORCHELASTIC_USE_AGENT_STORE"
 API_KEY_VARIABLE: Final = "FP8CTL_API_KEY"
 RUN_DIR_VARIABLE: Final = "FP8CTL_RUN_DIR"
 FP8_CAPABILITY: Final = (8, 9)
@@ -318,6 +319,10 @@ def common_env(request: LaunchRequest) -> dict[str, str]:
     if request.environ.get("PYTHONPYCACHEPREFIX"):
         # Bytecode outside of the environment: `patch` cannot drop what is stale there.
         env["PYTHONPYCACHEPREFIX"] = ""
+    if request.environ.get(_TORCHRUN):
+        # A trainer under torchrun starts a server: the server's own ranks would wait for
+        # each other in the trainer's store, for ever.
+        env[_TORCHRUN] = ""
     if "HF_HUB_OFFLINE" not in request.environ:
         env["HF_HUB_OFFLINE"] = "1"
     if request.trace:

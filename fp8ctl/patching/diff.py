@@ -24,7 +24,9 @@ MAX_PLACES = 1_000
 
 Kind = Literal["modify", "create", "delete"]
 
-_NO_NEWLINE = "\\ No newline at end of file\n"
+_NO_NEWLINE = b"\\ No newline at end of file\n"
+_REVERSED: dict[Kind, Kind] = {"modify": "modify", "create": "delete", "delete": "create"}
+_DOES: dict[Kind, str] = {"modify": "modifies", "create": "creates", "delete": "deletes"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def apply(diff: FileDiff, old: bytes | None, *, search: bool = False) -> Applied
     """
     if (old is None) != (diff.kind == "create"):
         there = "is not there" if old is None else "is there already"
-        raise HunkError(f"{diff.path}: {there}, and the patch {diff.kind}s it")
+        raise HunkError(f"{diff.path}: {there}, and the patch {_DOES[diff.kind]} it")
     if old is not None and len(old) > MAX_FILE_BYTES:
         raise HunkError(f"{diff.path}: {len(old)} bytes, expected at most {MAX_FILE_BYTES}")
     lines = split_lines(old or b"")
@@ -127,11 +129,9 @@ def split_lines(data: bytes) -> list[bytes]:
 def _fits(hunk: Hunk, lines: Sequence[bytes], at: int) -> bool:
     """Tell whether the hunk stands at line `at`; with no context it must end the file there."""
     stop = at + len(hunk.before)
-    if stop > len(lines) or (hunk.leading == 0 and at > 0):
-        return False
-    if hunk.trailing == 0 and stop < len(lines):
-        return False
-    return tuple(lines[at:stop]) == hunk.before
+    may_start = hunk.leading > 0 or at == 0
+    may_stop = hunk.trailing > 0 or stop == len(lines)
+    return may_start and may_stop and tuple(lines[at:stop]) == hunk.before
 
 
 def _exact(hunk: Hunk, lines: Sequence[bytes], where: str) -> int:
@@ -181,16 +181,15 @@ def _search(hunk: Hunk, lines: Sequence[bytes], index: dict[bytes, list[int]], w
 
 
 def _show(line: bytes) -> str:
-    return repr(line[:80].decode("utf-8", "backslashreplace")) if line else "the end of the file"
+    return repr(line[:80].decode(errors="backslashreplace")) if line else "the end of the file"
 
 
 def reverse(diff: FileDiff) -> FileDiff:
     """Return the diff that takes `diff` back."""
-    kinds: dict[Kind, Kind] = {"modify": "modify", "create": "delete", "delete": "create"}
     hunks = tuple(
         Hunk(h.new_start, h.old_start, h.after, h.before, h.leading, h.trailing) for h in diff.hunks
     )
-    return FileDiff(diff.path, kinds[diff.kind], hunks, diff.mode)
+    return FileDiff(diff.path, _REVERSED[diff.kind], hunks, diff.mode)
 
 
 def render(
@@ -206,26 +205,25 @@ def render(
     """
     if old == new:
         return b""
-    git_mode = "100755" if (mode or 0) & 0o100 else "100644"
-    head = [f"diff --git a/{path} b/{path}\n"]
+    git_mode = "100755" if mode and mode & 0o100 else "100644"
+    head = f"diff --git a/{path} b/{path}\n"
+    suffix = ""
     if old is None:
-        head.append(f"new file mode {git_mode}\n")
+        head += f"new file mode {git_mode}\n"
     elif new is None:
-        head.append(f"deleted file mode {git_mode}\n")
-    edited = old is not None and new is not None
-    suffix = f" {git_mode}" if edited and mode is not None else ""
-    head.append(f"index {git_blob(old)}..{git_blob(new)}{suffix}\n")
-    a = [line.decode("latin-1") for line in split_lines(old or b"")]
-    b = [line.decode("latin-1") for line in split_lines(new or b"")]
-    names = (
-        "/dev/null" if old is None else f"a/{path}",
-        "/dev/null" if new is None else f"b/{path}",
+        head += f"deleted file mode {git_mode}\n"
+    elif mode is not None:
+        suffix = f" {git_mode}"
+    head += f"index {git_blob(old)}..{git_blob(new)}{suffix}\n"
+    body = difflib.diff_bytes(
+        difflib.unified_diff,
+        split_lines(old or b""),
+        split_lines(new or b""),
+        b"/dev/null" if old is None else f"a/{path}".encode(),
+        b"/dev/null" if new is None else f"b/{path}".encode(),
     )
-    body = (
-        line if line.endswith("\n") else line + "\n" + _NO_NEWLINE
-        for line in difflib.unified_diff(a, b, *names)
-    )
-    return "".join([*head, *body]).encode("latin-1")
+    whole = (line if line.endswith(b"\n") else line + b"\n" + _NO_NEWLINE for line in body)
+    return head.encode() + b"".join(whole)
 
 
 def git_blob(data: bytes | None) -> str:

@@ -278,13 +278,14 @@ class Root:
         with self._named(path):
             fd = os.dup(self._fd)
         try:
-            for component in folders:
+            for depth, component in enumerate(folders, 1):
                 try:
                     deeper = os.open(component, _FOLDER, dir_fd=fd)
                 except OSError as e:
                     if e.errno in (errno.ELOOP, errno.ENOTDIR):
                         raise self._link(path) from e
                     if e.errno == errno.ENOENT:
+                        e.filename = "/".join(folders[:depth])
                         raise
                     raise self._refused(path, e) from e
                 os.close(fd)
@@ -458,7 +459,8 @@ class Root:
         """Turn the errors of the operating system into ours, with the path in them."""
         try:
             yield
-        except FileNotFoundError:
+        except FileNotFoundError as e:
+            e.filename = path  # the system knows only its last component
             raise
         except OSError as e:
             if e.errno == errno.ELOOP:

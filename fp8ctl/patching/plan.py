@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl.errors import CatalogError, ConflictError, DriftError, HunkError
-from fp8ctl.patching.names import RelPath, Sha256, sha256_or_none, short
+from fp8ctl.patching.names import RelPath, Sha256, sha256_of, sha256_or_none, short
 from fp8ctl.patching.status import base_content, judge
 from fp8ctl.patching.store import LedgerEntry, LedgerFile
 
@@ -48,10 +48,10 @@ class FileOp:
     new_sha: Sha256 | None
     old_bytes: bytes | None = field(repr=False)
     new_bytes: bytes | None = field(repr=False)
-    patches: tuple[str, ...] = ()
-    mode: int = 0o644
-    offsets: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    link: str | None = None
+    patches: tuple[str, ...]
+    mode: int
+    offsets: tuple[tuple[str, tuple[int, ...]], ...]
+    link: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class PatchPlan:
         ledger: what is then applied; None when nothing is.
         before: ids that are applied, wholly or in part.
         after: ids that then are.
-        pre_images: contents that a revert will need, by hash.
+        pre_images: contents that a revert will need, by hash; the store has the others.
         drifted: files of another build that are patched at an offset.
         notes: what a person should know.
         forgets: the ledger changes though no file does.
@@ -89,9 +89,9 @@ class PatchPlan:
     before: tuple[str, ...]
     after: tuple[str, ...]
     pre_images: dict[Sha256, bytes] = field(repr=False)
-    drifted: tuple[RelPath, ...] = ()
-    notes: tuple[str, ...] = ()
-    forgets: bool = False
+    drifted: tuple[RelPath, ...]
+    notes: tuple[str, ...]
+    forgets: bool
 
     @property
     def empty(self) -> bool:
@@ -272,11 +272,13 @@ def _plan(
             entry = snapshot.ledger.files.get(file.path) if snapshot.ledger else None
             if entry and set(entry.patches) & set(wanted) and file.state in ("drifted", "missing"):
                 files[file.path] = entry
-                if entry.pre is not None and entry.pre in snapshot.blobs:
-                    pre_images[entry.pre] = snapshot.blobs[entry.pre]
             continue
         known = file.base == file.pristine and file.path in series.pristine
-        if known and file.sha == series.images[file.path][frozenset(ids)]:
+        if known:
+            done = file.sha == series.images[file.path][frozenset(ids)]
+        else:
+            done = _lost_but_done(series, snapshot, file, ids)
+        if done:
             _keep(series, snapshot, file, ids, files, pre_images)
             continue
         base = _base(series, snapshot, file)
@@ -306,10 +308,9 @@ def _plan(
             FileOp(file.path, action, file.sha, new, old_bytes, data, ids, mode, offsets, back)
         )
         if ids and new is not None:
-            pre = sha256_or_none(base)
-            files[file.path] = LedgerFile(pre, new, ids, link)
-            if pre is not None and base is not None:
-                pre_images[pre] = base
+            files[file.path] = LedgerFile(sha256_or_none(base), new, ids, link)
+            if base is not None:
+                pre_images[sha256_of(base)] = base
     ledger = _entry(series, snapshot, files, wanted)
     forgets = not ops and snapshot.ledger is not None and ledger != snapshot.ledger
     return PatchPlan(
@@ -324,6 +325,25 @@ def _plan(
         tuple(drifted),
         tuple(notes),
         forgets,
+    )
+
+
+def _lost_but_done(
+    series: Series, snapshot: Snapshot, file: FileStatus, ids: tuple[str, ...]
+) -> bool:
+    """Tell whether a file of another build has lost its pre-image, and needs it for a revert only.
+
+    So it is where it is as fp8ctl left it, with these very texts of these patches.
+    """
+    ledger = snapshot.ledger
+    entry = ledger.files.get(file.path) if ledger else None
+    texts = {i: series.patch(i).diff_sha256 for i in ids}
+    return (
+        ledger is not None
+        and entry is not None
+        and entry.pre not in snapshot.blobs
+        and (entry.post, entry.patches) == (file.sha, ids)
+        and texts.items() <= ledger.patches.items()
     )
 
 
@@ -404,5 +424,5 @@ def _entry(
 
 
 def _reinstall(series: Series, snapshot: Snapshot) -> str:
-    version = snapshot.version or series.version.lstrip("=")
+    version = snapshot.version or series.version.removeprefix("==")
     return f"pip install --force-reinstall --no-deps {series.distribution}=={version}"

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 
 from fp8ctl.errors import ConflictError, DriftError, Fp8ctlError, NotPermittedError
 from fp8ctl.patching import store
-from fp8ctl.patching.names import RelPath, Sha256, sha256_or_none, short
+from fp8ctl.patching.names import RelPath, Sha256, sha256_of, sha256_or_none, short
 from fp8ctl.patching.store import Journal, JournalOp, Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from fp8ctl.patching.fsops import Root
     from fp8ctl.patching.plan import FileOp, PatchPlan
@@ -94,8 +94,8 @@ def run(
         pre_images.update(plan.pre_images)
     for op in ops:
         # The way back of this very transaction, whichever direction it goes.
-        if op.old_sha is not None and op.old_bytes is not None:
-            pre_images[op.old_sha] = op.old_bytes
+        if op.old_bytes is not None:
+            pre_images[sha256_of(op.old_bytes)] = op.old_bytes
     try:
         store.write_blobs(root, pre_images)
         store.write_journal(root, journal)
@@ -103,25 +103,20 @@ def run(
         store.write_journal(root, replace(journal, committed=True))
         _finish(root, journal)
     except BaseException as e:
-        back = _went_back(root, journal)
-        if isinstance(e, FileNotFoundError):
-            raise _changed(root, RelPath(e.filename or "")) from e
-        if isinstance(e, Fp8ctlError) and not back:
-            e.hint = (
-                "some files may be changed and others not: mend this, then run the same command "
-                f"again, or fp8ctl revert --site-packages {root.path}"
-            )
+        told = _changed(root, e.filename) if isinstance(e, FileNotFoundError) else e
+        try:
+            _roll_back(root, journal)
+        except (Fp8ctlError, FileNotFoundError):
+            # The journal stays, for the next command.
+            if isinstance(told, Fp8ctlError):
+                told.hint = (
+                    "some files may be changed and others not: mend this, then run the same "
+                    f"command again, or fp8ctl revert --site-packages {root.path}"
+                )
+        if told is not e:
+            raise told from e
         raise
     _tidy(root, journal, warn)
-
-
-def _went_back(root: Root, journal: Journal) -> bool:
-    """Undo what a failed command did; if that fails too, the journal stays for the next one."""
-    try:
-        _roll_back(root, journal)
-    except (Fp8ctlError, FileNotFoundError):
-        return False
-    return True
 
 
 def recover(root: Root, warn: Callable[[str], object] = _unheard) -> str | None:
@@ -141,7 +136,7 @@ def recover(root: Root, warn: Callable[[str], object] = _unheard) -> str | None:
     try:
         return _recover(root, journal, warn)
     except FileNotFoundError as e:
-        raise _changed(root, RelPath(e.filename or "")) from e
+        raise _changed(root, e.filename, hint="run the same command again") from e
 
 
 def _recover(root: Root, journal: Journal, warn: Callable[[str], object]) -> str:
@@ -188,7 +183,7 @@ def check_compiles(op: FileOp, python_version: tuple[int, int]) -> None:
             if python_version < sys.version_info[:2]:
                 ast.parse(op.new_bytes, op.path, feature_version=python_version)
     except (SyntaxError, ValueError) as e:
-        line = f" line {e.lineno}" if isinstance(e, SyntaxError) else ""
+        line = f" line {e.lineno}" if isinstance(e, SyntaxError) and e.lineno else ""
         version = ".".join(str(v) for v in python_version)
         raise ConflictError(
             f"{op.path}{line}: the patched file is not valid Python {version}: {e.args[0]}",
@@ -226,7 +221,7 @@ def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
     tx = f"{time.time_ns():x}-{os.getpid()}"
     before = store.read_ledger(root)
     entries = dict(before.entries)
-    made: list[RelPath] = []
+    wanted: dict[RelPath, None] = {}
     dropped: set[RelPath] = set()
     ops: list[JournalOp] = []
     for plan in plans:
@@ -236,13 +231,13 @@ def _journal(root: Root, plans: Sequence[PatchPlan]) -> Journal:
         for op in plan.ops:
             ops.append(_journal_op(root, op, tx))
             if op.action == "create":
-                made += [f for f in _folders(op.path) if f not in made and not root.has_folder(f)]
+                wanted |= dict.fromkeys(_folders(op.path))
             elif op.action == "delete":
                 # No wheel holds an empty folder: one that is left empty was made for our file,
                 # or an installer could not remove it because our file was in it.
                 dropped.update(_folders(op.path))
-    deepest_first = tuple(sorted(dropped, key=lambda f: (-f.count("/"), f)))
-    return Journal(tx, False, tuple(ops), tuple(made), deepest_first, before, Ledger(entries))
+    made = tuple(f for f in wanted if not root.has_folder(f))
+    return Journal(tx, False, tuple(ops), made, _inner_first(dropped), before, Ledger(entries))
 
 
 def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
@@ -252,8 +247,7 @@ def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
     name = op.path.rpartition("/")[2]
     mode = file.mode if file else op.mode
     # What a link leads to may be another user's.
-    plain = file is not None and file.link is None
-    owner = (file.uid, file.gid) if file and plain else _owner(root, op.path)
+    owner = (file.uid, file.gid) if file and file.link is None else _owner(root, op.path)
     return JournalOp(
         op.path,
         f".{name}.fp8ctl-{tx}" if op.new_sha else "",
@@ -269,8 +263,13 @@ def _journal_op(root: Root, op: FileOp, tx: str) -> JournalOp:
 
 def _folders(path: RelPath) -> list[RelPath]:
     """Return the folders that a file lies in, the top one first."""
-    parts = path.split("/")[:-1]
-    return [RelPath("/".join(parts[:i])) for i in range(1, len(parts) + 1)]
+    folder = RelPath(path.rpartition("/")[0])
+    return [*_folders(folder), folder] if folder else []
+
+
+def _inner_first(folders: Collection[RelPath]) -> tuple[RelPath, ...]:
+    """Return folders such that each comes before the one it lies in, as they can be removed."""
+    return tuple(sorted(folders, reverse=True))
 
 
 def _owner(root: Root, path: str) -> tuple[int, int]:
@@ -300,19 +299,22 @@ def _write(root: Root, path: str, op: JournalOp, data: bytes, link: str | None) 
     the link that it is to be.
     """
     if link is not None:
-        root.unlink(path)
         root.link(path, link)
         return
     old = root.read(op.path, through=True)
-    plain = old is not None and old.link is None
-    mtime = max(time.time_ns(), old.mtime_ns + _MTIME_STEP_NS if old else 0)
+    mtime = time.time_ns()
+    xattrs: tuple[tuple[str, bytes], ...] = ()
+    if old is not None:
+        mtime = max(mtime, old.mtime_ns + _MTIME_STEP_NS)
+        # What a link leads to has its own; they are not this file's.
+        xattrs = root.xattrs(op.path) if old.link is None else ()
     root.stage(
         path,
         data,
         mode=op.mode,
         owner=op.owner,
         mtime_ns=mtime,
-        xattrs=root.xattrs(op.path) if plain else (),
+        xattrs=xattrs,
     )
 
 
@@ -332,7 +334,8 @@ def _finish(root: Root, journal: Journal) -> None:
         found = _sha(root, op.path)
         if found != op.new:
             raise DriftError(
-                f"{root.path / op.path} reads back as {short(found)}, {short(op.new)} was written"
+                f"{root.path / op.path} reads back as {short(found)}, {short(op.new)} was written",
+                hint="run the same command again; if it says this again, see dmesg",
             )
     store.write_ledger(root, journal.ledger)
 
@@ -368,8 +371,7 @@ def _roll_back(root: Root, journal: Journal) -> None:
         root.rename(op.back_path, op.path.rpartition("/")[2])
     # Folders of files that went with their engine: an installer leaves those with a staged file.
     gone = [op.path for op in journal.ops if op.old is not None and _sha(root, op.path) is None]
-    folders = {*journal.made, *(f for path in gone for f in _folders(path))}
-    _settle(root, journal, sorted(folders, key=lambda f: (-f.count("/"), f)))
+    _settle(root, journal, _inner_first({*journal.made, *(f for p in gone for f in _folders(p))}))
     if store.read_ledger(root) != journal.before:
         store.write_ledger(root, journal.before)
     else:
@@ -405,8 +407,7 @@ def _sha(root: Root, path: str) -> Sha256 | None:
     return sha256_or_none(file.data if file else None)
 
 
-def _changed(root: Root, path: RelPath) -> DriftError:
-    return DriftError(
-        f"{root.path / path} was changed by somebody else just now; nothing was changed by fp8ctl",
-        hint="run the same command again",
-    )
+def _changed(
+    root: Root, path: str, *, hint: str = "nothing was changed: run the same command again"
+) -> DriftError:
+    return DriftError(f"{root.path / path} was changed by somebody else just now", hint=hint)

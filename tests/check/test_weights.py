@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 
 from fp8ctl import checkpoint
 from fp8ctl.check import weights
-from fp8ctl.check.weights import Held, compare, gather, judge
+from fp8ctl.check.weights import compare, judge
 from fp8ctl.errors import CheckFailedError, NotFoundError, UsageError
 from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.kernels.digest import digest, to_text
+from fp8ctl.held import Held, gather
+from fp8ctl.kernels.digest import to_text
 from fp8ctl.planning import make_plan
 from fp8ctl.render import Reporter
 
@@ -90,46 +91,6 @@ def unequal(plan: Plan, expected: dict[str, int], held: dict[str, Held]) -> list
     return [(x.name, x.found) for x in compare(plan, expected, held) if x.found != "equal"]
 
 
-# --- gather -------------------------------------------------------------------------------------
-
-
-def test_parts_of_a_tensor_on_several_ranks_add_up() -> None:
-    whole = torch.arange(24, dtype=torch.int32).view(6, 4)
-    ranks = [
-        rank([shard("a.weight", digest(part, row, 0), row=row)], number)
-        for number, (row, part) in enumerate([(0, whole[:2]), (2, whole[2:])])
-    ]
-    [held] = gather(ranks).values()
-    assert held == Held("bfloat16", digest(whole), replicas_agree=True, ranks=(0, 1))
-
-
-def test_the_sum_is_taken_modulo_64_bits() -> None:
-    ranks = [rank([shard("a", (1 << 64) - 1)]), rank([shard("a", 3, row=1)], 1)]
-    assert gather(ranks)["a"].digest == 2
-
-
-def test_copies_count_once_and_must_be_alike() -> None:
-    first = rank([shard("a", 5)])
-    assert gather([first, rank([shard("a", 5, primary=False)], 1)])["a"] == Held(
-        "bfloat16", 5, replicas_agree=True, ranks=(0, 1)
-    )
-    other = gather([first, rank([shard("a", 6, primary=False)], 1)])["a"]
-    assert (other.digest, other.replicas_agree) == (5, False)
-
-
-@pytest.mark.parametrize("primaries", [(True, True), (False, False)])
-def test_a_place_that_two_ranks_or_none_answer_for_is_no_agreement(
-    primaries: tuple[bool, bool],
-) -> None:
-    ranks = [rank([shard("a", 5, primary=p)], i) for i, p in enumerate(primaries)]
-    assert not gather(ranks)["a"].replicas_agree
-
-
-def test_ranks_that_hold_different_types_are_told() -> None:
-    ranks = [rank([shard("a", 1)]), rank([shard("a", 1, row=1, dtype="float8_e4m3fn")], 1)]
-    assert gather(ranks)["a"].dtype == "bfloat16/float8_e4m3fn"
-
-
 # --- compare and judge --------------------------------------------------------------------------
 
 
@@ -152,6 +113,13 @@ def test_one_digest_that_differs_is_found_by_name(
     assert word(plan, expected, held) == (
         "wrong-weights",
         f"1 tensors are not what the source makes: {name} is different",
+    )
+
+
+def test_weights_of_another_recipe_are_wrong(plan: Plan, expected: dict[str, int]) -> None:
+    other = replace(plan, recipe="ue8m0")
+    assert word(other, checkpoint.expected_digests(plan.model, other), held_of(expected))[0] == (
+        "wrong-weights"
     )
 
 
@@ -331,7 +299,22 @@ def test_a_server_is_compared_with_what_the_kernel_makes_of_the_source(
     assert found["tensors"] == []
     assert found["mode"] == "block"
     assert "weights: 8 of 8 equal in 1 worker (block 32x32)" in out.getvalue()
+    assert found["recipe"] == "ieee"
     json.dumps(found)
+
+
+def test_the_expectation_is_made_under_the_plan_s_recipe(
+    serve: Serve, plan: Plan, expected: dict[str, int]
+) -> None:
+    """With the real worker: powers of two are right where they were planned."""
+    powers = replace(plan, recipe="ue8m0")
+    held = checkpoint.expected_digests(plan.model, powers)
+    report, out = reporter()
+    shards = [shard(name, value) for name, value in held.items()]
+    found = weights.verify(serve(200, answer(powers, shards)), None, report, None)
+    assert (found["verdict"], found["recipe"]) == ("fp8-ok", "ue8m0")
+    assert "(block 32x32, ue8m0)" in out.getvalue()
+    assert held[SCALE] != expected[SCALE]
 
 
 def test_a_bit_that_differs_is_told_with_its_place(

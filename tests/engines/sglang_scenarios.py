@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 FP8_MAX = 448.0
 State = dict[str, torch.Tensor]
+TWO_RANKS = "two ranks"
 _HIDDEN, _INNER, _VOCAB, _HEAD = 256, 512, 512, 64
 
 
@@ -39,7 +42,7 @@ def config(kind: str, quantization: dict[str, object] | None) -> dict[str, objec
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": kind == "tied",
         "torch_dtype": "bfloat16",
         "eos_token_id": 1,
         "bos_token_id": 0,
@@ -99,7 +102,8 @@ def weights(kind: str, seed: int) -> State:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             state[f"{at}{norm}.weight"] = torch.ones(_HIDDEN).bfloat16()
     state["model.norm.weight"] = torch.ones(_HIDDEN).bfloat16()
-    put("lm_head.weight", _VOCAB, _HIDDEN)
+    if kind != "tied":
+        put("lm_head.weight", _VOCAB, _HIDDEN)
     return state
 
 
@@ -158,7 +162,16 @@ def save(folder: Path, state: State, cfg: dict[str, object]) -> Path:
 class Engine:
     """The engine's own model runner on one checkpoint."""
 
-    def __init__(self, path: Path, *, quantization: str | None = None, load_format: str = "auto"):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        quantization: str | None = None,
+        load_format: str = "auto",
+        rank: int = 0,
+        ranks: int = 1,
+        port: int | None = None,
+    ):
         from sglang.srt.configs.model_config import ModelConfig
         from sglang.srt.distributed import parallel_state
         from sglang.srt.managers import expert_location
@@ -183,16 +196,17 @@ class Engine:
             load_format=load_format,
             log_level="error",
             skip_tokenizer_init=True,
+            tp_size=ranks,
         )
         self.runner = ModelRunner(
             model_config=ModelConfig.from_server_args(self.args),
             mem_fraction_static=0.2,
             gpu_id=0,
-            tp_rank=0,
-            tp_size=1,
+            tp_rank=rank,
+            tp_size=ranks,
             pp_rank=0,
             pp_size=1,
-            nccl_port=PortArgs.init_new(self.args).nccl_port,
+            nccl_port=port or PortArgs.init_new(self.args).nccl_port,
             server_args=self.args,
         )
 
@@ -252,10 +266,28 @@ class Engine:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {name: t.data_ptr() for name, t in named}
 
+    def held(self) -> int:
+        """Return the bytes of all tensors that the model's layers have, by whatever name."""
+        found = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for module in self.model.modules()
+            for t in (
+                *vars(module).values(),
+                *module._parameters.values(),
+                *module._buffers.values(),
+            )
+            if isinstance(t, torch.Tensor)
+        }
+        return sum(found.values())
+
 
 def host_syncs(model: Any) -> int:
-    """Count what in `apply` of any linear layer asks a tensor for its value."""
+    """Count what in `apply` of any linear layer or experts asks a tensor for its value.
+
+    The experts' kernel itself is left out: what stands in for it on a CPU does ask.
+    """
     from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton import FusedMoE, fused_moe
     from torch.utils._python_dispatch import TorchDispatchMode
 
     asking = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::nonzero", "aten::equal"}
@@ -275,18 +307,29 @@ def host_syncs(model: Any) -> int:
             x = torch.randn(3, size, dtype=torch.bfloat16)
             with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
                 module.quant_method.apply(module, x, None)
+        elif isinstance(module, FusedMoE):
+            x = torch.randn(3, module.hidden_size, dtype=torch.bfloat16)
+            kernel = fused_moe.fused_experts
+            fused_moe.fused_experts = lambda x, *args, **kwargs: x
+            try:
+                with torch.no_grad(), Count():  # type: ignore[no-untyped-call]
+                    module(x, torch.randn(3, module.num_experts, dtype=torch.bfloat16))
+            finally:
+                fused_moe.fused_experts = kernel
     return Count.seen
 
 
-def refit(folder: Path, kind: str, mode: str) -> dict[str, object]:
+def refit(folder: Path, kind: str, mode: str, **ranks: Any) -> dict[str, object]:
     """A, then B, A, B, in shuffled pieces, buckets and from disk; against fresh models."""
     quantization = "fp8" if mode == "online" else None
     cfg = config(kind, quantization_config(mode))
     states = {x: quantized(weights(kind, seed), mode) for x, seed in (("A", 1), ("B", 2))}
-    paths = {x: save(folder / f"{kind}-{mode}-{x}", s, cfg) for x, s in states.items()}
-    engine = Engine(paths["A"], quantization=quantization)
+    # Every rank has a copy of its own, where there are several.
+    at = folder / f"{kind}-{mode}-{ranks.get('rank', 0)}"
+    paths = {x: save(at / x, s, cfg) for x, s in states.items()}
+    engine = Engine(paths["A"], quantization=quantization, **ranks)
     want = {x: engine.logits(engine.fresh(paths[x])) for x in "AB"}
-    before = engine.addresses()
+    before, held = engine.addresses(), engine.held()
     equal = [torch.equal(engine.logits(), want["A"])]
     with torch.inference_mode():
         for step, (x, how) in enumerate([("B", "single"), ("A", "buckets"), ("B", "disk")]):
@@ -305,8 +348,32 @@ def refit(folder: Path, kind: str, mode: str) -> dict[str, object]:
         "a_and_b_differ": not torch.equal(want["A"], want["B"]),
         "finite": bool(torch.isfinite(want["A"]).all() and torch.isfinite(want["B"]).all()),
         "moved": [n for n, at in engine.addresses().items() if before.get(n) != at],
+        "grown": engine.held() - held,
         "host_syncs": host_syncs(engine.model),
     }
+
+
+def refit_on_two_ranks(folder: Path, kind: str, mode: str) -> list[dict[str, object]]:
+    """The same in two processes, each with one half of every layer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [folder / f"rank-{rank}" for rank in (0, 1)]
+    running = []
+    try:
+        for rank, own in enumerate(folders):
+            own.mkdir()
+            job = json.dumps({"rank": rank, "ranks": 2, "port": port})
+            argv = [sys.executable, __file__, str(own), f"refit {kind} {mode}", "--ranks", job]
+            running.append(subprocess.Popen(argv))
+        done = [process.wait(timeout=800) for process in running]
+        assert done == [0, 0], done
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    found = [json.loads((own / "seen.json").read_text()) for own in folders]
+    return [one[f"refit {kind} {mode}"] for one in found]
 
 
 def load(folder: Path, name: str, state: State, cfg: dict[str, object], **kw: Any) -> str:
@@ -411,6 +478,36 @@ def awaiting_push(folder: Path) -> dict[str, object]:
     return {"unfilled": unfilled}
 
 
+def online(folder: Path) -> dict[str, object]:
+    """What the guard counts, and what is refused, where the engine quantises itself."""
+    from sglang.srt.layers.quantization import fp8
+
+    state, cfg = weights("moe", 1), config("moe", None)
+    # An expert's tensors are loaded through one that looks like the first expert's.
+    lost = "model.layers.1.mlp.experts.0.up_proj.weight"
+    result: dict[str, object] = {
+        "lost": load(folder, "o1", drop(state, lost), cfg, quantization="fp8")
+    }
+    engine = Engine(save(folder / "o0", state, cfg), quantization="fp8")
+    unfilled = [fp8.fp8ctl_unfilled(engine.model)]
+    fp8.fp8ctl_forget(engine.model)
+    unfilled.append(fp8.fp8ctl_unfilled(engine.model))
+    with torch.inference_mode():
+        engine.model.load_weights(list(drop(state, lost).items()))
+        unfilled.append(fp8.fp8ctl_unfilled(engine.model))
+        before = engine.logits()
+        try:
+            codes = quantized({lost: state[lost]}, "per-tensor")[lost]
+            engine.model.load_weights([(lost, codes)])
+        except ValueError as e:
+            result["fp8"] = str(e)
+        result["kept"] = torch.equal(engine.logits(), before)
+        unfilled.append(fp8.fp8ctl_unfilled(engine.model))
+        engine.model.load_weights([(lost, state[lost])])
+        unfilled.append(fp8.fp8ctl_unfilled(engine.model))
+    return {**result, "unfilled": unfilled}
+
+
 def override(folder: Path) -> dict[str, object]:
     """What ModelConfig makes of FP8CTL_BLOCK_QUANT_CONFIG."""
     from sglang.srt.configs.model_config import ModelConfig
@@ -442,7 +539,7 @@ def override(folder: Path) -> dict[str, object]:
     return result
 
 
-def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
+def scenarios(folder: Path, **ranks: Any) -> Iterator[tuple[str, Callable[[], object]]]:
     for kind, mode in (
         ("dense", "block"),
         ("dense", "per-tensor"),
@@ -451,8 +548,13 @@ def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
         ("dense", "online"),
         ("moe", "block"),
         ("moe", "per-tensor"),
+        ("moe", "online"),
+        ("tied", "block"),
+        ("tied", "online"),
     ):
-        yield f"refit {kind} {mode}", lambda k=kind, m=mode: refit(folder, k, m)  # type: ignore[misc]
+        yield f"refit {kind} {mode}", lambda k=kind, m=mode: refit(folder, k, m, **ranks)  # type: ignore[misc]
+    yield TWO_RANKS, lambda: refit_on_two_ranks(folder, "moe", "online")
+    yield "online", lambda: online(folder)
     yield "guard", lambda: guard_cases(folder)
     if os.environ.get("FP8CTL_AWAIT_PUSH") == "1":  # the engine reads it once, when imported
         yield "await", lambda: awaiting_push(folder)
@@ -461,8 +563,16 @@ def scenarios(folder: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    wanted = sys.argv[2:]
-    seen = {name: run() for name, run in scenarios(folder) if not wanted or name in wanted}
+    wanted, ranks = sys.argv[2:], {}
+    if "--ranks" in wanted:
+        *wanted, _, job = wanted
+        ranks = json.loads(job)
+    known = scenarios(folder, **ranks)
+    seen = {
+        name: run()
+        for name, run in known
+        if name in wanted or (not wanted and name != TWO_RANKS)  # that one is long
+    }
     (folder / "seen.json").write_text(json.dumps(seen))
 
 

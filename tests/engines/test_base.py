@@ -118,3 +118,9 @@ def test_no_secret_is_part_of_a_plan() -> None:
 def test_a_device_is_named_with_its_capability() -> None:
     assert Device("cuda", (9, 0), 1, "H100").describe() == "H100 (compute capability 9.0)"
     assert CPU.describe() == "CPU"
+
+
+def test_a_server_that_a_trainer_under_torchrun_starts_has_no_part_in_its_store() -> None:
+    variable = "TORCHELASTIC_USE_AGENT_STORE"
+    assert base.common_env(request(environ={variable: "True"}))[variable] == ""
+    assert variable not in base.common_env(request())

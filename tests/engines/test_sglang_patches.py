@@ -73,6 +73,9 @@ REFITS = (
     "dense online",
     "moe block",
     "moe per-tensor",
+    "moe online",
+    "tied block",  # lm_head is the embedding, and comes with it
+    "tied online",
 )
 
 
@@ -90,8 +93,45 @@ def test_a_refit_moves_no_tensor_that_a_captured_graph_may_read(seen: Seen, case
 
 
 @pytest.mark.parametrize("case", REFITS)
-def test_no_linear_layer_asks_a_tensor_for_its_value_in_apply(seen: Seen, case: str) -> None:
+def test_a_refit_leaves_no_second_copy_of_the_weights(seen: Seen, case: str) -> None:
+    assert seen[f"refit {case}"]["grown"] == 0
+
+
+@pytest.mark.parametrize("case", REFITS)
+def test_no_layer_asks_a_tensor_for_its_value_in_apply(seen: Seen, case: str) -> None:
     assert seen[f"refit {case}"]["host_syncs"] == 0
+
+
+@pytest.mark.long
+def test_two_ranks_quantise_their_own_halves_as_fresh_ones_do(
+    engine_python: Path, patched_tree: Path, tmp_path: Path
+) -> None:
+    found = run(engine_python, patched_tree, tmp_path, "two ranks")["two ranks"]
+    assert len(found) == 2
+    for result in found:
+        assert result["a_and_b_differ"]
+        assert result["equal"] == [True] * 4
+        assert result["moved"] == []
+
+
+def test_the_guard_counts_what_the_engine_quantises_itself(seen: Seen) -> None:
+    result = seen["online"]
+    lost = "model.layers.1.mlp.experts.w13_weight"
+    assert result["lost"].startswith("fp8ctl unscaled-guard:")
+    assert f"{lost} (experts 0 of 4, w3)" in result["lost"]
+    started, forgotten, short, refused, whole = result["unfilled"]
+    assert started == {}
+    assert len(forgotten) == 8, "of two layers: qkv_proj, o_proj, w13 and w2 of the experts"
+    assert short == {lost: "experts 0 of 4, w3"}
+    assert refused == short
+    assert whole == {}
+
+
+def test_fp8_sent_to_an_engine_that_quantises_itself_is_refused_and_changes_nothing(
+    seen: Seen,
+) -> None:
+    assert "send 16-bit weights" in seen["online"]["fp8"]
+    assert seen["online"]["kept"]
 
 
 @pytest.mark.parametrize("case", ["complete", "zero block", "fused on disk", "dummy"])

@@ -206,6 +206,7 @@ LIMIT = {"block": 0.1, "per-tensor": 0.1, "static": 0.1, "online": 0.15}
 def _check_refit(found: dict[str, Any], limit: float) -> None:
     assert found["equal"] == [True] * 4, "A, B, A, B against nets built afresh"
     assert found["addresses_kept"]
+    assert found["grown"] == 0, "no second copy of the weights"
     assert found["plain"], "torch.compile takes no Parameter subclasses"
     assert found["host_syncs"] == []
     assert found["different"] > 0.5, "A and B must differ, or equality proves nothing"
@@ -218,15 +219,34 @@ def test_refit_of_linear_layers_is_bit_equal_to_a_fresh_start(run: Run, mode: st
     _check_refit(run((REFIT,), "refit", mode, "none", "eager"), LIMIT[mode])
 
 
-@pytest.mark.parametrize("mode", ["block", "per-tensor", "static"])
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "static", "online"])
 def test_refit_of_experts_is_bit_equal_to_a_fresh_start(run: Run, mode: str) -> None:
     # A router decides otherwise for a token or two, so the limit is wider.
     _check_refit(run((REFIT,), "refit", mode, "moe", "eager"), 0.2)
 
 
+@pytest.mark.parametrize("ids", [(REFIT,), (REFIT, GUARD)], ids="+".join)
+@pytest.mark.parametrize("how", ["tensor", "expert", "stacked"])
+def test_every_rank_quantises_its_own_part_of_the_experts(
+    run: Run, ids: tuple[str, ...], how: str
+) -> None:
+    found = run(ids, "spread", how)
+    assert len(found["equal"]) == (6 if how == "stacked" else 12)
+    assert all(found["equal"]), "as a rank that started on these weights"
+    assert max(found["errors"]) < 0.05, "and they are those of its own part"
+
+
 @pytest.mark.parametrize("mode", ["per-tensor", "static"])
 def test_refit_holds_with_all_patches_and_cutlass_switched_off(run: Run, mode: str) -> None:
     _check_refit(run(ALL, "refit", mode, "none", "eager", cutlass=True), 0.1)
+
+
+@pytest.mark.parametrize("cutlass", [True, False])
+def test_rows_that_pad_a_batch_reach_no_answer(run: Run, cutlass: bool) -> None:
+    # CUDA graphs pad batches, and attention leaves memory there that nothing wrote.
+    assert run(ALL, "padded", "per-tensor", cutlass=cutlass)["equal"]
+    assert run((V1, REFIT), "padded", "per-tensor", cutlass=cutlass)["equal"]
+    assert not run((V1, V2), "padded", "per-tensor", cutlass=cutlass)["equal"], "the fault"
 
 
 @pytest.mark.parametrize("mode", ["per-tensor", "online"])
@@ -322,6 +342,35 @@ def test_forced_serialized_on_a_16_bit_checkpoint_is_refused(run: Run) -> None:
 
 
 @GUARDED
+def test_a_16_bit_checkpoint_that_lost_an_expert_is_refused_too(
+    run: Run, ids: tuple[str, ...]
+) -> None:
+    _refused(
+        run(ids, "guard", "online", "experts.2.up_proj.weight"),
+        "experts.w13_weight",
+        "experts 2, 1 of 4, w3",
+    )
+
+
+def test_what_the_engine_quantises_itself_is_counted_from_nothing_again(run: Run) -> None:
+    found = run((REFIT, GUARD), "online")
+    steps = found["steps"]
+    assert steps["started"] == {}
+    assert len(steps["forgotten"]) == 7, "five linear modules, w13 and w2 of the experts"
+    assert (
+        steps["short"]
+        == steps["refused"]
+        == {
+            f"{AT}self_attn.qkv_proj.weight": "rows 256-383 of 512, in shards 1",
+            f"{AT}experts.w13_weight": "experts 0, 1 of 4, w3",
+        }
+    )
+    assert steps["whole"] == {}
+    assert len(found["refused"]) == 2, "FP8 codes are not 16-bit weights"
+    assert found["kept"]
+
+
+@GUARDED
 def test_an_all_zero_block_with_scale_one_passes(run: Run, ids: tuple[str, ...]) -> None:
     assert run(ids, "guard", "block", "zero-block")["error"] == ""
 
@@ -375,6 +424,44 @@ def test_the_worker_loads_folders_and_reports_what_the_kernels_read(run: Run, mo
     assert torn["broken"]
     assert torn["missing_count"] == loaded["loaded"], "counted from nothing after a broken update"
     assert torn["unfilled"]
+
+
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
+def test_buckets_make_the_model_of_their_weights_again_and_again(run: Run, mode: str) -> None:
+    found = run((REFIT, GUARD), "push", mode)
+    assert found["refittable"]["refittable"] is True, found["refittable"]
+    assert "failed" not in found["connected"]
+    for one in found["pushes"]:
+        assert one["errors"] == ["", ""]
+        assert one["logits"] is True
+        assert (one["progress"]["broken"], one["progress"]["missing_count"]) == (False, 0)
+        assert one["progress"]["unfilled"] == {}
+        assert one["format"] == ("engine" if mode == "online" else "checkpoint")
+        if mode != "online":
+            assert one["unequal"] == []
+    first, *later = found["pushes"]
+    assert first["copies"] == 0
+    if mode != "online":
+        # What digests have proven is copied; per-tensor scales are their loaders' business.
+        assert all(one["copies"] >= one["loaders"] for one in later)
+    assert found["moved"] == []
+    assert found["unknown"]["error"]
+    assert found["unknown"]["broken"] is False
+    assert found["nonsense"]["failed"] == "ValueError: unknown question 'nonsense'"
+
+
+def test_an_engine_without_the_patch_says_so_before_anything_is_sent(run: Run) -> None:
+    found = run((), "refittable", "block")["alone"]
+    assert (found["refittable"], found["why"][:32]) == (False, "the patch `refit` is not applied")
+
+
+def test_an_engine_of_several_sets_of_weights_says_so_too(run: Run) -> None:
+    found = run((REFIT,), "refittable", "block")
+    assert found["alone"]["refittable"] is True
+    assert (found["several"]["refittable"], found["several"]["why"][:16]) == (
+        False,
+        "data parallelism",
+    )
 
 
 def test_the_hook_knows_the_patched_modules_after_a_refit_and_sees_a_method_replaced(

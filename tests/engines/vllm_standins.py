@@ -20,7 +20,7 @@ import random
 import sys
 import traceback
 import types
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -362,7 +362,7 @@ class Net(torch.nn.Module):
     mix: Any
     experts: Any
 
-    def __init__(self, fp8: Any, mode: str, moe: bool = False) -> None:
+    def __init__(self, fp8: Any, mode: str, moe: bool = False, ranks: int = 1) -> None:
         super().__init__()
         from vllm.model_executor.layers import linear
         from vllm.model_executor.layers.fused_moe import FusedMoE
@@ -392,7 +392,7 @@ class Net(torch.nn.Module):
         self.moe = moe
         if moe:
             self.experts = FusedMoE(
-                EXPERTS, 2, HIDDEN, 128, renormalize=False, tp_size=1, **at("experts")
+                EXPERTS, 2, HIDDEN, 128, renormalize=False, tp_size=ranks, **at("experts")
             )
         torch.set_default_dtype(torch.float32)
 
@@ -525,11 +525,22 @@ def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).norm() / b.float().norm())
 
 
-def _fresh(fp8: Any, mode: str, moe: bool, tensors: Checkpoint) -> Net:
-    net = Net(fp8, mode, moe)
+def _fresh(fp8: Any, mode: str, moe: bool, tensors: Checkpoint, ranks: int = 1) -> Net:
+    net = Net(fp8, mode, moe, ranks)
     net.load(tensors.items())
     net.process()
     return net
+
+
+def _held(net: Net) -> int:
+    """Return the bytes of all tensors that layers have, by whatever name."""
+    found = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for m in net.modules()
+        for t in (*vars(m).values(), *m._parameters.values(), *m._buffers.values())
+        if isinstance(t, torch.Tensor)
+    }
+    return sum(found.values())
 
 
 def _inputs() -> torch.Tensor:
@@ -555,6 +566,7 @@ def refit(tree: Path, mode: str, experts: str, how: str) -> dict[str, Any]:
         run = torch.compile(net, backend="eager", fullgraph=True)
         watch = nullcontext
     before, equal = addresses(), [torch.equal(run(x), fresh["A"])]
+    held = _held(net)
     for step, name in enumerate(("B", "A", "B")):
         pieces = list(sets[name].items())
         random.Random(step).shuffle(pieces)  # any order, one tensor at a time
@@ -567,11 +579,69 @@ def refit(tree: Path, mode: str, experts: str, how: str) -> dict[str, Any]:
     return {
         "equal": equal,
         "addresses_kept": before == addresses(),
+        "grown": _held(net) - held,
         "plain": all(type(p) is torch.nn.Parameter for p in net.parameters()),
         "host_syncs": [op for op in syncs.seen if op != "equal"],
         "different": _relative(fresh["A"], fresh["B"]),
         "error": {n: _relative(fresh[n], dense(sets[n], moe, x)) for n in sets},
     }
+
+
+def spread(tree: Path, how: str) -> dict[str, Any]:
+    """Refit experts that the engine quantises itself on each of two ranks.
+
+    how: "tensor" or "expert" parallel; or "stacked", which is one rank that gets all
+    experts as one tensor, as Llama 4 has them.
+    """
+    fp8 = install(tree)
+    from vllm.model_executor.layers.fused_moe import layer
+
+    _Config.parallel_config.enable_expert_parallel = how == "expert"
+    ranks = 1 if how == "stacked" else 2
+    a, b = (checkpoint(seed, "online", moe=True) for seed in (1, 2))
+    equal, errors = [], []
+    for rank in range(ranks):
+        layer.get_tensor_model_parallel_rank = lambda rank=rank: rank
+        net, want = (_fresh(fp8, "online", True, t, ranks).experts for t in (a, b))
+        owner: Any = types.SimpleNamespace(experts=net)
+        before = {k: v.clone() for k, v in net.state_dict(keep_vars=True).items()}
+        pieces = [item for item in b.items() if item[0].startswith("experts.")]
+        random.Random(rank).shuffle(pieces)
+        if how == "stacked":
+            for name, shard in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
+                stack = torch.stack([b[f"experts.{e}.{name}.weight"] for e in range(EXPERTS)])
+                param = net.w2_weight if shard == "w2" else net.w13_weight
+                param.weight_loader(param, stack, "w13_weight", shard_id=shard, expert_id=0)
+        else:
+            owner.named_parameters = lambda net=net: (
+                (f"experts.{k}", v) for k, v in net.named_parameters()
+            )
+            Net.load(owner, pieces)
+        for name in ("w13_weight", "w2_weight"):
+            codes, scales = (getattr(net, n).data for n in (name, f"{name}_scale_expanded"))
+            equal += [
+                torch.equal(codes.view(torch.uint8), getattr(want, name).data.view(torch.uint8)),
+                torch.equal(scales, getattr(want, f"{name}_scale_expanded")),
+                not torch.equal(codes.view(torch.uint8), before[name].view(torch.uint8)),
+            ]
+        errors += _experts_errors(net, b, rank, how)
+    return {"equal": equal, "errors": errors}
+
+
+def _experts_errors(net: Any, tensors: Checkpoint, rank: int, how: str) -> list[float]:
+    """Return how far what a rank holds is from the part of the checkpoint that is its own."""
+    errors = []
+    for e in range(net.w2_weight.shape[0]):
+        expert = e + rank * net.w2_weight.shape[0] if how == "expert" else e
+        w1, w2, w3 = (
+            tensors[f"experts.{expert}.{n}.weight"] for n in ("gate_proj", "down_proj", "up_proj")
+        )
+        if how == "tensor":
+            w1, w3, w2 = w1.chunk(2)[rank], w3.chunk(2)[rank], w2.chunk(2, 1)[rank]
+        for name, w in (("w13_weight", torch.cat([w1, w3])), ("w2_weight", w2)):
+            scale = getattr(net, f"{name}_scale_expanded")[e]
+            errors.append(_relative(getattr(net, name)[e].float() * scale, w))
+    return errors
 
 
 def second_load(tree: Path, mode: str) -> dict[str, Any]:
@@ -592,6 +662,14 @@ def forward(tree: Path, mode: str, experts: str) -> dict[str, Any]:
     fp8 = install(tree)
     net = _fresh(fp8, mode, experts == "moe", checkpoint(1, mode, experts == "moe"))
     return {"out": net(_inputs()).float().flatten().tolist()}
+
+
+def padded(tree: Path, mode: str) -> dict[str, Any]:
+    """Say whether rows that nothing wrote reach the answers of those before them."""
+    fp8 = install(tree)
+    net, x = _fresh(fp8, mode, False, checkpoint(1, mode)), _inputs()
+    beside = net(torch.cat([x, x.new_full((3, x.shape[1]), torch.inf)]))[: len(x)]
+    return {"equal": torch.equal(net(x), beside)}
 
 
 def fuse(tensors: Checkpoint) -> Checkpoint:
@@ -678,6 +756,31 @@ def await_push(tree: Path, mode: str) -> dict[str, Any]:
     return {"steps": steps, "equal": equal, "warnings": warnings_logged}
 
 
+def online(tree: Path) -> dict[str, Any]:
+    """Count what a refit of a net that quantises itself brings, and send it FP8."""
+    fp8 = install(tree)
+    tensors, x = checkpoint(1, "online", moe=True), _inputs()
+    net = _fresh(fp8, "online", True, tensors)
+    steps = {"started": fp8.fp8ctl_unfilled(net)}
+    fp8.fp8ctl_forget(net)
+    steps["forgotten"] = fp8.fp8ctl_unfilled(net)
+    # An expert's tensors are loaded through one that looks like the first expert's.
+    lost = ("experts.0.up_proj.weight", "self_attn.k_proj.weight")
+    net.load((k, v) for k, v in tensors.items() if k not in lost)
+    steps["short"] = fp8.fp8ctl_unfilled(net)
+    before, refused = net(x), []
+    for name in lost:
+        try:
+            net.load([(name, tensors[name].to(FP8))])
+        except ValueError as e:
+            refused.append(str(e))
+    kept = torch.equal(net(x), before)
+    steps["refused"] = fp8.fp8ctl_unfilled(net)
+    net.load((k, tensors[k]) for k in lost)
+    steps["whole"] = fp8.fp8ctl_unfilled(net)
+    return {"steps": steps, "refused": refused, "kept": kept}
+
+
 def serialized(tree: Path) -> dict[str, Any]:
     """Say what `--quantization fp8` alone makes of a checkpoint, and which GEMM it takes."""
     fp8 = install(tree)
@@ -693,17 +796,12 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
     """Load folders through the worker extension, and compare its digests with the folders'."""
     from safetensors.torch import save_file
 
-    from fp8ctl.engines.hooks.vllm_worker import Extension
     from fp8ctl.kernels.digest import digest, to_text
 
     fp8 = install(tree)
     sets = {name: checkpoint(seed, mode, moe=True) for name, seed in (("A", 1), ("B", 2))}
     net: Any = _fresh(fp8, mode, True, sets["A"])
-    net.load_weights = net.load
-    extension = Extension()
-    extension.rank = 0
-    extension.model_runner = types.SimpleNamespace(get_model=lambda: net)
-    extension.model_config = types.SimpleNamespace(dtype=torch.bfloat16)
+    extension, ask = _extension(net)
     torn = {**sets["A"], "mix.weight": torch.zeros(1, 1)}
 
     def differing(want: Checkpoint) -> list[str]:
@@ -725,7 +823,12 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
         folder.mkdir(exist_ok=True)
         save_file(tensors, str(folder / "model.safetensors"))
     expected = list(sets["B"])
-    result["loaded"] = extension.fp8ctl_load_from_disk(str(tree / f"{mode}-B"), expected)
+
+    def reload(folder: str) -> dict[str, Any]:
+        done = ask("reload", path=str(tree / folder))
+        return {**done, **ask("progress", expected=expected)}
+
+    result["loaded"] = reload(f"{mode}-B")
     result["after"] = differing(sets["B"])
     net.mlp.down_proj.weight.data.view(torch.uint8)[3, 5] ^= 1
     result["flipped_code"] = differing(sets["B"])
@@ -738,8 +841,97 @@ def worker(tree: Path, mode: str) -> dict[str, Any]:
     if mode != "block":
         net.self_attn.qkv_proj.weight_scale.data[300] *= 1.5
     result["flipped_scales"] = differing(sets["B"])
-    result["absent"] = extension.fp8ctl_load_from_disk(str(tree / "nowhere"), expected)
-    result["torn"] = extension.fp8ctl_load_from_disk(str(tree / f"{mode}-torn"), expected)
+    result["absent"] = reload("nowhere")
+    result["torn"] = reload(f"{mode}-torn")
+    return result
+
+
+def _extension(net: Any) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Return the worker extension around a net, and what asks it as the server does."""
+    from fp8ctl.engines.hooks.vllm_worker import Extension
+
+    net.load_weights = net.load
+    extension = Extension()
+    extension.rank = 0
+    extension.model_runner = types.SimpleNamespace(get_model=lambda: net)
+    extension.model_config = types.SimpleNamespace(dtype=torch.bfloat16)
+    extension.parallel_config = types.SimpleNamespace(data_parallel_size=1)
+
+    def ask(what: str, **details: object) -> dict[str, Any]:
+        answer: dict[str, Any] = extension.fp8ctl_ask(what, json.dumps(details))
+        return answer
+
+    return extension, ask
+
+
+def refittable(tree: Path, mode: str) -> dict[str, Any]:
+    """Say whether the model can be loaded a second time."""
+    fp8 = install(tree)
+    extension, ask = _extension(_fresh(fp8, mode, True, checkpoint(1, mode, moe=True)))
+    alone = ask("refittable")
+    extension.parallel_config.data_parallel_size = 2
+    return {"alone": alone, "several": ask("refittable")}
+
+
+def push(tree: Path, mode: str) -> dict[str, Any]:
+    """Push B, A, B in buckets through shared memory; say what each is worth."""
+    from fp8ctl import wire
+    from fp8ctl.carriers import ends
+    from fp8ctl.held import gather
+    from fp8ctl.kernels.digest import digest, to_text
+
+    fp8 = install(tree)
+    moe = mode != "online"
+    sets = {name: checkpoint(seed, mode, moe=moe) for name, seed in (("A", 1), ("B", 2))}
+    net: Any = _fresh(fp8, mode, moe, sets["A"])
+    _, ask = _extension(net)
+    result: dict[str, Any] = {"refittable": ask("refittable"), "pushes": []}
+    addresses = {name: p.data_ptr() for name, p in net.named_parameters()}
+    x = _inputs()
+    with closing(ends.sender("memory", 1 << 20)) as sender:
+        result["connected"] = ask("connect", carrier=sender.offer())
+        for name in "BAB":
+            tensors = {k: v.contiguous() for k, v in sets[name].items() if "input_scale" not in k}
+            names, done = list(tensors), []
+            for number, part in enumerate((names[::2], names[1::2])):
+                slots = [
+                    wire.Slot(n, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+                    for n in part
+                    for t in (tensors[n],)
+                ]
+                offsets, nbytes = wire.place(slots)
+                buffer = sender.buffer(number)
+                entries = []
+                for slot, at in zip(slots, offsets, strict=True):
+                    bits = tensors[slot.name].reshape(-1).view(torch.uint8)
+                    buffer[at : at + len(bits)].copy_(bits)
+                    entries.append(wire.Entry(slot.name, slot.dtype, slot.shape, at).to_json())
+                sender.ready(number)
+                done.append(
+                    ask("receive", number=number, slot=number, nbytes=nbytes, entries=entries)
+                )
+            progress = ask("progress", expected=names)
+            digests = ask("digests")
+            held = gather([digests])
+            wanted = {n: to_text(digest(t)) for n, t in tensors.items()}
+            equal = [n for n, w in wanted.items() if n in held and held[n].text == w]
+            trusted = ask("trust", names=equal)
+            result["pushes"].append(
+                {
+                    "errors": [one.get("failed", "") or one["error"] for one in done],
+                    "copies": sum(one["ways"]["copies"] for one in done),
+                    "loaders": sum(one["ways"]["loaders"] for one in done),
+                    "progress": progress,
+                    "format": digests["format"],
+                    "unequal": sorted(wanted.keys() - set(equal)),
+                    "trusted": trusted.get("trusted"),
+                    "logits": torch.equal(net(x), _fresh(fp8, mode, moe, sets[name])(x)),
+                }
+            )
+        result["unknown"] = ask("receive", number=0, slot=7, nbytes=1, entries=[])
+        ask("disconnect")
+    result["moved"] = [n for n, p in net.named_parameters() if p.data_ptr() != addresses[n]]
+    result["nonsense"] = ask("nonsense")
     return result
 
 
@@ -765,13 +957,18 @@ def code(tree: Path, *files: str) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "refit": refit,
+    "spread": spread,
     "second-load": second_load,
+    "padded": padded,
     "forward": forward,
     "fused": fused,
     "guard": guard,
     "await-push": await_push,
+    "online": online,
     "serialized": serialized,
     "worker": worker,
+    "push": push,
+    "refittable": refittable,
     "code": code,
 }
 

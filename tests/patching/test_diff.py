@@ -58,7 +58,16 @@ class TestLaws:
         change = one(diff.render(P, None, new, mode=0o755))
         assert (change.kind, change.mode) == ("create", 0o755)
         assert diff.apply(change, None).data == new
-        assert diff.apply(diff.reverse(change), new).data is None
+        back = diff.reverse(change)
+        assert diff.apply(back, new).data is None
+        assert diff.reverse(back) == change
+        # There is one place for it, and a search finds that.
+        assert diff.apply(change, None, search=True) == diff.apply(change, None)
+
+    @given(CONTENT)
+    @settings(max_examples=20, deadline=None)
+    def test_equal_contents_have_an_empty_diff(self, content: bytes) -> None:
+        assert diff.render(P, content, content) == diff.render(P, None, None) == b""
 
     @given(CONTENT, CONTENT, CONTENT)
     @settings(max_examples=100, deadline=None)
@@ -97,6 +106,44 @@ class TestAgainstGit:
         file.write_bytes(old)
         _git(tmp_path, "apply", "-", stdin=diff.render(P, old, new))
         assert file.read_bytes() == new
+
+    @pytest.mark.parametrize("mode", [0o644, 0o755, 0o744, 0o611])
+    def test_the_lines_in_front_of_the_hunks_are_those_of_git(
+        self, tmp_path: Path, mode: int
+    ) -> None:
+        """Also of the modes: git knows one bit, that of the owner who may execute the file."""
+
+        def heading(text: bytes) -> list[bytes]:
+            return text.partition(b"\n@@")[0].splitlines()
+
+        _git(tmp_path, "init", "-q")
+        file = tmp_path / P
+        file.parent.mkdir()
+        for old, new in ((None, OLD), (OLD, NEW), (NEW, None)):
+            if new is not None:
+                file.write_bytes(new)
+                file.chmod(mode)
+            else:
+                file.unlink()
+            if old is None:
+                _git(tmp_path, "add", "--force", "--intent-to-add", P)
+            by_git = _git(tmp_path, "diff", "--full-index")
+            assert heading(diff.render(P, old, new, mode=mode)) == heading(by_git)
+            _git(tmp_path, "add", "--update")
+
+    def test_where_the_mode_of_an_edited_file_is_not_known_none_is_said(
+        self, tmp_path: Path
+    ) -> None:
+        """So that git keeps the mode that the file has."""
+        text = diff.render(P, OLD, NEW, mode=None)
+        assert text == GOOD.replace(b" 100644\n", b"\n", 1)
+        _git(tmp_path, "init", "-q")
+        file = tmp_path / P
+        file.parent.mkdir()
+        file.write_bytes(OLD)
+        file.chmod(0o755)
+        _git(tmp_path, "apply", "-", stdin=text)
+        assert (file.read_bytes(), file.stat().st_mode & 0o777) == (NEW, 0o755)
 
     def test_blob_ids_are_those_of_git(self, tmp_path: Path) -> None:
         _git(tmp_path, "init", "-q")
@@ -152,6 +199,23 @@ class TestPlace:
         with pytest.raises(HunkError):
             diff.apply(change, OLD + b"other\n", search=True)
 
+    def test_a_hunk_without_leading_context_stands_at_the_start_only(self) -> None:
+        change = one(diff.render(P, OLD, b"more\n" + OLD))
+        assert diff.apply(change, OLD, search=True).offsets == (0,)
+        with pytest.raises(HunkError, match="its lines are nowhere in the file"):
+            diff.apply(change, b"other\n" + OLD, search=True)
+        # One line of context is context.
+        change = one(diff.render(P, OLD, OLD.replace(b"line 1\n", b"x\n")))
+        assert diff.apply(change, b"other\n" + OLD, search=True).offsets == (1,)
+
+    def test_a_hunk_whose_first_lines_are_common_is_found_by_its_rarest(self) -> None:
+        old = b"same\nsame\nsame\nx\nsame\n"
+        change = one(diff.render(P, old, old.replace(b"x", b"y")))
+        found = diff.apply(change, b"same\n" * 5 + old, search=True)
+        assert found == diff.Applied(b"same\n" * 5 + old.replace(b"x", b"y"), (5,))
+        with pytest.raises(HunkError, match="nowhere"):
+            diff.apply(change, b"same\nx\nsame\nsame\nsame\n", search=True)
+
     def test_context_cut_short_by_the_end_of_the_file_stands_at_the_end_only(self) -> None:
         """As GNU patch reads it: a file that has grown since is another file."""
         change = one(diff.render(P, OLD, OLD.replace(b"line 18\n", b"x\n")))
@@ -180,10 +244,35 @@ class TestPlace:
             diff.apply(one(GOOD), OLD.replace(b"\n", b"\r\n"))
 
     def test_a_file_that_is_there_is_not_created_and_one_that_is_not_is_not_modified(self) -> None:
-        with pytest.raises(HunkError, match="is there already"):
-            diff.apply(one(diff.render(P, None, b"x\n")), b"x\n")
-        with pytest.raises(HunkError, match="is not there"):
-            diff.apply(one(GOOD), None)
+        made = one(diff.render(P, None, b"x\n"))
+        for change, content, message in (
+            (made, b"x\n", "is there already, and the patch creates it"),
+            (diff.reverse(made), None, "is not there, and the patch deletes it"),
+            (one(GOOD), None, "is not there, and the patch modifies it"),
+        ):
+            with pytest.raises(HunkError, match=f"^{P}: {message}$"):
+                diff.apply(change, content)
+
+    def test_a_file_of_more_than_4_mib_is_not_read_through(self) -> None:
+        longest = OLD.ljust(4 << 20, b"x")
+        assert diff.apply(one(GOOD), longest).data == longest.replace(OLD, NEW)
+        message = f"^{P}: 4194305 bytes, expected at most 4194304$"
+        with pytest.raises(HunkError, match=message):
+            diff.apply(one(GOOD), longest + b"x")
+
+    def test_a_file_that_ends_too_soon_is_told_where(self) -> None:
+        for kept in (8, 7):
+            short = b"".join(OLD.splitlines(keepends=True)[:kept])
+            message = rf"hunk 1: line {kept + 1} is the end of the file, expected 'line {kept}\\n'$"
+            with pytest.raises(HunkError, match=message):
+                diff.apply(one(GOOD), short)
+
+    def test_a_long_line_is_shown_by_its_first_80_bytes_and_foreign_ones_escaped(self) -> None:
+        line = b"\xffe" + b"x" * 100
+        with pytest.raises(HunkError) as e:
+            diff.apply(one(diff.render(P, b"old\n", b"new\n")), line)
+        shown = "\\\\xffe" + "x" * 78
+        assert e.value.message == f"{P}: hunk 1: line 1 is '{shown}', expected 'old\\n'"
 
     def test_a_file_that_has_grown_is_not_deleted(self) -> None:
         change = diff.reverse(one(diff.render(P, None, b"x\n")))

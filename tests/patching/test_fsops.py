@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl.errors import ConflictError, NotPermittedError
+from fp8ctl.patching.diff import MAX_FILE_BYTES
 from fp8ctl.patching.fsops import Root, Syscalls
 from tests.patching.faulty import Failing, Faulty
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 ME = (os.geteuid(), os.getegid())
 
@@ -59,6 +60,18 @@ class TestReading:
         assert root.identity("p/none.py") is None
         assert root.identity("none/a.py") is None
 
+    def test_what_is_not_there_is_named_by_its_path(self, root: Root) -> None:
+        """The system names one component; a person needs to know in which folder."""
+        cases: tuple[tuple[Callable[[], object], str], ...] = (
+            (lambda: root.owner("none/a.py"), "none"),
+            (lambda: root.owner("p/q/none/x/a.py"), "p/q/none"),
+            (lambda: root.rename("p/q/none.py", "x.py"), "p/q/none.py"),
+        )
+        for act, named in cases:
+            with pytest.raises(FileNotFoundError) as e:
+                act()
+            assert e.value.filename == named
+
     def test_names_are_sorted_and_a_file_is_no_folder(self, root: Root, site: Path) -> None:
         (site / "p" / "B").touch()
         assert root.names("p") == ("B", "a.py", "q")
@@ -94,6 +107,24 @@ class TestReading:
             root.lock_file("link.py")
         with pytest.raises(ConflictError, match="is a symbolic link"):
             root.names("link")
+
+    def test_a_link_is_made_where_nothing_is_and_what_it_leads_to_is_read(
+        self, root: Root, site: Path
+    ) -> None:
+        root.link("p/q/l.py", "../a.py")
+        assert os.readlink(site / "p/q/l.py") == "../a.py"
+        assert root.leads_to("p/q/l.py", "../a.py") == b"a = 1\n"
+        found = root.read("p/q/l.py", through=True)
+        assert found is not None
+        assert (found.data, found.link) == (b"a = 1\n", "../a.py")
+        with pytest.raises(NotPermittedError, match=r"p/a\.py: File exists"):
+            root.link("p/a.py", "q")
+        assert root.leads_to("p/q/l.py", "none.py") is None
+        with (site / "p" / "big").open("wb") as stream:
+            stream.truncate(MAX_FILE_BYTES)
+        assert root.leads_to("p/x", "big") == bytes(MAX_FILE_BYTES)
+        os.truncate(site / "p" / "big", MAX_FILE_BYTES + 1)
+        assert root.leads_to("p/x", "big") is None
 
     def test_the_folder_itself_may_be_named_by_a_link(self, site: Path, tmp_path: Path) -> None:
         (tmp_path / "lib64").symlink_to(site)

@@ -46,12 +46,13 @@ def test_what_git_writes_is_applied_as_git_and_patch_apply_it(tmp_path: Path) ->
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])  # in parts, so that each ends in its time
 def test_what_git_writes_is_applied_as_git_and_patch_apply_it_200_000_times(
-    tmp_path: Path,
+    tmp_path: Path, seed: int
 ) -> None:
-    found = _differential(tmp_path, 200_000, seed=1)
+    found = _differential(tmp_path, 50_000, seed)
     for name in random_trees.hazards(random_trees.Case("", b"", b"")):
-        assert found[name] >= 50, name
+        assert found[name] >= 12, name
 
 
 def test_a_mangled_diff_is_refused_or_means_to_git_what_it_means_here(tmp_path: Path) -> None:

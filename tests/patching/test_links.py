@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from fp8ctl.errors import ConflictError, DriftError
-from fp8ctl.patching import commands, transaction
+from fp8ctl.errors import ConflictError, DriftError, NotPermittedError
+from fp8ctl.patching import commands, store, transaction
 from fp8ctl.patching.fsops import Root
 from tests.patching.faulty import Faulty, killed_at
 from tests.patching.installs import Venv, can_reflink, photograph, write_wheel
@@ -109,6 +111,58 @@ def test_where_the_cache_was_cleaned_the_stored_content_is_put_back(
     assert not (linked.site / A).is_symlink()
     assert linked.read(A) == released
     assert linked.status().file(A).state == "pristine"
+
+
+class Ending(Faulty):
+    """The disk fails once, at the ledger: every file has its new content by then."""
+
+    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
+        super().__init__()
+        self.first, self.failed = first, False
+
+    def rename(self, old: str, new: str, *, dir_fd: int) -> None:
+        if new == "ledger.json" and not self.failed:
+            self.failed = True
+            self.first()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        super().rename(old, new, dir_fd=dir_fd)
+
+
+def test_an_error_ends_in_the_links_or_files_that_were_there(linked: Any) -> None:
+    pristine = laid(linked)
+    with pytest.raises(NotPermittedError, match=os.strerror(errno.EIO)):
+        linked.patch("second", calls=Ending())
+    assert laid(linked) == pristine
+    linked.patch("third", "second")
+    patched = laid(linked)
+    with pytest.raises(NotPermittedError, match=os.strerror(errno.EIO)):
+        linked.revert("second", calls=Ending())
+    lock = str(linked.site / store.LOCK)
+    assert {**laid(linked), lock: None} == {**patched, lock: None}
+
+
+def test_an_error_behind_which_the_cache_was_cleaned_ends_in_what_the_links_led_to(
+    linked: Any, tmp_path: Path
+) -> None:
+    before = {path: linked.read(path) for path in (A, "sglang/srt/b.py")}
+    with pytest.raises(NotPermittedError, match=os.strerror(errno.EIO)):
+        linked.patch("second", calls=Ending(lambda: shutil.rmtree(tmp_path / "cache/sglang/srt")))
+    for path, content in before.items():
+        assert not (linked.site / path).is_symlink()
+        assert linked.read(path) == content
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_a_link_led_to_does_not_lend_its_owner(linked: Any, tmp_path: Path) -> None:
+    """A cache is its owner's; what stands in the environment is the environment's owner's."""
+    os.chown(tmp_path / "cache" / A, 12345, 54321)
+    with contextlib.suppress(OSError):  # a file system without extended attributes
+        os.setxattr(tmp_path / "cache" / A, "user.note", b"of the cache")
+    os.chown((linked.site / A).parent, 23456, 23456)
+    linked.patch("first")
+    info = (linked.site / A).stat()
+    assert (info.st_uid, info.st_gid) == (23456, 23456)
+    assert os.listxattr(linked.site / A) == []
 
 
 def test_a_link_that_leads_nowhere_is_missing(linked: Any, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Measure conversions to FP8 in blocks of 128, beside `cp` and another converter, in turns.
 
     python -m tools.conversion FOLDER [--gb 3] [--shards 4] [--rounds 3] [--other PYTHON]
-                               [--verify off,auto] [--seconds 150]
+                               [--verify off,auto] [--device cpu,cuda] [--seconds 150]
 
 Prints one JSON document. FOLDER gets a synthetic checkpoint (kept, for the next run) and
-what is made of it (removed). Needs torch, and fp8ctl's repository on PYTHONPATH; a GPU is
-used where there is one. --other names an interpreter with llm-compressor, whose
+what is made of it (removed). Needs torch, and fp8ctl's repository on PYTHONPATH. `cuda` is
+what fp8ctl does where there is a GPU: cores and GPU; left out, both are measured there, and
+`cpu` alone elsewhere. --other names an interpreter with llm-compressor, whose
 `model_free_ptq` then converts the same checkpoint; `make conformance` installs one.
 
 A rate is bytes of the source for each second of the conversion itself, without the start of
-an interpreter. `cp` copies the source, without sharing blocks. `on_disk` adds what it takes
-until all of it is on the disk; a conversion here is not done before that.
+an interpreter, and with that of the GPU. `cp` copies the source's files, all of its bytes,
+without sharing blocks; `seconds` until it returns, `on_disk` until all of it is on the disk.
+A conversion is not done before its result is, so `of_cp_on_disk` compares like with like and
+`of_cp` is the harder one. `bar` says whether 90 % of each is reached.
 """
 
 from __future__ import annotations
@@ -33,15 +36,21 @@ from . import synthetic
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_BAR = 0.9
+
 _OURS = """
 import json, sys, time
 from pathlib import Path
+import torch
 from fp8ctl import checkpoint
 from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.kernels import native
 from fp8ctl.planning import make_plan
 plan = make_plan(Path(sys.argv[1]), None, Mode.BLOCK, 1, BlockSize(128, 128))
 began = time.perf_counter()
-made = checkpoint.convert(plan, Path(sys.argv[2]), verify=sys.argv[3])
+device = torch.device(sys.argv[4])
+native.available()  # compiled once on a machine, and then no more
+made = checkpoint.convert(plan, Path(sys.argv[2]), verify=sys.argv[3], device=device)
 seconds = time.perf_counter() - began
 keep = {k: made[k] for k in ("device", "peak_memory", "verified", "bytes_after")}
 print(json.dumps({"seconds": seconds, **keep}))
@@ -107,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--other", type=Path, help="an interpreter with llm-compressor")
     parser.add_argument("--workers", default="1,2", help="max_workers of llm-compressor, tried all")
     parser.add_argument("--verify", default="off,auto", help="ways of ours to measure")
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cpu,cuda" if gpu else "cpu", help="measured in turns")
     parser.add_argument("--seconds", type=float, default=900.0, help="begin no round after these")
     args = parser.parse_args(argv)
 
@@ -116,7 +127,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = synthetic.make(source, int(args.gb * 1e9), args.shards)
     largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
     threads = str(len(os.sched_getaffinity(0)))
-    kinds = ["cp", *(f"fp8ctl verify={way}" for way in args.verify.split(","))]
+    ways = [(device, way) for device in args.device.split(",") for way in args.verify.split(",")]
+    if "cuda" in args.device and not gpu:
+        parser.error("--device cuda: torch sees no GPU")
+    kinds = ["cp", *(f"fp8ctl {device} verify={way}" for device, way in ways)]
     if args.other is not None:
         kinds += [f"llm-compressor max_workers={n}" for n in args.workers.split(",")]
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
@@ -134,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name == "cp":
                 one = copy(source, out)
             elif name == "fp8ctl":
-                words = [str(source), str(out), option.partition("=")[2]]
-                one = ask(Path(sys.executable), _OURS, words, own)
+                device, _, way = option.partition(" verify=")
+                one = ask(Path(sys.executable), _OURS, [str(source), str(out), way, device], own)
             else:
                 words = [str(source), str(out), option.partition("=")[2], threads]
                 one = ask(args.other, _OTHER, words, other)
@@ -146,18 +160,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     copied = min(run["on_disk"] for run in runs["cp"])
     rival = max((best[kind] for kind in kinds if kind.startswith("llm")), default=None)
     ours = [kind for kind in kinds if kind.startswith("fp8ctl")]
+    of_cp = {kind: round(best[kind] / best["cp"], 3) for kind in ours}
+    of_cp_on_disk = {kind: round(best[kind] * copied * 1e9 / size, 3) for kind in ours}
     document = {
         "source_bytes": size,
         "largest_shard": largest,
         "cores": int(threads),
         "machine": platform.machine(),
         "torch": torch.__version__,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
         "load": os.getloadavg()[0],
         "gb_s": best,
         "cp_on_disk_gb_s": round(size / copied / 1e9, 3),
-        "of_cp": {kind: round(best[kind] / best["cp"], 3) for kind in ours},
-        "of_cp_on_disk": {kind: round(best[kind] * copied * 1e9 / size, 3) for kind in ours},
+        "of_cp": of_cp,
+        "of_cp_on_disk": of_cp_on_disk,
+        "bar": {
+            kind: {"of_cp": of_cp[kind] >= _BAR, "of_cp_on_disk": of_cp_on_disk[kind] >= _BAR}
+            for kind in ours
+        },
         "of_other": rival and {kind: round(best[kind] / rival, 2) for kind in ours},
         "peak_of_largest_shard": {
             kind: round(max(run["peak_memory"] for run in runs[kind]) / largest, 2)

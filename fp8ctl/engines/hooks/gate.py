@@ -101,6 +101,7 @@ class Gate:
         ranks: number of workers, once known.
         started: False while the engine warms itself up: it has no state to tell yet,
             and its own requests must pass.
+        about: what others add to the state: of pushes, for instance.
     """
 
     def __init__(self, *, engine: str, engine_version: str, await_push: bool) -> None:
@@ -109,10 +110,12 @@ class Gate:
         self.await_push = await_push
         self.ranks: int | None = None
         self.started = True
+        self.about: dict[str, object] = {}
         self._lock = threading.Lock()
         self._updates = 0
         self._updates_done = 0
         self._in_flight = 0
+        self._losses = 0
         self._settled: State = "unpushed" if await_push else "ready"
         self._message = "no complete set of weights has been pushed yet" if await_push else ""
 
@@ -127,6 +130,12 @@ class Gate:
         """The state that holds but for updates on their way."""
         with self._lock:
             return self._settled
+
+    @property
+    def updates(self) -> int:
+        """How many updates have changed weights."""
+        with self._lock:
+            return self._updates_done
 
     @property
     def in_flight(self) -> int:
@@ -151,6 +160,7 @@ class Gate:
                 self._settled = "failed"
             else:
                 self._settled = "unpushed" if outcome.missing else "ready"
+            self._losses += self._settled != "ready"
 
     def answer(self) -> tuple[int, dict[str, object]]:
         """Return status and body of `GET /fp8ctl/state`: 503 until the engine has started."""
@@ -172,12 +182,14 @@ class Gate:
                 "await_push": self.await_push,
                 "updates": self._updates_done,
                 "ranks": self.ranks,
+                **self.about,
             }
 
     def lose(self, message: str) -> None:
         """Close the gate because the weights are gone: they were released, for instance."""
         with self._lock:
             self._settled, self._message = "unpushed", message
+            self._losses += 1
 
     def wrap(self, app: App) -> App:
         """Return `app` behind this gate."""
@@ -200,16 +212,26 @@ class Gate:
         return gated
 
     def _unless_lost(self, send: Send) -> Send:
-        """Return `send`, but refuse where the weights were lost since the request came in."""
-        refused = False
+        """Return `send`, but refuse where the weights were lost since the request came in.
+
+        An answer that is on its way then ends where it is: the rest would be of another set.
+        So it is where they are whole again by now: it may have been computed in between.
+        """
+        started = over = False
+        losses = self._losses
 
         async def checked(message: MutableMapping[str, Any]) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start" and self.settled != "ready":
-                refused = True
-                await self._refuse(send)
-            elif not refused:
+            nonlocal started, over
+            if over:
+                return
+            over = self._losses != losses
+            if not over:
+                started = True
                 await send(message)
+            elif not started:
+                await self._refuse(send)
+            else:
+                await send({"type": "http.response.body", "body": b""})
 
         return checked
 
@@ -231,12 +253,16 @@ async def answer_json(send: Send, status: int, data: object, *more: tuple[bytes,
     await send({"type": "http.response.body", "body": body})
 
 
-def is_open(scope: Scope) -> bool:
-    """Say whether a request needs no weights, by its path below the app's root."""
+def below_root(scope: Scope) -> str:
+    """Return the path of a request below the app's root."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
-    if root and path.startswith(f"{root}/"):
-        path = path[len(root) :]
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def is_open(scope: Scope) -> bool:
+    """Say whether a request needs no weights, by its path below the app's root."""
+    path = below_root(scope)
     return path in OPEN or path.startswith(_OPEN_BELOW) or scope.get("method") == "OPTIONS"
 
 

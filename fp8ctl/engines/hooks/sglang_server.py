@@ -3,6 +3,7 @@
 Takes the arguments of `sglang.launch_server` and starts that server, with
 
 - the gate of `gate.py` around every route that generates,
+- the push of `updates.py`,
 - `GET /fp8ctl/state`, `GET /fp8ctl/code` and `POST /fp8ctl/report`, behind the API key if
   there is one,
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
@@ -18,7 +19,6 @@ import functools
 import json
 import os
 import sys
-import uuid
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, manifest, ranklog, sglang_worker
@@ -31,12 +31,17 @@ from fp8ctl.engines.hooks.gate import (
     Scope,
     Send,
     answer_json,
+    below_root,
 )
+from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.resting import quietly
+from fp8ctl.engines.hooks.routes import PushRoutes
 from fp8ctl.engines.hooks.secret import Secret
+from fp8ctl.engines.hooks.sglang_ranks import Workers
+from fp8ctl.engines.hooks.updates import Updates
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 sglang_worker.install()
 
@@ -50,106 +55,36 @@ UPDATING = frozenset(
         "/update_weights_from_tensor",
     }
 )
-#: Seconds for every rank to answer a question: digests of a large model take a while.
-ANSWER_WITHIN = 600.0
-
-
-class Workers:
-    """Asks the scheduler processes, through SGLang's own route for custom loaders."""
-
-    def __init__(self, http_server: Any, server_args: Any) -> None:
-        self._http_server = http_server
-        self.ranks: int = server_args.tp_size
-        #: Without the memory saver, releasing gives nothing up.
-        self.can_release = bool(server_args.enable_memory_saver)
-
-    def listen(self) -> None:
-        """Have the tokenizer manager read the schedulers' answers; needs the event loop.
-
-        SGLang starts that with the first request that generates, and a server that
-        awaits its weights gets none: routes such as /get_server_info would hang.
-        """
-        self._http_server._global_state.tokenizer_manager.auto_create_handle_loop()
-
-    async def ask(self, what: str, **details: object) -> list[dict[str, Any]]:
-        """Return one answer per rank, in the order of ranks.
-
-        Raises:
-            RuntimeError: the engine refused, a rank failed or did not answer in time.
-        """
-        import torch
-        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
-        from sglang.srt.utils import MultiprocessingSerializer
-
-        folder = ranklog.run_dir()
-        if folder is None:
-            raise RuntimeError(f"{ranklog.RUN_DIR} is not set: there is no place for answers")
-        number = uuid.uuid4().hex
-        question = {"id": number, "what": what, **details}
-        bits = torch.tensor(list(json.dumps(question).encode()), dtype=torch.uint8)
-        # One payload a rank: what torch hands over by file descriptor can be read once.
-        payloads = [
-            MultiprocessingSerializer.serialize([(sglang_worker.QUESTION, bits)])
-            for _ in range(self.ranks)
-        ]
-        request = UpdateWeightsFromTensorReqInput(
-            serialized_named_tensors=payloads,
-            load_format=sglang_worker.LOADER,
-            flush_cache=False,
-        )
-        manager = self._http_server._global_state.tokenizer_manager
-        ok, message = await manager.update_weights_from_tensor(request, None)
-        if not ok:
-            raise RuntimeError(message)
-        try:
-            answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]
-        finally:
-            for rank in range(self.ranks):
-                _answer(folder, number, rank).unlink(missing_ok=True)
-        failed = [f"rank {a['rank']}: {a['error']}" for a in answers if "error" in a]
-        if failed:
-            raise RuntimeError("; ".join(failed))
-        return answers
-
-
-def _answer(folder: Path, question: str, rank: int) -> Path:
-    return folder / "reports" / f"{question}.{rank}.json"
-
-
-async def _read(path: Path) -> dict[str, Any]:
-    """Return an answer when it is there: rank 0 answers the request, others may be later."""
-    for _ in range(int(ANSWER_WITHIN / 0.05)):
-        if path.exists():
-            answer: dict[str, Any] = json.loads(path.read_text())
-            return answer
-        await asyncio.sleep(0.05)
-    raise RuntimeError(f"no {path.name} within {ANSWER_WITHIN:.0f} s")
 
 
 class UpdateWatch:
     """ASGI middleware: tells the gate what becomes of the weights.
 
     Holds the answer of an update back until its outcome is known: a client that has
-    its answer may generate at once. One update at a time.
+    its answer may generate at once. One update at a time, and none while a push is open.
     """
 
-    def __init__(self, app: App, gate: Gate, workers: Workers, expected: list[str]) -> None:
+    def __init__(
+        self, app: App, gate: Gate, workers: Workers, expected: list[str], updates: Updates
+    ) -> None:
         self._app = app
         self._gate = gate
         self._workers = workers
         self._expected = expected
-        self._one_at_a_time = asyncio.Lock()
+        self._updates = updates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass everything on; watch the routes that write weights or give them up."""
         if scope["type"] == "http":
             self._workers.listen()
-            if scope["path"] in UPDATING:
-                async with self._one_at_a_time:
-                    await self._update(scope, receive, send)
-                return
-            if scope["path"] == RELEASING:
-                await self._release(scope, receive, send)
+            path = below_root(scope)
+            watched = self._update if path in UPDATING else self._release
+            if path in UPDATING or path == RELEASING:
+                try:
+                    async with self._updates.alone(path):
+                        await watched(scope, receive, send)
+                except RefusedError as e:
+                    await answer_json(send, e.status, e.body(self._gate.state))
                 return
         await self._app(scope, receive, send)
 
@@ -165,7 +100,7 @@ class UpdateWatch:
             await self._app(scope, receive, hold)
             taken = bool(held) and held[0].get("status") == 200
             body = b"".join(m.get("body", b"") for m in held[1:])
-            outcome = await self._outcome(scope["path"], taken, body)
+            outcome = await self._outcome(below_root(scope), taken, body)
         finally:
             self._gate.end_update(outcome)
         if outcome.kind == "failed" and taken:
@@ -213,8 +148,8 @@ class UpdateWatch:
             nonlocal status
             status = message.get("status", status)
             if message["type"] == "http.response.start" and status == 200 and releases(body):
-                await self._workers.ask("forget")
                 self._gate.lose("the memory of the weights was released: push them again")
+                await quietly(self._workers.ask("forget"))
             await send(message)
 
         if self._workers.can_release:
@@ -269,9 +204,15 @@ def main(argv: list[str]) -> None:
             return http_server.ORJSONResponse({"error": str(e)}, status_code=500)
         return {"state": gate.describe(), "manifest": plan, "ranks": ranks}
 
+    updates = Updates(gate, workers, plan, device=str(server_args.device), folder=ranklog.run_dir())
     # The last one added is the outermost: the gate first, then the watch.
+    app.add_middleware(PushRoutes, updates=updates)
     app.add_middleware(
-        UpdateWatch, gate=gate, workers=workers, expected=manifest.expected_names(plan)
+        UpdateWatch,
+        gate=gate,
+        workers=workers,
+        expected=manifest.expected_names(plan),
+        updates=updates,
     )
     app.add_middleware(GateMiddleware, gate=gate)
     gate.started = False

@@ -1,10 +1,11 @@
 """What fp8ctl does inside SGLang 0.4.8's scheduler processes.
 
 `load` is a custom weight loader, the one extension point that lets a request
-run code in a scheduler (`--custom-weight-loader`). It loads nothing: it
-answers questions about the weights that are there. SGLang drops its return
-value and an exception in it ends the server, so answers go to files in the run
-folder, one per rank, by rename, and it never raises.
+run code in a scheduler (`--custom-weight-loader`). What it is given is no
+weight but a question of our server process: about the weights that are there,
+or to load a bucket, or to rest. It reaches all ranks at the same step. SGLang
+drops its return value and an exception in it ends the server, so answers go to
+files in the run folder, one per rank, by rename, and it never raises.
 """
 
 from __future__ import annotations
@@ -17,37 +18,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.engines.hooks import loaded, ranklog, shards, trace
+from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
+from fp8ctl.engines.hooks.receiver import Engine, Receiver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
     from types import ModuleType
 
+    from fp8ctl.engines.hooks.shards import Form
+
 LOADER = "fp8ctl.engines.hooks.sglang_worker.load"
-#: Name of the one tensor of a question; its bytes are the question in JSON.
+#: Name of the one "tensor" that a question is.
 QUESTION = "fp8ctl.question"
 
 
-class _Pushes:
-    """What was loaded since the server started, or since an update broke off.
+class Question(bytes):
+    """A question in JSON that goes the way of a tensor: SGLang moves it to its device."""
 
-    Attributes:
-        names: names of the tensors that arrived.
-        broken: True where loading raised, so that half of a set may be in place.
-    """
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-        self.broken = False
-
-    def forget(self) -> None:
-        self.names.clear()
-        self.broken = False
-
-
-_pushes = _Pushes()
+    def to(self, *_device: object) -> Question:
+        """Stay."""
+        return self
 
 
 def install() -> None:
@@ -59,6 +51,7 @@ def install() -> None:
     loaded.install()
     trace.install()
     after_import("sglang.srt.managers.scheduler", _log_per_rank)
+    after_import("sglang.srt.managers.scheduler", sglang_holding.install)
     after_import("sglang.srt.managers.tp_worker", _take_updates_safely)
     after_import("sglang.srt.model_executor.model_runner", _watch_loading)
 
@@ -125,38 +118,33 @@ def _watch_loading(model_runner: ModuleType) -> None:
     @functools.wraps(load_model)
     def load_and_watch(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = load_model(self, *args, **kwargs)
-        _watch_pushes(self.model)
+        receiver = _receiver(self.model, self.tp_rank)
+        self.model.load_weights = receiver.load  # counts what any route loads from now on
         return result
 
     runner.load_model = load_and_watch
 
 
-def _watch_pushes(model: Any) -> None:
-    """Remember the names of all tensors that are loaded from now on."""
-    load_weights = model.load_weights
-
-    def watched(weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
-        def tap() -> Iterable[tuple[str, torch.Tensor]]:
-            for name, tensor in weights:
-                yield name, tensor
-                _pushes.names.add(name)
-
-        try:
-            return load_weights(tap(), *args, **kwargs)
-        except BaseException:
-            _pushes.broken = True
-            raise
-
-    model.load_weights = watched
+_receivers: dict[torch.nn.Module, Receiver] = {}
 
 
-def load(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+def _receiver(model: torch.nn.Module, rank: int) -> Receiver:
+    """Return what receives weights for a model; there is a second one for drafts."""
+    if model not in _receivers:
+        _receivers[model] = Receiver(model, rank, ENGINE)
+    return _receivers[model]
+
+
+def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
     """Answer a question of our server process; called by SGLang in every rank."""
     folder = ranklog.run_dir()
     if folder is None or [name for name, _ in named_tensors] != [QUESTION]:
         return
+    question = named_tensors[0][1]
+    if not isinstance(question, Question):
+        return
     try:
-        question = json.loads(bytes(named_tensors[0][1].cpu().tolist()))
+        asked = json.loads(question)
     except ValueError:
         return
     from sglang.srt.distributed import get_tensor_model_parallel_rank
@@ -164,43 +152,98 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, torch.Tensor]]) 
     rank = get_tensor_model_parallel_rank()
     answer: dict[str, object] = {"rank": rank, "pid": os.getpid()}
     try:
-        answer |= _answer(model, question, rank)
+        answer |= _answer(_receiver(model, rank), asked["what"], asked)
     except Exception as e:  # noqa: BLE001 - nothing may leave, see the docstring
-        answer["error"] = f"{type(e).__name__}: {e}"
+        answer["failed"] = f"{type(e).__name__}: {e}"
         traceback.print_exc()
-    _write(folder / "reports" / f"{question['id']}.{rank}.json", answer)
+    _write(folder / "reports" / f"{asked['id']}.{rank}.json", answer)
 
 
-def _answer(model: torch.nn.Module, question: dict[str, Any], rank: int) -> dict[str, object]:
-    what = question["what"]
-    if what == "forget":
-        _forget(model)
-        return {}
-    if what == "progress":
-        broken = _pushes.broken
-        if broken:
-            _forget(model)
-        missing = [name for name in question["expected"] if name not in _pushes.names]
-        return {
-            "broken": broken,
-            "unfilled": _guard("fp8ctl_unfilled", model),
-            "missing": missing[:20],
-            "missing_count": len(missing),
-        }
-    if what == "digests":
-        kept = _keeps_checkpoint(model)
-        held = shards.shards(model, rank, _as_in_checkpoint if kept else None)
-        return {
-            "format": "checkpoint" if kept else "engine",
-            "tensors": shards.describe(held),
-        }
-    raise ValueError(f"unknown question {what!r}")
+def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str, Any]:
+    if what == "hold":
+        return sglang_holding.this().hold(abort=details["abort"])
+    if what == "resume":
+        return sglang_holding.this().resume()
+    if what == "flush":
+        return sglang_holding.this().flush()
+    if what == "reload":
+        return _reload(receiver, details["path"])
+    with sglang_holding.unwatched():
+        return receiver.answer(what, details)
 
 
-def _forget(model: torch.nn.Module) -> None:
-    """Count from nothing: only a whole set makes the weights whole again."""
-    _pushes.forget()
-    _guard("fp8ctl_forget", model)
+def _reload(receiver: Receiver, path: str) -> dict[str, Any]:
+    """Load a folder as /update_weights_from_disk does: ok, message, changed.
+
+    SGLang remembers the folder as its model's; an update's folder does not stay.
+    """
+    runner = sglang_holding.this().scheduler.tp_worker.worker.model_runner
+    remembered = [
+        (runner.model_config, "model_path"),
+        (runner.server_args, "model_path"),
+        (runner.server_args, "load_format"),
+        (runner, "load_config"),
+    ]
+    before = [getattr(where, name) for where, name in remembered]
+    try:
+        ok, message = runner.update_weights_from_disk(path, "auto")
+    except Exception as e:  # noqa: BLE001 - it loads a second time where loading failed
+        traceback.print_exc()
+        ok, message = False, f"{type(e).__name__}: {e}"
+    finally:
+        for (where, name), value in zip(remembered, before, strict=True):
+            setattr(where, name, value)
+    return {"ok": ok, "message": message, "changed": ok or receiver.broken}
+
+
+# --- what SGLang's models are -------------------------------------------------------------------
+
+
+_UNQUANTIZED = (
+    "UnquantizedLinearMethod",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
+)
+_KEY_VALUE_SCALES = ("BaseKVCacheMethod", "Fp8KVCacheMethod")
+
+
+def _methods(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, Any]]:
+    """Yield name, module, and the class and object of its method of quantisation."""
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            yield name, module, type(method).__name__, method
+
+
+def _obstacles(model: torch.nn.Module) -> Iterator[str]:
+    """Yield why the model cannot be loaded a second time."""
+    for name, module, kind, method in _methods(model):
+        if kind in ("Fp8LinearMethod", "Fp8MoEMethod"):
+            yield from _obstacle(name, module, kind, method)
+        elif kind not in (*_UNQUANTIZED, *_KEY_VALUE_SCALES):
+            yield f"{name} is quantised by {kind}"
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor:
+            yield f"{name} is a {type(parameter.data).__name__}"
+
+
+def _obstacle(name: str, module: torch.nn.Module, kind: str, method: Any) -> Iterator[str]:
+    if not hasattr(method, "refittable"):
+        yield "the patch `refit` is not applied"
+        return
+    experts_in_blocks = kind == "Fp8MoEMethod" and method.block_quant
+    if not method.refittable and not experts_in_blocks:
+        if kind == "Fp8MoEMethod" and not method.quant_config.is_checkpoint_fp8_serialized:
+            yield f"{name}: experts that SGLang quantises itself are loaded once"
+        else:
+            yield f"{name}: Marlin's and ROCm's forms of a weight are made once"
+    for attribute, parameter in module.named_parameters(recurse=False):
+        if attribute != "bias" and not hasattr(parameter, "weight_loader"):
+            yield f"{name}.{attribute} has lost its loader"
+
+
+def _form(model: torch.nn.Module) -> Form | None:
+    return _as_in_checkpoint if _keeps_checkpoint(model) else None
 
 
 def _keeps_checkpoint(model: torch.nn.Module) -> bool:
@@ -234,12 +277,44 @@ def _as_in_checkpoint(module: Any, attribute: str, t: torch.Tensor) -> torch.Ten
     return shards.collapse(channels.reshape(t.numel(), -1).unbind()).view(t.shape)
 
 
+def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter that is in memory as in the checkpoint, and whose loader only copies.
+
+    Per-tensor scales have kernel copies that their loaders renew, and what is quantised
+    here is no copy.
+    """
+    if attribute.endswith(("input_scale", "k_scale", "v_scale")):
+        return None
+    method = getattr(module, "quant_method", None)
+    kind = type(method).__name__
+    if method is None:
+        # Norms. Loaders of their own do more: they cut, or take a logarithm.
+        parameter = getattr(module, attribute)
+        return None if hasattr(parameter, "weight_loader") else t
+    if kind in _UNQUANTIZED:
+        return None if getattr(module, "use_intel_amx_backend", False) else t
+    if kind not in ("Fp8LinearMethod", "Fp8MoEMethod"):
+        return None
+    if method.block_quant or attribute == "bias":
+        return t
+    serialized = method.quant_config.is_checkpoint_fp8_serialized
+    return t if serialized and attribute.endswith("weight") else None
+
+
 def _guard(function: str, model: torch.nn.Module) -> Any:
     """Call the unscaled guard of the patched engine; {} where that patch is not applied."""
     from sglang.srt.layers.quantization import fp8
 
     known = getattr(fp8, function, None)
     return known(model) if known is not None else {}
+
+
+def _copies(model: torch.nn.Module) -> Form | None:
+    # Multi-head latent attention multiplies kv_b_proj out, at the end of load_weights.
+    return None if hasattr(model, "post_load_weights") else _copied
+
+
+ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard)
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:

@@ -4,6 +4,7 @@ Takes the arguments of `vllm.entrypoints.openai.api_server` and starts that
 server, with
 
 - the gate of `gate.py` around every route that generates,
+- the push of `updates.py`,
 - `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and
   `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
   key if there is one (vLLM itself asks for it under /v1 only),
@@ -20,74 +21,79 @@ import hmac
 import json
 import os
 import sys
-import time
-from typing import Any, Protocol
+from typing import Any
+from urllib.parse import parse_qs
 
-from fp8ctl.engines.hooks import loaded, manifest, vllm_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, vllm_worker
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
     GateMiddleware,
-    Outcome,
     Receive,
     Scope,
     Send,
     answer_json,
+    below_root,
 )
+from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.resting import quietly
+from fp8ctl.engines.hooks.routes import PushRoutes, read_body
+from fp8ctl.engines.hooks.updates import Updates
+from fp8ctl.engines.hooks.vllm_ranks import Workers
 
 vllm_worker.install()
 
 STATE, CODE, REPORT = "/fp8ctl/state", "/fp8ctl/code", "/fp8ctl/report"
 UPDATE = "/fp8ctl/update_weights_from_disk"
-#: Seconds that an update waits for the requests that were running when it came.
-DRAIN_WITHIN = 600.0
+#: Routes of a server in development mode that give weights up or bring them back.
+SLEEPING = frozenset({"/sleep", "/wake_up"})
 _MAX_BODY = 1 << 20
-
-
-class Engine(Protocol):
-    """What is used of vLLM's AsyncLLM."""
-
-    output_processor: Any
-
-    async def collective_rpc(
-        self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()
-    ) -> list[Any]:
-        """Call a method of every worker and return the answers by rank."""
-        ...
-
-    async def reset_prefix_cache(self) -> None:
-        """Forget cached keys and values: they are of the old weights."""
-        ...
 
 
 class Control:
     """ASGI middleware: answers the routes of fp8ctl, passes everything else on."""
 
-    def __init__(self, app: App, gate: Gate, plan: dict[str, Any], key: str | None) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: App,
+        gate: Gate,
+        plan: dict[str, Any],
+        key: str | None,
+        workers: Workers,
+        updates: Updates,
+    ) -> None:
+        self._app = PushRoutes(app, updates)
         self._gate = gate
         self._plan = plan
         self._key = key
-        self._one_at_a_time = asyncio.Lock()
+        self._workers = workers
+        self._updates = updates
+        self._working: set[asyncio.Future[Any]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""
+        path = below_root(scope) if scope["type"] == "http" else ""
         routes = {
             ("GET", STATE): self._state,
             ("GET", CODE): self._code,
             ("POST", REPORT): self._report,
             ("POST", UPDATE): self._update,
         }
-        if scope["type"] != "http" or not scope["path"].startswith("/fp8ctl/"):
+        if path in SLEEPING:
+            await self._sleep(path, scope, receive, send)
+            return
+        if not path.startswith("/fp8ctl/"):
             await self._app(scope, receive, send)
             return
-        route = routes.get((scope["method"], scope["path"]))
+        route = routes.get((scope["method"], path))
         if not self._may(scope):
             await answer_json(send, 401, {"error": "Unauthorized"})
+        elif path.startswith("/fp8ctl/push/"):
+            await self._app(scope, receive, send)
         elif route is None:
             await answer_json(send, 404, {"error": "Not Found"})
         else:
-            await answer_json(send, *await route(scope, receive))
+            await answer_json(send, *await route(receive))
 
     def _may(self, scope: Scope) -> bool:
         if not self._key:
@@ -95,90 +101,56 @@ class Control:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self._key}".encode())
 
-    async def _state(self, _scope: Scope, _receive: Receive) -> tuple[int, object]:
+    async def _state(self, _receive: Receive) -> tuple[int, object]:
         return self._gate.answer()
 
-    async def _code(self, _scope: Scope, _receive: Receive) -> tuple[int, object]:
+    async def _code(self, _receive: Receive) -> tuple[int, object]:
         return 200, await asyncio.to_thread(loaded.everyone, self._gate.ranks)
 
-    async def _report(self, scope: Scope, _receive: Receive) -> tuple[int, object]:
+    async def _report(self, _receive: Receive) -> tuple[int, object]:
         try:
-            ranks = await self._ask(scope, "fp8ctl_report")
-            failed = [f"rank {r['rank']}: {r['error']}" for r in ranks if r.get("error")]
+            ranks = await self._workers.report()
         except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
-            ranks, failed = [], [f"{type(e).__name__}: {e}"]
-        if failed:
-            return 500, {"error": "; ".join(failed)}
+            return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
         return 200, {"state": self._gate.describe(), "manifest": self._plan, "ranks": ranks}
 
-    async def _update(self, scope: Scope, receive: Receive) -> tuple[int, object]:
+    async def _update(self, receive: Receive) -> tuple[int, object]:
         try:
-            path = json.loads(await _body(receive))["model_path"]
+            path = json.loads(await read_body(receive, _MAX_BODY) or b"")["model_path"]
             if not isinstance(path, str):
                 raise TypeError(f"model_path is {path!r}")
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RefusedError) as e:
             told = f'expected {{"model_path": "/folder"}}: {e}'
             return 400, {"success": False, "message": told}
-        async with self._one_at_a_time:
-            self._gate.begin_update()
-            outcome = Outcome("failed", message="the update broke off")
-            try:
-                outcome = await self._load(scope, path)
-            except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
-                outcome = Outcome("failed", message=f"{type(e).__name__}: {e}")
-            finally:
-                self._gate.end_update(outcome)
-        ok = outcome.kind == "applied"
-        answer = {"success": ok, "message": outcome.message, "missing": outcome.missing}
-        return 200 if ok else 400, answer
+        # In a task of its own: a client that is gone must not leave half of it done.
+        task = asyncio.ensure_future(self._updates.reload(path))
+        self._working.add(task)
+        task.add_done_callback(self._working.discard)
+        try:
+            outcome = await asyncio.shield(task)
+        except RefusedError as e:
+            status = 409 if e.id == "FP8-BUSY" else 400
+            return status, {"success": False, "message": e.message, "missing": 0}
+        return 200, {"success": True, "message": outcome.message, "missing": outcome.missing}
 
-    async def _load(self, scope: Scope, path: str) -> Outcome:
-        # Whoever has all weights in place may send a part; the rest is there.
-        expected = manifest.expected_names(self._plan) if self._gate.settled != "ready" else []
-        engine = self._engine(scope)
-        until = time.monotonic() + DRAIN_WITHIN
-        while self._gate.in_flight or engine.output_processor.has_unfinished_requests():
-            if time.monotonic() > until:
-                told = f"requests still run after {DRAIN_WITHIN:.0f} s"
-                return Outcome("rejected", message=told)
-            await asyncio.sleep(0.02)
-        answers = await self._ask(scope, "fp8ctl_load_from_disk", path, expected)
-        # Keys and values of the old weights; none is in use, so vLLM does not refuse.
-        await engine.reset_prefix_cache()
-        errors = [f"rank {a['rank']}: {a['error']}" for a in answers if a["error"]]
-        if errors:
-            await self._ask(scope, "fp8ctl_forget")
-            started = any(a["broken"] or not a["error"] for a in answers)
-            return Outcome("failed" if started else "rejected", message="; ".join(errors))
-        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-        missing = int(worst["missing_count"]) + len(worst["unfilled"])
-        if not missing:
-            return Outcome("applied")
-        first = [*worst["missing"], *worst["unfilled"]][0]
-        told = f"{missing} tensors have not arrived, such as {first}"
-        return Outcome("applied", missing=missing, message=told)
+    async def _sleep(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        async def look(message: Any) -> None:
+            if message.get("status") == 200 and drops(path, scope) and self._workers.can_release:
+                self._gate.lose("the weights were dropped for a sleep: push them again")
+                await quietly(self._workers.ask("forget"))
+            await send(message)
 
-    def _engine(self, scope: Scope) -> Engine:
-        engine = scope["app"].state.engine_client
-        if not hasattr(engine, "collective_rpc"):
-            raise RuntimeError(
-                "this is vLLM's V0 engine, which reaches no worker; unset VLLM_USE_V1"
-            )
-        found: Engine = engine
-        return found
-
-    async def _ask(self, scope: Scope, method: str, *args: object) -> list[dict[str, Any]]:
-        return await self._engine(scope).collective_rpc(method, args=args)
+        try:
+            async with self._updates.alone(path):
+                await self._app(scope, receive, look)
+        except RefusedError as e:
+            await answer_json(send, e.status, e.body(self._gate.state))
 
 
-async def _body(receive: Receive) -> bytes:
-    body = b""
-    more = True
-    while more and len(body) <= _MAX_BODY:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
+def drops(path: str, scope: Scope) -> bool:
+    """Say whether a request gives the weights up: every sleep does that does not keep a copy."""
+    asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("level", ["1"])
+    return path == "/sleep" and asked[-1].strip() != "1"
 
 
 def main(argv: list[str]) -> None:
@@ -189,6 +161,7 @@ def main(argv: list[str]) -> None:
     from vllm.entrypoints.openai import api_server
     from vllm.entrypoints.openai.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.entrypoints.utils import cli_env_setup
+    from vllm.platforms import current_platform
     from vllm.utils import FlexibleArgumentParser
     from vllm.version import __version__
 
@@ -209,8 +182,12 @@ def main(argv: list[str]) -> None:
     def build_gated_app(args: Any) -> Any:
         app = build_app(args)
         key = args.api_key or os.environ.get("VLLM_API_KEY")
+        plan = manifest.read()
+        workers = Workers(lambda: app.state.engine_client, int(gate.ranks or 1))
+        device = current_platform.device_type
+        updates = Updates(gate, workers, plan, device=device, folder=ranklog.run_dir())
         # The last one added is the outermost.
-        app.add_middleware(Control, gate=gate, plan=manifest.read(), key=key)
+        app.add_middleware(Control, gate=gate, plan=plan, key=key, workers=workers, updates=updates)
         app.add_middleware(GateMiddleware, gate=gate)
         return app
 

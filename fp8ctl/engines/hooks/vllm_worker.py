@@ -1,4 +1,4 @@
-"""What fp8ctl does inside vLLM 0.9.1's workers.
+"""What fp8ctl does inside vLLM 0.9.1's workers, and in the engine core that drives them.
 
 `Extension` is mixed into the worker class (`--worker-extension-cls`) and its
 methods are called through `collective_rpc`. Arguments and results cross
@@ -8,6 +8,7 @@ that the answer says what state the weights are in.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -15,8 +16,9 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import loaded, ranklog, shards, trace
+from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
 from fp8ctl.engines.hooks.imports import after_import
+from fp8ctl.engines.hooks.receiver import Engine, Receiver, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,10 +26,9 @@ if TYPE_CHECKING:
 
     import torch
 
-EXTENSION = "fp8ctl.engines.hooks.vllm_worker.Extension"
+    from fp8ctl.engines.hooks.shards import Form
 
-#: Names of the tensors that updates brought, since the start or since one broke off.
-_arrived: set[str] = set()
+EXTENSION = "fp8ctl.engines.hooks.vllm_worker.Extension"
 
 
 def install() -> None:
@@ -39,6 +40,7 @@ def install() -> None:
     loaded.install()
     trace.install()
     after_import("vllm.worker.worker_base", _log_per_rank)
+    after_import("vllm.v1.engine.core", vllm_holding.install)
 
 
 def _log_per_rank(worker_base: ModuleType) -> None:
@@ -62,69 +64,99 @@ class Extension:
     rank: int
     model_runner: Any
     model_config: Any
+    parallel_config: Any
 
-    def fp8ctl_load_from_disk(self, path: str, expected: list[str]) -> dict[str, Any]:
-        """Load a folder of safetensors into the running model, in place.
+    def fp8ctl_ask(self, what: str, details: str) -> dict[str, Any]:
+        """Answer a question of the server.
 
         Args:
-            path: the folder.
-            expected: names that must have arrived before the weights are complete.
+            what: as in `workers.Workers`, or "reload" {path}: load a folder of safetensors.
+            details: of the question, in JSON.
 
         Returns:
-            rank, loaded: number of tensors; error: "" or what was raised; broken: True
-            where it was raised after the first tensor; unfilled: of the unscaled guard;
-            missing, missing_count: of `expected`.
+            rank, pid and the answer; `failed` where it raised. To "reload": loaded: number of
+            tensors; error: "" or what was raised; broken: True where some may be in place.
         """
-        model = self.model_runner.get_model()
-        loaded: list[str] = []
-        error = ""
+        answer: dict[str, Any] = {"rank": self.rank, "pid": os.getpid()}
         try:
-            model.load_weights(_tensors(Path(path), loaded))
-            _rederive(model, self.model_config.dtype)
-            _wait_for_device()
-        except Exception as e:  # noqa: BLE001 - the answer says it, see the module's docstring
+            asked = json.loads(details)
+            receiver = self._fp8ctl_receiver()
+            if what == "reload":
+                return answer | _reload(receiver, Path(asked["path"]))
+            if what == "refittable" and self.parallel_config.data_parallel_size > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                return answer | {"refittable": False, "why": why}
+            return answer | receiver.answer(what, asked)
+        except Exception as e:  # noqa: BLE001 - the answer says it
             traceback.print_exc()
-            error = f"{type(e).__name__}: {e}"
-            if "weight_loader" in error:
-                error += " (is the patch `refit` applied?)"
-        broken = bool(error and loaded)
-        _arrived.update(loaded)
-        if broken:  # count from nothing: only a whole set makes the weights whole again
-            _arrived.clear()
-            _guard("fp8ctl_forget", model)
-        missing = [name for name in expected if name not in _arrived]
-        return {
-            "rank": self.rank,
-            "loaded": len(loaded),
-            "error": error,
-            "broken": broken,
-            "unfilled": _guard("fp8ctl_unfilled", model),
-            "missing": missing[:20],
-            "missing_count": len(missing),
-        }
+            return answer | {"failed": f"{type(e).__name__}: {e}"}
 
-    def fp8ctl_forget(self) -> None:
-        """Count what is loaded from nothing: another rank failed in the same update."""
-        _arrived.clear()
-        _guard("fp8ctl_forget", self.model_runner.get_model())
+    def fp8ctl_paused(self, known: dict[str, tuple[int, list[int]]]) -> None:
+        """Learn what the scheduler knows of requests that are prefilled again.
+
+        The last token of a request comes to a worker with the step after. Where a chunk of the
+        prefill ends just before it, a worker that does not know it takes the prefill for complete
+        and generates that token a second time. And log-probabilities of a prompt that were told
+        would be computed and told again.
+
+        Args:
+            known: by request, how many tokens were generated, and the last of them.
+        """
+        for request_id, (count, tail) in known.items():
+            state = self.model_runner.requests.get(request_id)
+            if state is None:
+                continue
+            new = count - len(state.output_token_ids)
+            if new > 0:
+                state.output_token_ids.extend(tail[-new:])
+            if count and state.sampling_params.prompt_logprobs is not None:
+                # The scheduler may have the same object.
+                state.sampling_params = copy.copy(state.sampling_params)
+                state.sampling_params.prompt_logprobs = None
 
     def fp8ctl_report(self) -> dict[str, Any]:
         """Return place, type and digest of everything that this worker holds."""
         answer: dict[str, Any] = {"rank": self.rank, "pid": os.getpid()}
         try:
-            from vllm.distributed import get_tensor_model_parallel_rank
-
-            model, tp_rank = self.model_runner.get_model(), get_tensor_model_parallel_rank()
-            answer["unfilled"] = _guard("fp8ctl_unfilled", model)
-            answer["format"] = "checkpoint" if _keeps_checkpoint(model) else "engine"
-            answer["tensors"] = shards.describe(_shards(model, tp_rank))
+            receiver = self._fp8ctl_receiver()
+            answer["unfilled"] = _guard("fp8ctl_unfilled", receiver.model)
+            answer |= receiver.digests()
         except Exception as e:  # noqa: BLE001 - the answer says it
             traceback.print_exc()
             answer["error"] = f"{type(e).__name__}: {e}"
         return answer
 
+    def _fp8ctl_receiver(self) -> Receiver:
+        """Return what receives weights for this worker's model."""
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        model = self.model_runner.get_model()
+        if model not in _receivers:
+            dtype, tp_rank = self.model_config.dtype, get_tensor_model_parallel_rank()
+            _receivers[model] = Receiver(model, self.rank, engine(dtype), tp_rank=tp_rank)
+        return _receivers[model]
+
+
+_receivers: dict[torch.nn.Module, Receiver] = {}
+
 
 # --- loading ------------------------------------------------------------------------------------
+
+
+def _reload(receiver: Receiver, folder: Path) -> dict[str, Any]:
+    """Load a folder of safetensors into the running model, in place: loaded, error, broken."""
+    names: list[str] = []
+    error = ""
+    try:
+        receiver.load(_tensors(folder, names))
+        wait_for(receiver.device)
+    except Exception as e:  # noqa: BLE001 - the answer says it, see the module's docstring
+        traceback.print_exc()
+        error = f"{type(e).__name__}: {e}"
+        if "weight_loader" in error:
+            error += " (is the patch `refit` applied?)"
+        receiver.broken = bool(names)  # nothing was handed out: nothing was written
+    return {"loaded": len(names), "error": error, "broken": receiver.broken}
 
 
 def _tensors(folder: Path, loaded: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,11 +185,7 @@ def _rederive(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """
     import torch
 
-    for module in model.modules():
-        impl = getattr(module, "impl", None)
-        process = getattr(module, "process_weights_after_loading", None)
-        if process is None or not hasattr(impl, "process_weights_after_loading"):
-            continue
+    for impl, process in _derived(model):
         before = {k: v for k, v in vars(impl).items() if isinstance(v, torch.Tensor)}
         with torch.no_grad():
             process(dtype)
@@ -168,11 +196,13 @@ def _rederive(model: torch.nn.Module, dtype: torch.dtype) -> None:
                     setattr(impl, name, old)
 
 
-def _wait_for_device() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _derived(model: torch.nn.Module) -> Iterator[tuple[Any, Callable[[torch.dtype], None]]]:
+    """Yield the parts that keep something of the weights, and what makes it anew."""
+    for module in model.modules():
+        impl = getattr(module, "impl", None)
+        process = getattr(module, "process_weights_after_loading", None)
+        if callable(process) and hasattr(impl, "process_weights_after_loading"):
+            yield impl, process
 
 
 def _guard(function: str, model: torch.nn.Module) -> Any:
@@ -209,8 +239,8 @@ def _keeps_checkpoint(model: torch.nn.Module) -> bool:
     return True
 
 
-def _shards(model: torch.nn.Module, tp_rank: int) -> Iterator[shards.Shard]:
-    return shards.shards(model, tp_rank, _as_in_checkpoint if _keeps_checkpoint(model) else None)
+def _form(model: torch.nn.Module) -> Form | None:
+    return _as_in_checkpoint if _keeps_checkpoint(model) else None
 
 
 def _as_in_checkpoint(
@@ -244,3 +274,84 @@ def _as_in_checkpoint(
 
 def _widths(module: Any) -> list[int]:
     return [int(width) for width in module.logical_widths]
+
+
+# --- what can be loaded again -------------------------------------------------------------------
+
+
+_UNQUANTIZED = (
+    "UnquantizedLinearMethod",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
+)
+_KEY_VALUE_SCALES = ("BaseKVCacheMethod", "Fp8KVCacheMethod")
+
+
+def _obstacles(model: torch.nn.Module) -> Iterator[str]:
+    """Yield why the model cannot be loaded a second time."""
+    for name, module in model.named_modules():
+        kind, method = _method(module)
+        other = type(getattr(module, "quant_method", None)).__name__
+        if method is not None:
+            yield from _obstacle(name, module, kind, method)
+        elif other not in ("NoneType", *_UNQUANTIZED, *_KEY_VALUE_SCALES):
+            yield f"{name} is quantised by {other}"
+
+
+def _obstacle(name: str, module: torch.nn.Module, kind: str, method: Any) -> Iterator[str]:
+    if not (hasattr(method, "_can_refit") or hasattr(method, "can_refit")):
+        yield "the patch `refit` is not applied"
+        return
+    if kind == "Fp8MoEMethod":
+        if not method.quant_config.is_checkpoint_fp8_serialized:
+            yield f"{name}: experts that vLLM quantises itself are loaded once"
+        elif not method.can_refit:
+            yield f"{name}: experts for Marlin, DeepGEMM or all-to-all kernels are loaded once"
+    elif not method._can_refit():
+        yield f"{name}: Marlin's and ROCm's forms of a weight are made once"
+    for attribute, parameter in module.named_parameters(recurse=False):
+        # What vLLM quantises itself has scales that the weight's own loader writes.
+        derived = (
+            attribute.endswith("scale") and not method.quant_config.is_checkpoint_fp8_serialized
+        )
+        if attribute != "bias" and not derived and not hasattr(parameter, "weight_loader"):
+            yield f"{name}.{attribute} has lost its loader"
+
+
+def _copies(model: torch.nn.Module) -> Form | None:
+    return None if any(True for _ in _derived(model)) else _copied
+
+
+def _copied(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter that is in memory as in the checkpoint, and whose loader only copies.
+
+    Per-tensor scales of fused modules have copies for the kernels that their loaders renew, and
+    what is quantised here is no copy.
+    """
+    name, method = _method(module)
+    if attribute.endswith(("input_scale", "k_scale", "v_scale")):
+        return None
+    if method is None:
+        if type(getattr(module, "quant_method", None)).__name__ in _UNQUANTIZED:
+            return t
+        # Norms. Loaders of their own do more: they cut, or take a logarithm.
+        parameter = getattr(module, attribute)
+        return None if hasattr(parameter, "weight_loader") else t
+    if not method.quant_config.is_checkpoint_fp8_serialized:
+        return None
+    if method.block_quant or attribute == "bias":
+        return t
+    if not attribute.endswith("weight"):
+        return None
+    return t.t() if name == "Fp8LinearMethod" else t
+
+
+def engine(dtype: torch.dtype) -> Engine:
+    """Return what vLLM says of a model that computes in `dtype`."""
+    return Engine(
+        form=_form,
+        copies=_copies,
+        obstacles=_obstacles,
+        guard=_guard,
+        settle=functools.partial(_rederive, dtype=dtype),
+    )

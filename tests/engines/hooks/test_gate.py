@@ -340,6 +340,28 @@ def test_an_answer_from_weights_that_were_lost_meanwhile_is_refused() -> None:
     assert made.in_flight == 0
 
 
+def test_a_stream_ends_where_the_weights_were_lost() -> None:
+    """The rest would be of another set; nothing is sent twice, and nothing behind the end."""
+    made = gate()
+    running = Running(made)
+    more = {**BODY, "more_body": True}
+    running.go(START, more, made.begin_update, more, lambda: made.end_update(FAILED), more, BODY)
+    assert running.sent == [START, more, more, {"type": "http.response.body", "body": b""}]
+
+
+@pytest.mark.parametrize("lost", [FAILED, PART])
+def test_an_answer_across_weights_that_were_lost_and_came_again_is_refused(lost: Outcome) -> None:
+    """It was paused, say: what it computed between the two is of no set."""
+    made = gate()
+    running = Running(made)
+    running.go(lambda: update(made, lost), lambda: update(made, APPLIED), START, BODY)
+    assert running.sent[0]["status"] == 503
+    assert Client(made).ask("/generate")[0] == 200, "who comes now is answered"
+    released = Running(made)
+    released.go(lambda: made.lose("released"), lambda: update(made, APPLIED), START, BODY)
+    assert released.sent[0]["status"] == 503
+
+
 @pytest.mark.parametrize("outcome", [APPLIED, REJECTED])
 def test_an_answer_across_an_update_that_lost_nothing_is_given(outcome: Outcome) -> None:
     made = gate()

@@ -17,10 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from fp8ctl.engines.hooks import manifest, ranklog, sglang_server, sglang_worker
+from fp8ctl.engines.hooks import manifest, ranklog, sglang_ranks, sglang_server, sglang_worker
 from fp8ctl.engines.hooks.gate import Gate, GateMiddleware
 from fp8ctl.engines.hooks.secret import Secret
-from fp8ctl.engines.hooks.sglang_server import UPDATING, UpdateWatch, Workers
+from fp8ctl.engines.hooks.sglang_ranks import Workers
+from fp8ctl.engines.hooks.sglang_server import UPDATING, UpdateWatch
+from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.kernels.digest import digest, to_text
 
 if TYPE_CHECKING:
@@ -97,7 +99,8 @@ class Server:
                 await send({"type": "http.response.body", "body": part, "more_body": more})
 
         workers: Any = self.workers
-        watch = UpdateWatch(engine, self.gate, workers, expected)
+        self.updates = Updates(self.gate, workers, {}, device="cpu", folder=None)
+        watch = UpdateWatch(engine, self.gate, workers, expected, self.updates)
         self._app = GateMiddleware(watch, self.gate)
 
     def ask(self, path: str, kind: str = "http", body: bytes = b"") -> tuple[int, bytes]:
@@ -273,6 +276,12 @@ def test_what_releases_no_weights_leaves_the_gate_open(body: bytes) -> None:
     assert server.gate.state == "ready"
 
 
+def test_weights_that_are_released_close_the_gate_whatever_the_ranks_answer() -> None:
+    server = Server(COMPLETE, await_push=False, error=RuntimeError("rank 1 did not answer"))
+    assert server.ask(RELEASE)[0] == 200
+    assert server.gate.state == "unpushed"
+
+
 def test_a_release_that_is_refused_or_gives_nothing_up_leaves_the_gate_open() -> None:
     refused = Server(COMPLETE, await_push=False, status=400)
     refused.ask(RELEASE)
@@ -338,20 +347,32 @@ class Engine:
         self.models = models
         self.rank = 0
         self.silent: set[int] = set()
+        self.waiting = False
         self.refusal = ""
+        self.replicas = 1
         self.requests: list[Any] = []
 
-    async def update_weights_from_tensor(self, request: Any, _http: Any) -> tuple[bool, str]:
+    def auto_create_handle_loop(self) -> None:
+        pass
+
+    async def update_weights_from_tensor_communicator(self, request: Any) -> list[Any]:
+        """As SGLang's own: one question at a time, and one that is left alone blocks it."""
+        assert not self.waiting
+        self.waiting = True
+        await asyncio.sleep(0.01)
+        self.waiting = False
         self.requests.append(request)
         if self.refusal:
-            return False, self.refusal
+            return [SimpleNamespace(success=False, message=self.refusal)] * self.replicas
         assert request.load_format == sglang_worker.LOADER
         assert not request.flush_cache
         for rank in reversed(range(len(self.models))):
             self.rank = rank
             if rank not in self.silent:
-                sglang_worker.load(self.models[rank], request.serialized_named_tensors[rank])
-        return True, "Success"
+                named = pickle.loads(request.serialized_named_tensors[rank])
+                named = [(name, tensor.to("the device")) for name, tensor in named]
+                sglang_worker.load(self.models[rank], named)
+        return [SimpleNamespace(success=True, message="Success")]
 
 
 @pytest.fixture
@@ -368,14 +389,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
 
     for package in ("sglang", "sglang.srt", "sglang.srt.managers", "sglang.srt.layers"):
         module(package)
-    serializer = SimpleNamespace(serialize=lambda tensors: tensors)
+    serializer = SimpleNamespace(serialize=pickle.dumps)
     module("sglang.srt.utils", MultiprocessingSerializer=serializer)
     module("sglang.srt.managers.io_struct", UpdateWeightsFromTensorReqInput=SimpleNamespace)
     module("sglang.srt.distributed", get_tensor_model_parallel_rank=lambda: made.rank)
     module("sglang.srt.layers.quantization")
     fp8 = "sglang.srt.layers.quantization.fp8"
     module(fp8, Fp8LinearMethod=type("Fp8LinearMethod", (), {"refittable": True}))
-    monkeypatch.setattr(sglang_worker, "_pushes", sglang_worker._Pushes())
+    monkeypatch.setattr(sglang_worker, "_receivers", {})
     return made  # type: ignore[return-value]
 
 
@@ -453,7 +474,8 @@ def test_scales_are_those_that_the_kernels_multiply_with(run_dir: Path, engine: 
 
 
 def test_progress_counts_what_has_not_arrived(run_dir: Path, engine: Engine) -> None:
-    sglang_worker._pushes.names.update(EXPECTED[:1])
+    for rank, model in enumerate(engine.models):
+        sglang_worker._receiver(model, rank).arrived.update(EXPECTED[:1])
     answers = asyncio.run(workers(engine).ask("progress", expected=EXPECTED))
     assert [a["missing"] for a in answers] == [EXPECTED[1:]] * 2
     assert [a["missing_count"] for a in answers] == [2, 2]
@@ -468,16 +490,40 @@ def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_server_of_several_replicas_is_told_that_it_is_one(run_dir: Path, engine: Engine) -> None:
+    engine.refusal, engine.replicas = "whatever", 2
+    with pytest.raises(RuntimeError, match="data parallelism: one server would have several sets"):
+        asyncio.run(workers(engine).ask("refittable"))
+
+
 def test_a_refusal_of_the_engine_is_an_error(run_dir: Path, engine: Engine) -> None:
     engine.refusal = "no such load format"
     with pytest.raises(RuntimeError, match="no such load format"):
         asyncio.run(workers(engine).ask("digests"))
 
 
+def test_a_question_that_is_cancelled_is_answered_and_the_next_one_too(
+    run_dir: Path, engine: Engine
+) -> None:
+    async def ask() -> list[dict[str, Any]]:
+        asked = workers(engine)
+        first = asyncio.ensure_future(asked.ask("digests"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        first.cancel()
+        second = asyncio.ensure_future(asked.ask("digests"))
+        await asked.ask("digests")
+        return await second
+
+    assert [answer["rank"] for answer in asyncio.run(ask())] == [0, 1]
+    assert len(engine.requests) == 3
+    assert list((run_dir / "reports").iterdir()) == [], "answers are left behind"
+
+
 def test_a_rank_that_stays_silent_is_named(
     run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sglang_server, "ANSWER_WITHIN", 0.1)
+    monkeypatch.setattr(sglang_ranks, "ANSWER_WITHIN", 0.1)
     engine.silent = {1}
     with pytest.raises(RuntimeError, match=r"no \w+\.1\.json within 0 s"):
         asyncio.run(workers(engine).ask("digests"))
@@ -498,6 +544,7 @@ def test_without_a_run_folder_nothing_is_asked(
     [
         [("model.norm.weight", torch.ones(2))],
         [(sglang_worker.QUESTION, torch.tensor([255, 0], dtype=torch.uint8))],
+        [(sglang_worker.QUESTION, sglang_worker.Question(b"no JSON"))],
         [],
     ],
 )
@@ -521,9 +568,11 @@ class Worker:
     """SGLang's TpModelWorker and ModelRunner, as far as they are wrapped."""
 
     model: Any
+    tp_rank = 0
 
     def load_model(self) -> None:
-        self.model = SimpleNamespace(load_weights=self._load)
+        self.model = nn.Linear(3, 2)
+        self.model.load_weights = self._load
 
     def _load(self, weights: Any) -> None:
         for name, _ in weights:
@@ -564,11 +613,11 @@ def test_a_loader_that_raises_is_an_answer_and_not_the_end_of_the_server(
 ) -> None:
     update: Callable[[Any], tuple[bool, str]] = getattr(worker, way)
     assert update(loads(["a", "b"])) == (True, "Success")
-    assert sglang_worker._pushes.names == {"a", "b"}
+    receiver = sglang_worker._receivers[worker.model]
+    assert receiver.arrived == {"a", "b"}
     assert update(loads(["c", "bad", "d"])) == (False, "ValueError: shape mismatch")
     assert "Traceback" in capsys.readouterr().err
-    answers = asyncio.run(workers(engine).ask("progress", expected=["a", "b"]))
-    assert any(answer["broken"] for answer in answers)
+    assert receiver.progress(["a", "b"])["broken"]
 
 
 def test_a_way_around_the_loaders_is_refused(worker: Any) -> None:
@@ -576,7 +625,7 @@ def test_a_way_around_the_loaders_is_refused(worker: Any) -> None:
     request.load_format = "direct"
     ok, message = worker.update_weights_from_tensor(request)
     assert (ok, "'direct'" in message) == (False, True)
-    assert sglang_worker._pushes.names == set()
+    assert sglang_worker._receivers[worker.model].arrived == set()
 
 
 @pytest.mark.parametrize("way", ["broken", "forget"])
@@ -584,7 +633,7 @@ def test_what_was_loaded_before_does_not_count_any_more(
     way: str, worker: Any, run_dir: Path, engine: Engine
 ) -> None:
     """After a push that broke off, and where the server says so: on every rank."""
-    engine.models = engine.models[:1]
+    engine.models = (worker.model,)
 
     def progress() -> tuple[bool, list[str]]:
         [answer] = asyncio.run(workers(engine).ask("progress", expected=["a", "b"]))

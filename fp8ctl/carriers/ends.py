@@ -1,0 +1,172 @@
+"""The two ends of what brings a bucket from a trainer to a server, and how to get one.
+
+A carrier has a few slots, each as large as the largest bucket. The trainer's `Sender` says
+in its offer how to reach them, each rank of each server makes a `Receiver` of the offer.
+While the ranks load from one slot, the next is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fp8ctl.errors import UsageError
+from fp8ctl.wire import WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from fp8ctl.wire import Kind
+
+SLOTS = 2
+
+
+class Sender(Protocol):
+    """The trainer's end.
+
+    Attributes:
+        kind: what carries.
+        alive: False once it is closed or broken; then both ends have to connect anew.
+    """
+
+    kind: Kind
+    alive: bool
+
+    def offer(self, server: int = 0) -> dict[str, Any]:
+        """Return what `Connect` says to the server of this number, in JSON types."""
+
+    def join(self) -> None:
+        """Wait until every rank of every server is there, where the carrier is a group.
+
+        The ranks come while their servers answer to the offer: send that from other threads.
+
+        Raises:
+            TimeoutError: some did not come; the message names them.
+            ConflictError: `cancel` or `close` ended it.
+        """
+
+    def buffer(self, slot: int) -> torch.Tensor:
+        """Return where a bucket is written: uint8, all bytes of the slot.
+
+        A slot may be written again when every server has answered for its last bucket.
+        """
+
+    def ready(self, slot: int) -> None:
+        """Wait until the device has written the slot: now another process may read it."""
+
+    def send(self, slot: int, nbytes: int) -> None:
+        """Bring the first bytes of a slot to all ranks, where the carrier is a group.
+
+        Blocks until they have them, while the servers answer to the request for this bucket:
+        send that from other threads. Where the ranks read the slot itself this does nothing.
+
+        Raises:
+            TimeoutError: a rank did not come for it; the message names it.
+            ConflictError: `cancel` or `close` ended it, or a rank is gone.
+        """
+
+    def cancel(self, why: str) -> None:
+        """End a `join` or `send` that waits in another thread: it raises ConflictError.
+
+        A group ends with it, and its ranks hear `why`; other carriers stay alive.
+        """
+
+    def close(self) -> None:
+        """Give everything back; also after a failure, and a second time."""
+
+
+class Receiver(Protocol):
+    """The end in one rank of a server."""
+
+    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
+        """Return the bytes of a bucket, uint8: to be read, until the next bucket of this slot.
+
+        What reads them on a GPU is launched on the current stream, and waited for before the
+        server answers: then the trainer writes the slot again.
+
+        Raises:
+            CarrierError: there is no such slot, or it is smaller.
+            TimeoutError: the trainer did not send it; `ConflictError`: it withdrew it.
+        """
+
+    def close(self) -> None:
+        """Give everything back; also after a failure, and a second time."""
+
+
+def sender(
+    kind: Kind,
+    nbytes: int,
+    *,
+    slots: int = SLOTS,
+    device: torch.device | str | None = None,
+    ranks: Sequence[int] = (),
+    host: str = "127.0.0.1",
+    timeout: float = 600.0,
+) -> Sender:
+    """Return the trainer's end of a new carrier.
+
+    Args:
+        kind: "memory", "ipc" or "group".
+        nbytes: of a slot: the largest bucket.
+        slots: how many buckets may be under way at once.
+        device: where a bucket is written; for "ipc" a CUDA device (None: the current one), for
+            "group" what decides between NCCL and gloo (None: the CPU).
+        ranks: for "group": how many ranks each server has.
+        host: for "group": an address of this host that the servers reach.
+        timeout: for "group": seconds that joining, and one bucket, may take.
+
+    Raises:
+        UsageError: no carrier of this kind, or a size that is none.
+        CarrierError: this process or host cannot have it.
+    """
+    if nbytes < 1 or slots < 1:
+        raise UsageError(
+            f"{slots} slots of {nbytes} bytes: expected one or more of each",
+            hint="bucket_bytes=512 << 20",
+        )
+    if kind == "memory":
+        from fp8ctl.carriers.memory import MemorySender
+
+        return MemorySender(nbytes, slots)
+    if kind == "ipc":
+        from fp8ctl.carriers.cuda import CudaSender
+
+        return CudaSender(nbytes, slots, torch.device("cuda" if device is None else device))
+    if kind == "group":
+        from fp8ctl.carriers.group import GroupSender
+
+        if not ranks or min(ranks) < 1:
+            raise UsageError(f"a group of {list(ranks)} ranks", hint="one number for each server")
+        where = torch.device("cpu" if device is None else device)
+        return GroupSender(nbytes, slots, where, ranks, host, timeout)
+    raise UsageError(f"no carrier is called {kind!r}", hint="'memory', 'ipc' or 'group'")
+
+
+def receive(offer: Mapping[str, Any], rank: int, device: torch.device) -> Receiver:
+    """Return a rank's end of the carrier that a trainer offers.
+
+    Args:
+        offer: what the trainer's end said.
+        rank: of this server, from 0.
+        device: where this rank holds its weights.
+
+    Raises:
+        WireError: it is no offer.
+        CarrierError: this rank cannot reach what is offered; the message says why.
+        TimeoutError: the trainer or another rank did not come.
+    """
+    kind = offer.get("kind")
+    if kind == "memory":
+        from fp8ctl.carriers.memory import MemoryReceiver
+
+        return MemoryReceiver(offer)
+    if kind == "ipc":
+        from fp8ctl.carriers.cuda import CudaReceiver
+
+        return CudaReceiver(offer, device)
+    if kind == "group":
+        from fp8ctl.carriers.group import GroupReceiver
+
+        return GroupReceiver(offer, rank, device)
+    raise WireError(f"a carrier of kind {kind!r}; expected 'memory', 'ipc' or 'group'")

@@ -1,0 +1,155 @@
+"""What the ranks hold when a push ends: is all of it there, and is it what was sent?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8ctl.engines.hooks.expected import CODES
+from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.held import gather
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fp8ctl.engines.hooks.expected import Expected
+    from fp8ctl.engines.hooks.openpush import OpenPush
+    from fp8ctl.engines.hooks.workers import Workers
+    from fp8ctl.held import Held
+
+_HEAD = "lm_head.weight"
+
+
+class Evidence:
+    """Asks the ranks, and compares with the plan and with what was sent."""
+
+    def __init__(self, workers: Workers, expected: Expected) -> None:
+        self._workers = workers
+        self._expected = expected
+
+    async def held(self) -> dict[str, Held] | None:
+        """Return what all ranks hold; None where they hold it in a kernel's own form."""
+        ranks = await self._workers.ask("digests")
+        return gather(ranks) if all(r["format"] == "checkpoint" for r in ranks) else None
+
+    async def missing(self, push: OpenPush, *, folder: bool = False) -> tuple[int, str]:
+        """Return how much is missing after an update that is not said to be complete, and what.
+
+        Args:
+            push: that ends.
+            folder: a checkpoint was loaded: without a plan it counts as all there is.
+
+        Raises:
+            RefusedError: something that was skipped may not be there, a rank broke off, or the
+                update is said to be complete and is not.
+        """
+        known = push.held or {}
+        stray = [n for n in push.skipped if n not in known or n in push.entries]
+        if stray:
+            told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
+            raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
+        whole = push.begin.complete
+        count, names = await self._not_arrived(push) if push.touched else (0, [])
+        if whole:
+            unsent = await self._not_sent(push)
+            count, names = count + len(unsent), [*unsent, *names]
+        if count:
+            told = f"{count} tensors have not arrived, such as {names[0]}"
+            if whole:
+                data: dict[str, object] = {"names": names[:20], "count": count}
+                raise RefusedError(422, "FP8-INCOMPLETE", told, data=data)
+            return count, told
+        if whole or folder or push.settled == "ready" or self._expected.tensors:
+            return 0, ""
+        return 1, "without a plan only a complete update makes the weights whole again"
+
+    async def _not_arrived(self, push: OpenPush) -> tuple[int, list[str]]:
+        """Return what the ranks miss: how many, and some names."""
+        # Whoever has all weights in place may send a part; a complete update says it itself.
+        needed = push.settled != "ready" and not push.begin.complete
+        expected = self._expected.missing(()) if needed else []
+        answers = await self._workers.ask("progress", expected=expected)
+        if any(a["broken"] for a in answers):
+            raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
+        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
+        count = int(worst["missing_count"]) + len(worst["unfilled"])
+        return count, [*worst["missing"], *worst["unfilled"]]
+
+    async def _not_sent(self, push: OpenPush) -> list[str]:
+        """Return the names that a complete update should have brought, or skipped, and did not."""
+        there = {*push.entries, *push.skipped}
+        if self._expected.tensors:
+            missing = self._expected.missing(there)
+            if missing:  # a tied head, a layer that this engine leaves out
+                held = await self.held()
+                nowhere = self._expected.held_nowhere(missing, held) if held else set()
+                missing = [name for name in missing if name not in nowhere]
+            return missing
+        if push.settled == "ready":
+            return []
+        # The engine quantises itself, and weights are mixed: what it holds says what it needs.
+        held = gather(await self._workers.ask("digests"))
+        missing = [n for n in held if "_scale" not in n and n not in there]
+        # vLLM names a tied head beside the embedding that it is, and nobody sends it.
+        sent = {(held[n].dtype, held[n].digest) for n in there if n in held}
+        return [
+            n
+            for n in missing
+            if not (n.endswith(_HEAD) and (held[n].dtype, held[n].digest) in sent)
+        ]
+
+    async def equal(self, push: OpenPush) -> list[str] | None:
+        """Return the names of what is held as it was sent; None where that cannot be seen.
+
+        Raises:
+            RefusedError: something is not what was sent.
+        """
+        held = await self.held()
+        if held is None:
+            return None
+        wanted = {n: (e.dtype, e.digest) for n, e in push.entries.items() if e.digest}
+        for name in push.skipped:
+            one = (push.held or {})[name]
+            wanted[name] = (one.dtype, one.text)
+        found = compare(wanted, self._expected, held)
+        if found is None:
+            return None
+        equal, unequal = found
+        if unequal:
+            told = f"{len(unequal)} tensors are not what was sent, such as {unequal[0]}"
+            data: dict[str, object] = {"names": unequal[:20], "count": len(unequal)}
+            raise RefusedError(500, "FP8-UNEQUAL", told, data=data)
+        return equal
+
+
+def compare(
+    wanted: Mapping[str, tuple[str, str]], expected: Expected, held: Mapping[str, Held]
+) -> tuple[list[str], list[str]] | None:
+    """Compare what ranks hold with what was sent.
+
+    Args:
+        wanted: by name, dtype and digest.
+        expected: of this server.
+        held: of all ranks together.
+
+    Returns:
+        The names of those that are equal, and of those that are not. A kept tensor that the
+        engine holds in another dtype, or not at all, is neither. None where codes lie under
+        names that are not the checkpoint's, so that nothing can be said.
+    """
+    equal, unequal = [], []
+    for name, (dtype, digest) in wanted.items():
+        one = held.get(name)
+        tensor = expected.tensors.get(name)
+        quantized = tensor is not None and tensor.quantized
+        if one is None or one.dtype != dtype:
+            if quantized:
+                unequal.append(name)
+        elif one.text == digest and one.replicas_agree:
+            equal.append(name)
+        else:
+            unequal.append(name)
+    lost = [name for name in unequal if name not in held]
+    strays = [n for n, one in held.items() if CODES in one.dtype and n not in expected.tensors]
+    if strays and lost and len(lost) == len(unequal):
+        return None
+    return equal, unequal

@@ -1,0 +1,323 @@
+"""Buckets of weights go into a model that serves, in the worker of one rank.
+
+A push brings a bucket (`carriers`) and the list of what lies where in it
+(`wire.Entry`). Tensors are views of the bucket, and go into the model on one of
+two ways: by the engine's own `load_weights`, which knows names, fused modules,
+ranks and experts, and takes 50 to 100 us of Python a tensor; or, once digests have
+proven where they lie, by copies (`rectangles`).
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8ctl import wire
+from fp8ctl.engines.hooks import shards
+from fp8ctl.engines.hooks.rectangles import Rectangles, copy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from fp8ctl.carriers.ends import Receiver as Carrier
+    from fp8ctl.engines.hooks.shards import Form
+
+Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine says of its models.
+
+    Attributes:
+        form: gives a parameter the form that it has in a checkpoint, from what the kernels
+            really read; None for a model in which some layer cannot show it.
+        copies: gives the parameter in that form where memory has this form and its loader
+            does nothing but copy into it, None for every other one; None for a model in
+            which something is derived from the weights after they are loaded.
+        obstacles: returns why a model cannot be loaded a second time; empty where it can.
+        guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
+            {} where that patch is not applied.
+        settle: brings up to date what the engine derived from the weights.
+    """
+
+    form: Callable[[torch.nn.Module], Form | None]
+    copies: Callable[[torch.nn.Module], Form | None]
+    obstacles: Callable[[torch.nn.Module], Iterable[str]]
+    guard: Callable[[str, torch.nn.Module], Any]
+    settle: Callable[[torch.nn.Module], None] = lambda _model: None
+
+
+class Receiver:
+    """The model of one rank, and what arrives for it.
+
+    Attributes:
+        model: as the engine built and loaded it.
+        rank: of this process among the ranks of its server.
+        arrived: names of the tensors that updates brought, since the start or since one
+            broke off.
+        broken: True where loading raised, so that half of a set may be in place.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        rank: int,
+        engine: Engine,
+        *,
+        tp_rank: int | None = None,
+        open_carrier: Callable[[Mapping[str, Any], int, torch.device], Carrier] | None = None,
+    ) -> None:
+        """Take a model over.
+
+        Args:
+            model: with a method `load_weights`.
+            rank: of this process among the ranks of its server.
+            engine: what its engine says of it.
+            tp_rank: of this process among those that share the same layers; `rank` where
+                layers are not divided otherwise.
+            open_carrier: instead of `carriers.receive`.
+        """
+        self.model = model
+        self.rank = rank
+        self._tp_rank = rank if tp_rank is None else tp_rank
+        self.arrived: set[str] = set()
+        self.broken = False
+        self._engine = engine
+        self._load_weights: Any = getattr(model, "load_weights", None)
+        self._open = open_carrier or _open_carrier
+        self._carrier: Carrier | None = None
+        self._by_loader: set[str] = set()
+        self._rectangles = Rectangles(model, self._tp_rank, engine.copies)
+        self._settled = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    # --- questions -------------------------------------------------------------------------
+
+    def answer(self, what: str, details: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer a question of the server, with JSON types.
+
+        Args:
+            what: "connect", "disconnect", "receive", "progress", "forget", "digests",
+                "trust" or "refittable".
+            details: of the question, as the method of that name takes them.
+
+        Raises:
+            ValueError: no such question.
+            Exception: whatever went wrong, but for "receive", which says it in its answer.
+        """
+        if what == "connect":
+            return self.connect(details["carrier"])
+        if what == "disconnect":
+            return self.disconnect()
+        if what == "receive":
+            return self.receive(
+                details["slot"], details["nbytes"], details["entries"], details["number"]
+            )
+        if what == "progress":
+            return self.progress(details["expected"])
+        if what == "forget":
+            return self.forget()
+        if what == "digests":
+            return self.digests()
+        if what == "trust":
+            return self.trust(details["names"])
+        if what == "refittable":
+            return self.refittable()
+        raise ValueError(f"unknown question {what!r}")
+
+    def connect(self, offer: Mapping[str, Any]) -> dict[str, Any]:
+        """Open the carrier that a client offers, instead of the one that was open.
+
+        Raises:
+            Exception: of the carrier, with the reason.
+        """
+        self.disconnect()
+        self._carrier = self._open(offer, self.rank, self.device)
+        return {"device": self.device.type}
+
+    def disconnect(self) -> dict[str, Any]:
+        """Close the carrier, if one is open."""
+        carrier, self._carrier = self._carrier, None
+        if carrier is not None:
+            carrier.close()
+        return {}
+
+    def refittable(self) -> dict[str, Any]:
+        """Say whether the model can be loaded a second time: refittable, why not."""
+        reasons = list(self._engine.obstacles(self.model))
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        return {"refittable": not reasons, "why": f"{reasons[0]}{more}" if reasons else ""}
+
+    def receive(
+        self, slot: int, nbytes: int, entries: Sequence[Mapping[str, Any]], number: int
+    ) -> dict[str, Any]:
+        """Load a bucket; the device has done it when this returns.
+
+        Args:
+            slot: of the carrier.
+            nbytes: of the bucket.
+            entries: what lies in it, `wire.Entry` as JSON.
+            number: of the bucket, from 0. The first of a push looks anew at where
+                parameters are.
+
+        Returns:
+            loaded: number of tensors; error: "" or what was raised; broken: True where
+            something may be in place all the same; seconds: bucket (until its bytes were
+            there), loaders, copies, device; ways: number of tensors on each.
+        """
+        if number == 0:
+            self._rectangles.look_anew()
+        clock = _Clock()
+        ways = {"loaders": 0, "copies": 0}
+        touched = False
+        error = ""
+        names: list[str] = []
+        try:
+            held = self._views(slot, nbytes, wire.read_entries(list(entries), nbytes))
+            copies, others = self._rectangles.part(held)
+            clock.lap("bucket")
+            touched = True
+            self._settled = False
+            if others:
+                self._load(others)
+            clock.lap("loaders")
+            copy([pair for pairs in copies.values() for pair in pairs])
+            clock.lap("copies")
+            wait_for(self.device)
+            clock.lap("device")
+            ways = {"loaders": len(others), "copies": len(copies)}
+            names = [name for name, _ in held]
+            self.arrived.update(names)
+            self._by_loader.update(name for name, _ in others)
+        except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
+            traceback.print_exc()
+            error = f"{type(e).__name__}: {e}"
+            if "weight_loader" in error:
+                error += " (is the patch `refit` applied?)"
+            self.broken |= touched
+        return {
+            "loaded": len(names),
+            "broken": self.broken,
+            "error": error,
+            "seconds": clock.laps,
+            "ways": ways,
+        }
+
+    def progress(self, expected: Iterable[str]) -> dict[str, Any]:
+        """Say what has not arrived; after a load that broke off, count from nothing.
+
+        What the engine derives from the weights is brought up to date first.
+        """
+        broken = self.broken
+        if broken:
+            self.forget()
+        elif not self._settled:
+            self._engine.settle(self.model)
+            wait_for(self.device)
+            self._settled = True
+        missing = [name for name in expected if name not in self.arrived]
+        return {
+            "broken": broken,
+            "unfilled": self._engine.guard("fp8ctl_unfilled", self.model),
+            "missing": missing[:20],
+            "missing_count": len(missing),
+        }
+
+    def forget(self) -> dict[str, Any]:
+        """Count from nothing: only a whole set makes the weights whole again."""
+        self.arrived.clear()
+        self._by_loader.clear()
+        self._rectangles.distrust()
+        self.broken = False
+        self._engine.guard("fp8ctl_forget", self.model)
+        return {}
+
+    def digests(self) -> dict[str, Any]:
+        """Return place, type and digest of everything that this rank holds."""
+        form = self._engine.form(self.model)
+        return {
+            "rank": self.rank,
+            "format": "engine" if form is None else "checkpoint",
+            "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
+        }
+
+    def trust(self, names: Iterable[str]) -> dict[str, Any]:
+        """Let tensors be copied from now on, as `rectangles` says.
+
+        Args:
+            names: tensors of which the server has compared the digests that all ranks told
+                with those that were sent, after the last bucket; all were equal.
+
+        Returns:
+            trusted: how many tensors go by copies from now on.
+        """
+        proven = (name for name in names if name in self._by_loader)
+        return {"trusted": self._rectangles.trust(proven)}
+
+    # --- loading ---------------------------------------------------------------------------
+
+    def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
+        """Load by a route of the engine's own; remember what was taken or that it raised."""
+        self._rectangles.distrust()
+        self._settled = False
+        return self._load(named, *args, **kwargs)
+
+    def _load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
+
+        def tap() -> Iterator[Named]:
+            for name, tensor in named:
+                yield name, tensor
+                self.arrived.add(name)
+
+        try:
+            return self._load_weights(tap(), *args, **kwargs)
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _views(self, slot: int, nbytes: int, entries: Iterable[wire.Entry]) -> list[Named]:
+        if self._carrier is None:
+            raise RuntimeError("no carrier is open")
+        bucket = self._carrier.bucket(slot, nbytes)
+        return [(entry.name, view(bucket, entry)) for entry in entries]
+
+
+def view(bucket: torch.Tensor, entry: wire.Entry) -> torch.Tensor:
+    """Return a tensor that lies in a bucket, without a copy."""
+    bits = bucket[entry.offset : entry.offset + entry.nbytes]
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return bits.view(dtype).view(entry.shape)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _open_carrier(offer: Mapping[str, Any], rank: int, device: torch.device) -> Carrier:
+    from fp8ctl.carriers import ends
+
+    return ends.receive(offer, rank, device)
+
+
+class _Clock:
+    """Seconds between one call and the next, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now

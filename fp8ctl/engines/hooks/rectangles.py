@@ -1,0 +1,175 @@
+"""Where the tensors of a checkpoint lie in a model's memory, so that they can be copied there.
+
+`shards` says which rectangle of which checkpoint tensor a view into the engine's memory
+holds. A bucket of tensors can then be copied with one call, around the engine's loaders.
+That is sound for tensors that `Rectangles.trust` has let in, and only for them. It takes
+all of this:
+
+- The engine's module says so (`receiver.Engine.copies`): memory has the checkpoint's own
+  form, and the loader does nothing but copy. Scales whose loader renews a kernel's copy,
+  and weights that the engine quantises itself, are never in.
+- The tensor went in through its loader before, and afterwards the digest of what all
+  ranks hold on exactly these rectangles was that of the tensor that was sent. Digests
+  depend on places, so a rectangle that is elsewhere holds something else.
+- Its values could have told: not all alike, and unlike those of any other tensor of its
+  shape. Norms that are all ones would be equal wherever they went.
+- The dtype is that of the memory: a cast is the loader's business.
+
+Later digests cannot prove it again: they look where the copies went. So what could bring
+the weights into another form, a load by a route of the engine's own, takes all trust
+away, and so does a push that broke off; where parameters lie is looked up anew for each
+push. `FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves all to the loaders.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8ctl.engines.hooks import shards
+from fp8ctl.kernels.digest import digests
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from fp8ctl.engines.hooks.shards import Form, Shard
+
+    Named = tuple[str, torch.Tensor]
+    #: Where to, and from where.
+    Pair = tuple[torch.Tensor, torch.Tensor]
+
+#: "1": no copies, whatever was verified.
+LOADERS_ONLY = "FP8CTL_PUSH_LOADERS"
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Rectangles:
+    """The rectangles that one rank holds, and which tensors may be copied into them."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tp_rank: int,
+        copies: Callable[[torch.nn.Module], Form | None],
+    ) -> None:
+        """Take a model over; nothing is trusted yet.
+
+        Args:
+            model: as the engine built and loaded it.
+            tp_rank: of this process among those that share the same layers.
+            copies: `receiver.Engine.copies`.
+        """
+        self._model = model
+        self._tp_rank = tp_rank
+        self._copies = copies
+        self._trusted: set[str] = set()
+        self._held: dict[str, list[Shard]] | None = None
+
+    def look_anew(self) -> None:
+        """Look up where parameters lie when it is asked next."""
+        self._held = None
+
+    def held(self) -> dict[str, list[Shard]]:
+        """Return the rectangles into which each tensor may be copied."""
+        if self._held is None:
+            found: dict[str, list[Shard]] = defaultdict(list)
+            form = self._copies(self._model)
+            for shard in shards.shards(self._model, self._tp_rank, form) if form else ():
+                found[shard.name].append(shard)
+            self._held = dict(found)
+        return self._held
+
+    def trust(self, names: Iterable[str]) -> int:
+        """Let tensors in whose values would be others if they lay elsewhere.
+
+        Args:
+            names: of tensors that loaders have written and digests have proven.
+
+        Returns:
+            How many are let in by now.
+        """
+        held = self.held()
+        able = [name for name in names if name in held and name not in self._trusted]
+        self._trusted.update(_telling({name: held[name] for name in able}))
+        return len(self._trusted)
+
+    def distrust(self) -> None:
+        """Let nothing in."""
+        self._trusted.clear()
+
+    def part(self, named: Iterable[Named]) -> tuple[dict[str, list[Pair]], list[Named]]:
+        """Part a bucket into what is copied, by name, and what loaders take."""
+        copies, others = {}, []
+        trusted = set() if os.environ.get(LOADERS_ONLY) == "1" else self._trusted
+        for name, tensor in named:
+            pairs = _pairs(tensor, self.held().get(name, ())) if name in trusted else []
+            if not pairs:
+                others.append((name, tensor))
+            else:
+                copies[name] = pairs
+        return copies, others
+
+
+def _pairs(tensor: torch.Tensor, held: Iterable[Shard]) -> list[Pair]:
+    """Return what is copied where; nothing where the tensor is not what memory holds."""
+    pairs = []
+    for shard in held:
+        to = shard.tensor
+        if to.dtype != tensor.dtype or to.dim() != tensor.dim():
+            return []
+        part = tensor
+        if tensor.shape != to.shape:  # most often they are the same
+            for side, start in zip(range(to.dim()), (shard.row, shard.column), strict=False):
+                if start + to.shape[side] > tensor.shape[side]:
+                    return []
+                part = part.narrow(side, start, to.shape[side])
+            if part.shape != to.shape:
+                return []
+        pairs.append((_as_bytes(to), _as_bytes(part)))
+    return pairs
+
+
+def _as_bytes(t: torch.Tensor) -> torch.Tensor:
+    """FP8 is copied as bytes: torch has fewer fast kernels for it."""
+    return t.view(torch.uint8) if t.element_size() == 1 else t
+
+
+def copy(pairs: Iterable[Pair]) -> None:
+    """Copy many tensors, with one call for each dtype."""
+    by_dtype: dict[torch.dtype, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        by_dtype[pair[0].dtype].append(pair)
+    with torch.no_grad():
+        for same in by_dtype.values():
+            torch._foreach_copy_([to for to, _ in same], [part for _, part in same])
+
+
+def _telling(held: Mapping[str, Sequence[Shard]]) -> set[str]:
+    """Return the names whose values would not be the same in another place."""
+    flat = [(name, shard) for name, those in held.items() for shard in those if _size(shard)]
+    if not flat:
+        return set()
+    sums = digests((shard.tensor, shard.row, shard.column) for _, shard in flat)
+    bits = [shard.tensor.view(_BITS[shard.tensor.element_size()]) for _, shard in flat]
+    # Without a copy of any: the largest table would not fit beside a serving engine.
+    ends = [torch.aminmax(b) for b in bits]
+    varied = torch.stack([low != high for low, high in ends]).tolist()
+    kinds = [
+        (tuple(shard.tensor.shape), shard.tensor.dtype, total)
+        for (_, shard), total in zip(flat, sums, strict=True)
+    ]
+    count = Counter(kinds)
+    dull = {
+        name
+        for (name, _), kind, differs in zip(flat, kinds, varied, strict=True)
+        if not differs or count[kind] > 1
+    }
+    return {name for name, _ in flat} - dull
+
+
+def _size(shard: Shard) -> int:
+    return shard.tensor.numel()

@@ -1,0 +1,153 @@
+"""SGLang 0.4.8's scheduler processes, as its server asks them.
+
+The `workers.Workers` of a push. A question goes the way of a weight update with our
+custom loader (`sglang_worker.load`), by SGLang's own communicator: not through its
+route's lock, which waits for requests that run and would never end for paused ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl.engines.hooks import ranklog, sglang_worker
+from fp8ctl.engines.hooks.workers import Reloaded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fp8ctl.wire import InFlight
+
+#: Seconds for every rank to answer a question: digests of a large model take a while.
+ANSWER_WITHIN = 600.0
+#: Seconds between two looks for an answer; rank 0's is there when SGLang's own comes.
+_LOOK = 0.001
+#: Seconds between two looks whether requests have ended.
+_LOOK_FOR_REST = 0.005
+
+
+class Workers:
+    """All ranks of this server.
+
+    Attributes:
+        ranks: how many.
+        can_release: whether SGLang can give the memory of its weights up.
+    """
+
+    def __init__(self, http_server: Any, server_args: Any) -> None:
+        self._http_server = http_server
+        self._one_at_a_time = asyncio.Lock()
+        self.ranks: int = server_args.tp_size
+        #: Without the memory saver, releasing gives nothing up.
+        self.can_release = bool(server_args.enable_memory_saver)
+
+    @property
+    def _manager(self) -> Any:
+        return self._http_server._global_state.tokenizer_manager
+
+    def listen(self) -> None:
+        """Have the tokenizer manager read the schedulers' answers; needs the event loop.
+
+        SGLang starts that with the first request that generates, and a server that
+        awaits its weights gets none: routes such as /get_server_info would hang.
+        """
+        self._manager.auto_create_handle_loop()
+
+    async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
+        """Return one answer per rank, in the order of ranks.
+
+        Args:
+            what: as in `workers.Workers`, and for this engine "hold", "resume", "flush"
+                and "reload".
+            details: of the question, in JSON types.
+
+        Raises:
+            RuntimeError: the engine refused, a rank failed or did not answer in time.
+        """
+        # A question that is cancelled half-way would leave SGLang's communicator waiting for
+        # its answer, and all questions after it.
+        asking = asyncio.ensure_future(self._ask(what, details))
+        return await asyncio.shield(asking)
+
+    async def _ask(self, what: str, details: dict[str, Any]) -> list[dict[str, Any]]:
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+        from sglang.srt.utils import MultiprocessingSerializer
+
+        folder = ranklog.run_dir()
+        if folder is None:
+            raise RuntimeError(f"{ranklog.RUN_DIR} is not set: there is no place for answers")
+        number = uuid.uuid4().hex
+        asked = json.dumps({**details, "id": number, "what": what}).encode()
+        payload = MultiprocessingSerializer.serialize(
+            [(sglang_worker.QUESTION, sglang_worker.Question(asked))]
+        )
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[payload] * self.ranks,
+            load_format=sglang_worker.LOADER,
+            flush_cache=False,
+        )
+        try:
+            async with self._one_at_a_time:
+                self.listen()
+                results = await self._manager.update_weights_from_tensor_communicator(request)
+            if len(results) > 1:
+                why = "data parallelism: one server would have several sets of weights"
+                raise RuntimeError(why)
+            [result] = results
+            if not result.success:
+                raise RuntimeError(result.message)
+            answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]
+        finally:
+            for rank in range(self.ranks):
+                _answer(folder, number, rank).unlink(missing_ok=True)
+        failed = [f"rank {a['rank']}: {a['failed']}" for a in answers if "failed" in a]
+        if failed:
+            raise RuntimeError("; ".join(failed))
+        return answers
+
+    async def load_from_disk(self, path: str) -> Reloaded:
+        """Have every rank load a folder, by the engine's own code."""
+        answers = await self.ask("reload", path=path)
+        wrong = [f"rank {a['rank']}: {a['message']}" for a in answers if not a["ok"]]
+        return Reloaded(not wrong, "; ".join(wrong), any(a["changed"] for a in answers))
+
+    async def hold(self, in_flight: InFlight, within: float) -> None:
+        """Bring all ranks to rest at the same step, as `workers.Workers` says.
+
+        Raises:
+            TimeoutError: requests still run after `within` seconds.
+            RuntimeError: the schedulers cannot be held.
+        """
+        if in_flight == "finish":
+            until = time.monotonic() + within
+            while running := len(self._manager.rid_to_state):
+                if time.monotonic() > until:
+                    raise TimeoutError(f"{running} requests still run after {within:g} s")
+                await asyncio.sleep(_LOOK_FOR_REST)
+        await self.ask("hold", abort=in_flight == "abort")
+
+    async def resume(self) -> None:
+        """Let all ranks compute again."""
+        await self.ask("resume")
+
+    async def flush(self) -> None:
+        """Forget all keys and values."""
+        await self.ask("flush")
+
+
+def _answer(folder: Path, question: str, rank: int) -> Path:
+    return folder / "reports" / f"{question}.{rank}.json"
+
+
+async def _read(path: Path) -> dict[str, Any]:
+    """Return an answer when it is there: rank 0 answers the request, others may be later."""
+    until = time.monotonic() + ANSWER_WITHIN
+    while not path.exists():
+        if time.monotonic() > until:
+            raise RuntimeError(f"no {path.name} within {ANSWER_WITHIN:.0f} s")
+        await asyncio.sleep(_LOOK)
+    answer: dict[str, Any] = json.loads(path.read_text())
+    return answer

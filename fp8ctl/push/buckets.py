@@ -1,0 +1,303 @@
+"""Fills buckets: the stream writes what tensors become where they are sent from.
+
+What the stream makes together is looked at together, with one wait for the device: digests,
+NaN in what is kept, the recorder's facts. Then what need not be sent is taken out again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
+from fp8ctl.kernels.digest import digests, to_text
+from fp8ctl.push.result import Progress
+from fp8ctl.wire import ALIGN, Entry, Slot, place
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from fp8ctl.push.aside import Aside
+    from fp8ctl.push.delivery import Clock, Delivery
+
+    Named = tuple[str, torch.Tensor]
+    Look = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
+    Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
+
+
+class Filler:
+    """The stream's `Placing` of an update, and what it has sent and left out.
+
+    Attributes:
+        limit: bytes that are placed together.
+        patience: seconds that a place may have to be waited for.
+        aside: where an asynchronous update blocks.
+        skipped: names that all servers hold already.
+        digests: of all that came, by name, where they are computed.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        patience: float,
+        open_: Callable[[int], Delivery],
+        device: Callable[[], torch.device],
+        clock: Clock,
+        *,
+        digest: bool,
+        held: Callable[[], Sequence[Mapping[str, str]]] | None = None,
+        tie: tuple[str, str] | None = None,
+        facts: Look | None = None,
+        note: Note | None = None,
+        on_progress: Callable[[Progress], None] | None = None,
+        totals: tuple[int, int] | None = None,
+    ) -> None:
+        """Prepare; nothing is opened before something is placed.
+
+        Args:
+            limit: bytes that are placed together.
+            patience: seconds that servers may take with a bucket.
+            open_: returns what takes buckets of at least so many bytes.
+            device: returns where buckets will lie.
+            clock: for the stages.
+            digest: whether to compute digests.
+            held: returns what each server holds, name to digest; None: all is sent.
+            tie: names of an output head that may come and is not sent, and of its embedding.
+            facts: returns facts of tensors, for the recorder.
+            note: is told each tensor, whether it is sent, and the seconds that making these took.
+            on_progress: is called after every bucket.
+            totals: tensors and bytes of the plan.
+        """
+        self.limit, self.patience = limit, patience
+        self.aside: Aside | None = None
+        self.skipped: list[str] = []
+        self.digests: dict[str, str] = {}
+        self.sent, self.bytes_sent, self.bytes_skipped = 0, 0, 0
+        self._open, self._device, self._clock = open_, device, clock
+        self._digest = digest or held is not None
+        self._held, self._tie, self._facts, self._note = held, tie, facts, note
+        self._on_progress, self._totals = on_progress, totals
+        self._delivery: Delivery | None = None
+        self._slot, self._used = 0, 0
+        self._memory: torch.Tensor | None = None
+        self._entries: list[Entry] = []
+        #: Placed and not looked at: the entries, the memory of each, how many were written.
+        self._batch: list[Entry] = []
+        self._tensors: list[torch.Tensor] = []
+        self._written = 0
+        self._started = 0.0
+
+    # ---- what the stream asks ----
+
+    @property
+    def device(self) -> torch.device:
+        """Where buckets are written."""
+        return self._device()
+
+    def wants(self, name: str) -> bool:
+        """Say whether a tensor is a weight: buffers of rotary embeddings are computed anew."""
+        return not name.endswith("rotary_emb.inv_freq")
+
+    def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
+        """Return places in the bucket, in another one if they do not fit this one any more.
+
+        Raises:
+            UsageError: a tensor is larger than a bucket.
+        """
+        offsets, nbytes = place(slots)
+        delivery = self._opened(nbytes)
+        if nbytes > delivery.capacity:
+            raise UsageError(
+                f"{slots[0].name} needs {nbytes} bytes, a bucket has {delivery.capacity}",
+                hint=f"Rollout(urls, plan, bucket_bytes={nbytes})",
+                data={"tensor": slots[0].name},
+            )
+        if self._used + nbytes > delivery.capacity:
+            self._deliver()
+        if self._memory is None:
+            self._memory = delivery.buffer(self._slot)
+        self._started = time.perf_counter()
+        for slot, offset in zip(slots, offsets, strict=True):
+            at = self._used + offset
+            self._batch.append(Entry(slot.name, slot.dtype, slot.shape, at))
+            raw = self._memory[at : at + slot.nbytes]
+            self._tensors.append(raw.view(getattr(torch, slot.dtype)).view(slot.shape))
+        self._used += nbytes
+        return [*self._tensors]
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Measure a stage of the stream."""
+        return self._clock.stage(name, None if self._delivery is None else self._delivery.device)
+
+    def in_thread(self, work: Callable[[], list[Named]]) -> Awaitable[list[Named]]:
+        """Do it aside, and take what it gives there, too: the stream passes nothing on."""
+        assert self.aside is not None
+
+        def both() -> list[Named]:
+            self.add(work())
+            return []
+
+        return self.aside.do(both)
+
+    # ---- what the update does ----
+
+    def add(self, pairs: Sequence[Named]) -> None:
+        """Take what the stream gives: places that are written now."""
+        self._written += len(pairs)
+        if pairs and self._written == len(self._batch):
+            self._settle()
+
+    def finish(self) -> None:
+        """Send what is left, and wait until all buckets are where they should be.
+
+        Raises:
+            ConflictError: an output head came that is not its embedding.
+        """
+        self._check_tie(last=True)
+        self._deliver()
+        if self._delivery is not None:
+            self._delivery.drain()
+        self._tell()
+
+    @property
+    def buckets(self) -> int:
+        """How many were sent."""
+        return 0 if self._delivery is None else self._delivery.number
+
+    def _opened(self, nbytes: int) -> Delivery:
+        if self._delivery is None:
+            self._delivery = self._open(nbytes)
+        return self._delivery
+
+    def _settle(self) -> None:
+        """Look at what was written, and decide what of it is sent."""
+        batch, tensors = self._batch, self._tensors
+        self._batch, self._tensors, self._written = [], [], 0
+        with self._clock.stage("digest"):
+            found = self._looked(batch, tensors)
+        took = time.perf_counter() - self._started
+        del tensors
+        self.digests.update((entry.name, entry.digest) for entry in found if entry.digest)
+        self._check_tie()
+        wanted = self._wanted(found)
+        if self._note is not None:
+            head = self._tie and self._tie[0]
+            known = [(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head]
+            self._note(known, took)
+        start = batch[0].offset
+        if all(wanted):
+            self._entries += found
+        else:
+            self._used = start
+            self._entries += self._moved([e for e, sent in zip(found, wanted, strict=True) if sent])
+        self.sent += sum(wanted)
+        # With little to send, the next ones may still go into this bucket.
+        assert self._delivery is not None
+        if self._held is None or self._used > self._delivery.capacity // 2:
+            self._deliver()
+
+    def _looked(self, batch: list[Entry], tensors: list[torch.Tensor]) -> list[Entry]:
+        kept = [
+            (entry, tensor)
+            for entry, tensor in zip(batch, tensors, strict=True)
+            if entry.dtype.startswith(("bfloat", "float16", "float32", "float64"))
+            and tensor.numel()
+        ]
+        ends = [torch.stack(torch.aminmax(tensor)).double() for _, tensor in kept]
+        facts = [{}] * len(batch) if self._facts is None else self._facts(batch, tensors)
+        asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
+        made = iter(digests((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes))
+        texts = [to_text(next(made)) if yes else "" for yes in asked]
+        for (entry, tensor), (low, high) in zip(
+            kept, torch.stack(ends).tolist() if ends else (), strict=True
+        ):
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise _not_finite(entry.name, tensor)
+        return [
+            Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)
+            for e, text, of_it in zip(batch, texts, facts, strict=True)
+        ]
+
+    def _wanted(self, found: list[Entry]) -> list[bool]:
+        """Say of each tensor whether it is sent: codes and their scales together, or not."""
+        head = self._tie and self._tie[0]
+        held = () if self._held is None else self._held()
+        same = [
+            bool(held) and all(server.get(e.name) == e.digest for server in held) for e in found
+        ]
+        for i, entry in enumerate(found):
+            if entry.dtype == "float8_e4m3fn":
+                same[i] = same[i + 1] = same[i] and same[i + 1]
+        for entry, there in zip(found, same, strict=True):
+            if there:
+                self.skipped.append(entry.name)
+                self.bytes_skipped += entry.nbytes
+            elif entry.name != head:
+                self.bytes_sent += entry.nbytes
+        return [not there and e.name != head for e, there in zip(found, same, strict=True)]
+
+    def _moved(self, wanted: list[Entry]) -> list[Entry]:
+        """Move tensors down to where the bucket ends without those that are left out."""
+        memory, moved = self._memory, []
+        assert memory is not None
+        for entry in wanted:
+            old, new, nbytes = entry.offset, self._used, entry.nbytes
+            if new != old:
+                part = memory[old : old + nbytes]
+                memory[new : new + nbytes].copy_(part if new + nbytes <= old else part.clone())
+            moved.append(
+                Entry(entry.name, entry.dtype, entry.shape, new, entry.digest, entry.facts)
+            )
+            self._used += -(-nbytes // ALIGN) * ALIGN
+        return moved
+
+    def _deliver(self) -> None:
+        if self._entries:
+            assert self._delivery is not None
+            self._delivery.deliver(self._slot, self._used, self._entries)
+            self._slot = 1 - self._slot
+            self._memory = None
+        self._entries, self._used = [], 0
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_progress is None:
+            return
+        tensors, nbytes = self._totals or (None, None)
+        self._on_progress(
+            Progress(
+                self.sent + len(self.skipped),
+                self.bytes_sent + self.bytes_skipped,
+                tensors,
+                nbytes,
+                self.buckets,
+            )
+        )
+
+    def _check_tie(self, last: bool = False) -> None:
+        """Refuse an output head that is not the embedding which stands for it."""
+        if self._tie is None:
+            return
+        mine, its = (self.digests.get(name) for name in self._tie)
+        if mine is not None and mine != its and (its is not None or last):
+            head, embedding = self._tie
+            how = "differs from" if its else "came without"
+            raise ConflictError(
+                f"{head} {how} {embedding}, which the plan has for both",
+                hint="plan what is trained: fp8ctl plan --model M --backend B --out plan.json",
+                data={"tensor": head},
+            )
+
+
+def _not_finite(name: str, tensor: torch.Tensor) -> PlanDoesNotFitError:
+    [index, *_] = (~torch.isfinite(tensor)).nonzero().tolist()
+    value = float(tensor[tuple(index)])
+    return PlanDoesNotFitError(
+        f"{name}: non-finite value {value} at index {index}; it would spoil every answer",
+        hint="look at the optimiser's step",
+        data={"tensor": name, "index": index},
+    )

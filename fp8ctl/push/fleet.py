@@ -1,0 +1,142 @@
+"""All servers of a rollout as one: a thread for each, and the first failure is everyone's."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import threading
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fp8ctl.errors import AbortedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from fp8ctl.push.client import Server
+
+    T = TypeVar("T")
+
+
+class Fleet:
+    """The servers, while an update runs.
+
+    What is asked of one server is asked in order; servers do not wait for each other.
+
+    Attributes:
+        servers: in the order in which they were given.
+    """
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.servers = tuple(servers)
+        self._pools = [
+            ThreadPoolExecutor(1, thread_name_prefix=f"fp8ctl-push-{i}")
+            for i in range(len(servers))
+        ]
+        self._last: list[Future[Any] | None] = [None] * len(servers)
+        self._hearts: list[Heart] = []
+
+    def start(
+        self, ask: Callable[[int, Server], T], those: Iterable[int] | None = None
+    ) -> list[Future[T]]:
+        """Ask every server something, or some by their numbers; returns at once."""
+        futures = []
+        for i in range(len(self.servers)) if those is None else those:
+            future = self._pools[i].submit(ask, i, self.servers[i])
+            self._last[i] = future
+            futures.append(future)
+        return futures
+
+    def all(self, ask: Callable[[int, Server], T]) -> list[T]:
+        """Ask every server something and wait for the answers."""
+        return answers(self.start(ask))
+
+    def idle(self, ask: Callable[[Server], object]) -> None:
+        """Ask something of the servers that have nothing to do; answers are not looked at."""
+        for i, (pool, server) in enumerate(zip(self._pools, self.servers, strict=True)):
+            last = self._last[i]
+            if last is not None and last.done():
+                self._last[i] = pool.submit(_quietly, ask, server)
+
+    def keep_alive(self, ask: Callable[[Server], object], every: float) -> None:
+        """Ask this of idle servers again and again, until the update ends."""
+        self._hearts.append(Heart(lambda: self.idle(ask), every))
+
+    def give_up(self, ask: Callable[[Server], object]) -> list[str]:
+        """End what is under way, then ask every server this once; never raises for a server.
+
+        Returns:
+            What went wrong, in words, for each server where something did.
+        """
+        self._rest()
+        for server in self.servers:
+            server.cut()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        failed: list[str] = []
+
+        def one(server: Server) -> None:
+            try:
+                server.mend()
+                ask(server)
+            except Exception as e:  # noqa: BLE001 - the update's own error is what is raised
+                failed.append(f"{server.url}: {e}")
+
+        threads = [threading.Thread(target=one, args=(server,)) for server in self.servers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return failed
+
+    def close(self) -> None:
+        """End the threads; connections stay for the next update."""
+        self._rest()
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)
+        for server in self.servers:
+            if server.is_cut:
+                server.mend()
+
+    def _rest(self) -> None:
+        while self._hearts:
+            self._hearts.pop().stop()
+
+
+class Heart:
+    """Does something every so many seconds, in a thread."""
+
+    def __init__(self, beat: Callable[[], None], every: float) -> None:
+        self._beat, self._every = beat, every
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fp8ctl-push-heart", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it, and wait for that."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._every):
+            self._beat()
+
+
+def answers(futures: Sequence[Future[T]]) -> list[T]:
+    """Wait for all answers, or for the first failure, which is raised.
+
+    One that was given up because of another failure is not the one to tell.
+    """
+    done, _ = concurrent.futures.wait(futures, return_when=FIRST_EXCEPTION)
+    errors = [e for f in futures if f in done and (e := f.exception()) is not None]
+    for error in errors:
+        if not isinstance(error, AbortedError):
+            raise error
+    if errors:
+        raise errors[0]
+    return [future.result() for future in futures]
+
+
+def _quietly(ask: Callable[[Server], object], server: Server) -> None:
+    with contextlib.suppress(Exception):  # the next request to this server tells it
+        ask(server)

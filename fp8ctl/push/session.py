@@ -1,0 +1,125 @@
+"""Begin, end and abort of an update, at all servers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl.errors import Fp8ctlError
+from fp8ctl.push.fleet import answers
+from fp8ctl.wire import Begin
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from concurrent.futures import Future
+
+    from fp8ctl.push.client import Server
+    from fp8ctl.push.fleet import Fleet
+    from fp8ctl.push.folder import ByFolder
+    from fp8ctl.push.link import Link
+    from fp8ctl.push.update import Wish
+
+#: Seconds without a word after which a server takes the trainer for dead.
+LEASE = 120.0
+
+
+class Session:
+    """One update as the servers have it."""
+
+    def __init__(
+        self, fleet: Fleet, link: Link, push: str, version: str, wish: Wish, *, complete: bool
+    ) -> None:
+        self._fleet, self._link = fleet, link
+        self._push, self._version, self._wish = push, version, wish
+        self._complete = complete
+        self._asked: list[Future[dict[str, Any]]] = []
+        self._told: list[dict[str, Any]] = []
+
+    def begin(self) -> None:
+        """Ask all servers to begin; returns before they have, and keeps them from giving up."""
+        numbers = {server: i for i, server in enumerate(self._fleet.servers)}
+        self._asked = self._fleet.start(self._begin_one)
+        self._fleet.keep_alive(lambda server: self._begin_one(numbers[server], server), LEASE / 4)
+
+    def begun(self) -> list[dict[str, Any]]:
+        """Wait until all have begun; return what each answered."""
+        if not self._told:
+            try:
+                self._told = answers(self._asked)
+            except Fp8ctlError as e:
+                if e.data.get("reply") != "FP8-CONNECTION" or self._link.kind == "group":
+                    raise
+                self._told = self._begun_anew()
+        return self._told
+
+    def load_folder(self, folder: ByFolder) -> int:
+        """Have all servers load a folder; return how many buckets that is."""
+        self.begun()
+        path, entries = str(folder.path), folder.entries
+        if not entries:
+            return 0
+        answers(self._fleet.start(lambda _, server: server.folder(self._push, path, entries)))
+        return 1
+
+    def end(self, buckets: int, skipped: Sequence[str]) -> list[dict[str, Any]]:
+        """Have the update take force; return what each server answered.
+
+        Raises:
+            Fp8ctlError: a server could not; the message says which others serve it already.
+        """
+        self.begun()
+        verify = self._wish.verify
+        futures = self._fleet.start(
+            lambda _, server: server.end(self._push, buckets, skipped, verify)
+        )
+        try:
+            return answers(futures)
+        except Fp8ctlError as e:
+            done = [
+                server.url
+                for server, future in zip(self._fleet.servers, futures, strict=True)
+                if future.exception() is None  # it waits, so that the message is true
+            ]
+            if done:
+                e.data["applied"] = done
+                e.message += f"; {', '.join(done)} serve version {self._version} already"
+                e.args = (e.message,)
+            raise
+
+    def abort(self, reason: str) -> list[str]:
+        """End what is under way; return, in words, who could not be told."""
+        begun = bool(self._asked)
+        if begun:
+            self._link.served = None
+        return self._fleet.give_up(
+            lambda server: server.abort(self._push, reason) if begun else None
+        )
+
+    def _begin_one(self, i: int, server: Server) -> dict[str, Any]:
+        wish = self._wish
+        begin = Begin(
+            push=self._push,
+            connection=self._link.connections[i],
+            version=self._version,
+            manifest=wish.manifest,
+            in_flight=wish.in_flight,
+            within=wish.timeout,
+            lease=LEASE,
+            complete=self._complete,
+            digests=wish.delta,
+        )
+        return server.begin(begin)
+
+    def _begun_anew(self) -> list[dict[str, Any]]:
+        """Connect servers again that were started anew since, or that met another client."""
+        concurrent.futures.wait(self._asked)
+        lost = []
+        for i, future in enumerate(self._asked):
+            error = future.exception()
+            if error is None:
+                continue
+            if not isinstance(error, Fp8ctlError) or error.data.get("reply") != "FP8-CONNECTION":
+                raise error
+            lost.append(i)
+        self._link.connect(self._fleet, lost)
+        return answers(self._fleet.start(self._begin_one))

@@ -1,0 +1,328 @@
+"""One update, from the first tensor to the last server's answer; or nothing of it.
+
+The same steps for a sync and an async source. Asynchronously, what blocks (kernels, waiting
+for servers) is done aside; a cancellation ends what waits there before anything else happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8ctl import ranks as together
+from fp8ctl.errors import Fp8ctlError
+from fp8ctl.forms import tied_head
+from fp8ctl.push.aside import Aside
+from fp8ctl.push.buckets import Filler
+from fp8ctl.push.delivery import ByCarrier, Clock
+from fp8ctl.push.fleet import Fleet
+from fp8ctl.push.folder import ByFolder
+from fp8ctl.push.link import Served
+from fp8ctl.push.recorder import Recorder
+from fp8ctl.push.result import Update
+from fp8ctl.push.session import Session
+from fp8ctl.stream import placed_weights
+from fp8ctl.wire import ALIGN
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from fp8ctl.manifest import Plan
+    from fp8ctl.push.client import Server
+    from fp8ctl.push.delivery import Delivery
+    from fp8ctl.push.link import Link
+    from fp8ctl.push.result import Progress
+    from fp8ctl.ranks import Ranks
+    from fp8ctl.wire import InFlight
+
+    Named = tuple[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is the same in all updates of a rollout; see `rollout.Rollout`."""
+
+    plan: Plan | None
+    manifest: str
+    bucket_bytes: int
+    in_flight: InFlight
+    delta: bool
+    verify: bool
+    timeout: float
+    dtype: torch.dtype | None
+    record: Path | None
+    folder: Path | None
+
+
+class Work:
+    """An update on its way.
+
+    Attributes:
+        push: its own name.
+    """
+
+    def __init__(
+        self,
+        wish: Wish,
+        servers: Sequence[Server],
+        link: Link,
+        version: str,
+        *,
+        complete: bool,
+        ranks: Ranks | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.push = uuid.uuid4().hex
+        self._wish, self._link, self._version = wish, link, version
+        self._complete, self._ranks = complete, ranks
+        self._gives = ranks is None or ranks.is_source
+        self._clock = Clock()
+        self._fleet = Fleet(servers)
+        self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
+        self._delivery: Delivery | None = None
+        self._recorder: Recorder | None = None
+        largest, totals = _sizes(wish.plan)
+        if totals is None:
+            self._slot = wish.bucket_bytes
+        else:
+            # As asked; no more than all of it, no less than the largest tensor.
+            self._slot = max(largest, min(wish.bucket_bytes, totals[1] + totals[0] * ALIGN))
+        self._filler = Filler(
+            self._slot,
+            wish.timeout,
+            self._deliver_by,
+            lambda: link.device,
+            self._clock,
+            digest=wish.verify or wish.record is not None,
+            held=self._held if wish.delta else None,
+            tie=None if wish.plan is None else tied_head(wish.plan),
+            facts=self._facts if wish.record is not None else None,
+            note=self._note if wish.record is not None else None,
+            on_progress=on_progress,
+            totals=totals,
+        )
+
+    # ---- two ways through it ----
+
+    def run(self, named_tensors: Iterable[Named]) -> Update:
+        """Do it, from a sync source."""
+        try:
+            with self._stream(named_tensors) as stream:
+                self._prepare(named_tensors)
+                for pair in stream:
+                    self._filler.add([pair])
+            return self._conclude()
+        except BaseException as e:
+            self._give_up(e)
+            raise
+        finally:
+            self._close()
+
+    async def arun(self, named_tensors: Iterable[Named] | AsyncIterable[Named]) -> Update:
+        """Do it, from a source of either kind."""
+        aside = Aside(self._stop)
+        self._filler.aside = aside
+        try:
+            async with self._stream(named_tensors) as stream:
+                await aside.do(lambda: self._prepare(named_tensors))
+                async for _ in stream:
+                    pass  # the filler took them, aside
+            return await aside.do(self._conclude)
+        except BaseException as e:
+            error = e
+            await aside.do_at_last(lambda: self._give_up(error))
+            raise
+        finally:
+            try:
+                cancelled = await aside.do_at_last(self._close)
+            finally:
+                aside.close()
+            if cancelled:
+                raise asyncio.CancelledError
+
+    # ---- its steps ----
+
+    def _stream(self, named_tensors: Any) -> Any:
+        wish = self._wish
+        return placed_weights(
+            named_tensors,
+            wish.plan,
+            self._filler,
+            dtype=wish.dtype,
+            complete=self._complete,
+            ranks=self._ranks,
+        )
+
+    def _prepare(self, named_tensors: object) -> None:
+        """Find every server able to take this, before the source is asked for anything."""
+        ranks = self._ranks
+        if not self._gives:
+            assert ranks is not None
+            together.meet(ranks, "more", patience=self._wish.timeout)
+            return
+        try:
+            if self._wish.plan is None and isinstance(named_tensors, Collection):
+                # What is no pair of a name and a tensor, the stream refuses.
+                pairs = (one for one in named_tensors if isinstance(one, tuple) and len(one) == 2)
+                tensors = (t for _, t in pairs if isinstance(t, torch.Tensor))
+                sizes = (t.numel() * t.element_size() + ALIGN for t in tensors)
+                self._slot = max([self._slot, *sizes])
+            self._link.open(self._fleet, self._slot)
+            if self._wish.record is not None:
+                self._recorder = Recorder(
+                    self._wish.record, self._wish.plan, self._version, self.push, self._before
+                )
+        except BaseException as e:
+            if ranks is not None:
+                together.leave(ranks, e)
+            raise
+        if ranks is not None:
+            together.meet(ranks, "more")
+
+    def _deliver_by(self, nbytes: int) -> Delivery:
+        """Return what takes the buckets; the servers begin while the first is written."""
+        link, wish = self._link, self._wish
+        self._slot = max(self._slot, nbytes)
+        if link.kind == "disk":
+            self._delivery = ByFolder(wish.folder, wish.plan, self._slot, link.device, self._clock)
+        else:
+            link.open(self._fleet, self._slot)
+            self._session.begin()
+            self._delivery = ByCarrier(
+                link, self._fleet, self.push, self._session.begun, self._clock
+            )
+        return self._delivery
+
+    def _conclude(self) -> Update:
+        """Have all servers serve the new weights, when all have all of them."""
+        ranks = self._ranks
+        if ranks is None:
+            return self._finish()
+        if not self._gives:
+            together.tell(ranks, patience=2 * self._wish.timeout)
+            return Update(self._version)
+        try:
+            done = self._finish()
+        except BaseException as e:
+            together.tell(ranks, e)
+            raise
+        together.tell(ranks)
+        return done
+
+    def _finish(self) -> Update:
+        filler, session = self._filler, self._session
+        filler.finish()
+        delivery = self._delivery or self._deliver_by(0)  # an update may be of nothing
+        if isinstance(delivery, ByFolder):
+            session.begin()
+            with self._clock.stage("wait"):
+                buckets = session.load_folder(delivery)
+        else:
+            buckets = filler.buckets
+        with self._clock.stage("end"):
+            ended = session.end(buckets, filler.skipped)
+        link = self._link
+        kept = link.served.digests if link.served is not None and not self._complete else {}
+        link.served = Served(self._version, {**kept, **filler.digests})
+        verified = [one["verified"] for one in ended if one.get("verified") is not None]
+        done = self._told(
+            loading={
+                server.url: {k: float(v) for k, v in dict(one.get("seconds") or {}).items()}
+                for server, one in zip(self._fleet.servers, ended, strict=True)
+            },
+            verified=min(verified) if len(verified) == len(ended) else None,
+        )
+        if self._recorder is not None:
+            self._recorder.end(done, "applied")
+        return done
+
+    def _told(self, **more: Any) -> Update:
+        filler = self._filler
+        return Update(
+            version=self._version,
+            push=self.push,
+            servers=tuple(server.url for server in self._fleet.servers),
+            buckets=filler.buckets,
+            sent=filler.sent,
+            skipped=len(filler.skipped),
+            bytes_sent=filler.bytes_sent,
+            bytes_skipped=filler.bytes_skipped,
+            stages=self._clock.seconds(),
+            **more,
+        )
+
+    # ---- what the filler asks ----
+
+    def _held(self) -> list[Mapping[str, str]]:
+        """Return the digests of what each server holds; empty where all must be sent."""
+        with self._clock.stage("wait"):
+            return [told.get("digests") or {} for told in self._session.begun()]
+
+    def _before(self) -> Mapping[str, str]:
+        """Return the digests of what the servers held before, as far as they are known."""
+        served = self._link.served
+        if self._link.kind == "disk":
+            return {} if served is None else served.digests
+        told = self._session.begun()[0]
+        if told.get("digests"):
+            return dict(told["digests"])
+        if served is None or told.get("state") != "ready" or told.get("version") != served.version:
+            return {}
+        return served.digests
+
+    def _facts(self, *asked: Any) -> list[dict[str, float]]:
+        assert self._recorder is not None
+        return self._recorder.facts(*asked)
+
+    def _note(self, *noted: Any) -> None:
+        assert self._recorder is not None
+        self._recorder.note(*noted)
+
+    # ---- when it fails ----
+
+    def _stop(self) -> None:
+        """End what waits, from another thread."""
+        for server in self._fleet.servers:
+            server.cut()
+        if self._delivery is not None:
+            self._delivery.cancel("the update was cancelled")
+
+    def _give_up(self, error: BaseException) -> None:
+        """Tell all servers that nothing comes of it."""
+        if not self._gives:
+            return
+        reason = f"{type(error).__name__}: {error}"
+        if self._delivery is not None:
+            self._delivery.cancel(reason)
+        lost = self._session.abort(reason)
+        if isinstance(error, Fp8ctlError) and lost:
+            error.data["not told"] = lost
+        if self._recorder is not None:
+            self._recorder.end(self._told(), "failed", reason)
+
+    def _close(self) -> None:
+        self._fleet.close()
+        if self._delivery is not None:
+            self._delivery.close()
+        if self._recorder is not None:
+            self._recorder.close()
+        sender = self._link.sender
+        if sender is not None and not sender.alive:
+            self._link.drop()
+
+
+def _sizes(plan: Plan | None) -> tuple[int, tuple[int, int] | None]:
+    """Return what the largest tensor of a plan needs with its scales, and tensors and bytes."""
+    if plan is None:
+        return 0, None
+    largest = tensors = 0
+    for tensor in plan.tensors:
+        tensors += 2 if tensor.quantize else 1
+        largest = max(largest, -(-plan.bytes_of(tensor) // ALIGN) * ALIGN + ALIGN)
+    return largest, (tensors, plan.bytes_after)

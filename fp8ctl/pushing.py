@@ -1,0 +1,390 @@
+"""`fp8ctl push`: a checkpoint's weights into running servers, as a trainer sends its own.
+
+What can be refused is refused here, before anything is sent: a server that cannot take a
+push, one of another plan, a model of another shape. Then the worker (`worker`, in an
+interpreter with torch) streams the checkpoint through `push.Rollout`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+from fp8ctl import gate, models, registry, wire
+from fp8ctl.check import command, live
+from fp8ctl.check.command import parse_url
+from fp8ctl.errors import (
+    AbortedError,
+    CheckFailedError,
+    ConflictError,
+    EngineFailedError,
+    Fp8ctlError,
+    UnsupportedError,
+    UsageError,
+)
+from fp8ctl.interpreter import resolve_model, run_worker, torch_python
+from fp8ctl.manifest import RECORD, Plan
+from fp8ctl.push.client import Server
+from fp8ctl.render import human_bytes, plural
+from fp8ctl.signals import interruptible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from fp8ctl.models import Checkpoint
+    from fp8ctl.render import Reporter
+
+VIA: Final = ("ipc", "nccl", "disk")
+BUCKET: Final = 512
+"""MB of a bucket where nobody says otherwise."""
+# What a trainer's checkpoint may hold besides: `Rollout` drops it.
+_UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+_ASK: Final = 60.0
+# Of a manifest: 70 000 tensors take 15 MB.
+_LIMIT: Final = 256 << 20
+# Until a worker that was told to stop has told the servers.
+_PATIENCE: Final = 30.0
+
+
+def _megabytes(found: re.Match[str]) -> str:
+    return f"--bucket-size {-(-int(found[1]) // 1_000_000)}"
+
+
+# What `Rollout` calls what, and the command.
+_SPELLED: Final[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]] = (
+    (r", or Rollout\(urls, plan, api_key=KEY\)", ""),
+    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\), .*', "--via disk"),
+    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "export XDG_CACHE_HOME=PATH"),
+    (r"Rollout\(urls, plan, (.*?)\)", r"\1"),
+    (r'via="(\w+)"', r"--via \1"),
+    (r'in_flight="(\w+)"', r"--in-flight \1"),
+    (r"bucket_bytes=(\d+)", _megabytes),
+    (r"bucket_bytes", "--bucket-size"),
+    (r"record=PATH", "--record FILE"),
+)
+
+
+def run(
+    report: Reporter,
+    *,
+    urls: Sequence[str],
+    model: str,
+    via: str = "ipc",
+    version: str | None = None,
+    delta: bool = False,
+    record: Path | None = None,
+    in_flight: str = "finish",
+    bucket_size: int = BUCKET,
+    check: bool = True,
+    dry_run: bool = False,
+    python: Path | None = None,
+) -> dict[str, object]:
+    """Send a checkpoint to servers; arguments are those of `fp8ctl push`.
+
+    Args:
+        bucket_size: in MB.
+        check: end with the live check of every server.
+
+    Raises:
+        UsageError, NotFoundError, UnsupportedError, ConflictError: it was refused, and nothing
+            was sent.
+        CheckFailedError: a server holds something else than was sent, or does not answer well.
+        AbortedError: Ctrl-C or SIGTERM; the message says what state the servers are in.
+        Fp8ctlError: what `push.Rollout` raises.
+    """
+    _require_sense(urls, via, in_flight, delta)
+    addresses = list(dict.fromkeys(parse_url(url) for url in urls))
+    states = {url: _state(url) for url in addresses}
+    plan = _plan_of(addresses)
+    local = _local(addresses)
+    folder = resolve_model(report, model, python or local, fetch=not dry_run)
+    source = models.read_checkpoint(folder)
+    _require_alike(source, plan)
+    version = version or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    for url, state in states.items():
+        report.say(f"{url}: {_told(state)}")
+    report.say(_planned(source, plan, via))
+    data: dict[str, object] = {
+        "servers": addresses,
+        "model": str(folder),
+        "version": version,
+        "via": via,
+        "plan_digest": None if plan is None else plan.digest,
+        "mode": "online" if plan is None else plan.mode.value,
+        "states": states,
+        "dry_run": dry_run,
+    }
+    if dry_run:
+        return data
+    arguments = {
+        "urls": addresses,
+        "plan": None if plan is None else plan.to_json(),
+        "model": str(folder.absolute()),
+        "via": via,
+        "version": version,
+        "delta": delta,
+        "in_flight": in_flight,
+        "bucket_bytes": bucket_size * 1_000_000,
+        "record": None if record is None else str(record.expanduser().absolute()),
+    }
+    update = _pushed(report, _python(python, local), arguments)
+    data |= {"update": update} | _evidence(plan, update)
+    _tell(report, data, update)
+    if check:
+        data["checks"] = _checks(report, addresses, data)
+    report.data(f"verdict: {data['verdict'] or 'not visible'}, version {version}")
+    return data
+
+
+def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -> None:
+    if not urls:
+        raise UsageError("no server was named", hint="fp8ctl ps lists the servers of fp8ctl")
+    if via not in VIA:
+        raise UsageError(f"--via {via!r}; expected one of {', '.join(VIA)}", hint="--via ipc")
+    if in_flight not in get_args(wire.InFlight):
+        known = ", ".join(get_args(wire.InFlight))
+        raise UsageError(
+            f"--in-flight {in_flight!r}; expected one of {known}", hint="--in-flight finish"
+        )
+    if via == "disk" and delta:
+        raise UsageError(
+            "--delta with --via disk: an engine's own reload takes whole checkpoints",
+            hint="--via ipc or --via nccl",
+        )
+
+
+def _state(url: str) -> dict[str, Any]:
+    """Return what a server says of itself.
+
+    Raises:
+        Fp8ctlError: it is none that could take a push.
+    """
+    with (
+        _hints_of_options(),
+        contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server,
+    ):
+        return server.state()
+
+
+def _plan_of(urls: Sequence[str]) -> Plan | None:
+    """Return the plan that all servers were started with; None where the engine quantises.
+
+    Raises:
+        ConflictError: they have different ones.
+    """
+    found = {url: _manifest(url) for url in urls}
+    digests = {url: str(document.get("digest", "")) for url, document in found.items()}
+    if len(set(digests.values())) > 1:
+        told = ", ".join(f"{url} {digest[:16] or 'none'}" for url, digest in digests.items())
+        raise ConflictError(
+            f"the servers have different plans: {told}",
+            hint="push to each by itself, or launch all with one --plan",
+            data={"plans": digests},
+        )
+    document = next(iter(found.values()))
+    return Plan.from_json(document) if document else None
+
+
+def _manifest(url: str) -> dict[str, Any]:
+    """Return the manifest by which a server takes weights; {} where it has none.
+
+    Raises:
+        EngineFailedError: it does not tell.
+    """
+    try:
+        status, body = gate.get(url, wire.PLAN, gate.api_key(), _ASK, _LIMIT)
+        manifest: dict[str, Any] | None = json.loads(body)["manifest"] if status == 200 else None
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as e:
+        raise _untold(url, f"{type(e).__name__}: {e}") from e
+    if manifest is None:
+        raise _untold(url, f"it answers {status}")
+    return manifest
+
+
+def _untold(url: str, why: str) -> EngineFailedError:
+    return EngineFailedError(
+        f"{url} does not tell its plan ({wire.PLAN}): {why}",
+        hint="fp8ctl ps; fp8ctl logs NAME",
+    )
+
+
+def _require_alike(source: Checkpoint, plan: Plan | None) -> None:
+    """Refuse a model that the servers' plan is not of.
+
+    Raises:
+        UnsupportedError: it is quantised already.
+        ConflictError: a tensor is missing, too many, or of another shape.
+    """
+    if "quantization_config" in source.config or any(
+        one.dtype.startswith("F8") for one in source.tensors.values()
+    ):
+        made = "the 16-bit checkpoint that it was made from"
+        here = (source.folder / RECORD).is_file()
+        raise UnsupportedError(
+            f"{source.folder} is quantised already; a push takes {made}",
+            hint=f"--model of {made}" + (f": {RECORD} in it says which" if here else ""),
+        )
+    if plan is None:
+        return
+    planned = {tensor.name: tensor.shape for tensor in plan.tensors}
+    found = {name: one.shape for name, one in source.tensors.items()}
+    odd = [name for name in planned if planned[name] != found.get(name)]
+    odd += [n for n in found if n not in planned and not n.endswith(_UNASKED)]
+    if odd:
+        name = odd[0]
+        raise ConflictError(
+            f"{source.folder} is not the model of the servers' plan: {name} is"
+            f" {_shape(found.get(name))}, planned {_shape(planned.get(name))}"
+            + (f" ({len(odd)} such)" if odd[1:] else ""),
+            hint=f"fp8ctl launch --model {source.folder} serves this one",
+            data={"tensors": odd[:20]},
+        )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
+
+
+def _local(urls: Sequence[str]) -> Path | None:
+    """Return the interpreter of a server that fp8ctl started on this machine: it has torch."""
+    records = (registry.read(name) for name in registry.names())
+    return next((Path(r.python) for r in records if r and r.url.rstrip("/") in urls), None)
+
+
+def _python(asked: Path | None, local: Path | None) -> Path:
+    """Return the interpreter that sends: one that sees the same devices as the server does."""
+    from fp8ctl import environment
+
+    if asked is not None:
+        found = environment.find(asked, None).python
+        assert found is not None  # only a bare folder has none
+        return found
+    return local if local is not None and local.exists() else torch_python()
+
+
+def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the worker push; on a signal see to it that the servers were told."""
+    title = f"push {Path(arguments['model']).name}"
+    try:
+        with interruptible(), _hints_of_options():
+            return run_worker(python, "push", arguments, report, title, patience=_PATIENCE)
+    except (KeyboardInterrupt, AbortedError):
+        raise _interrupted(arguments["urls"]) from None
+    except Fp8ctlError as e:
+        told = _states(arguments["urls"])
+        e.data["states"] = {url: answer.state for url, answer in told.items()}
+        broken = [url for url, answer in told.items() if answer.state == "failed"]
+        if broken:
+            report.warn(
+                f"{', '.join(broken)}: part of an update may be in place, so it answers 503"
+                " until a push succeeds"
+            )
+        raise
+
+
+@contextlib.contextmanager
+def _hints_of_options() -> Iterator[None]:
+    """Turn hints for who calls `Rollout` into such that can be typed behind `fp8ctl push`."""
+    try:
+        yield
+    except Fp8ctlError as e:
+        for found, spelled in _SPELLED:
+            e.hint = e.hint and re.sub(found, spelled, e.hint)
+        raise
+
+
+def _interrupted(urls: Sequence[str]) -> AbortedError:
+    meaning = {
+        "ready": "serves what it served before",
+        "unpushed": "still waits for its weights",
+        "updating": "ends the update by itself",
+        "failed": "answers 503 until a push succeeds",
+    }
+    told = _states(urls)
+    words = [f"{u} is {a.state} ({meaning.get(a.state, a.message)})" for u, a in told.items()]
+    again = any(answer.state != "ready" for answer in told.values())
+    return AbortedError(
+        f"interrupted; {'; '.join(words)}",
+        hint="fp8ctl push again, or fp8ctl ps" if again else None,
+        data={"states": {url: answer.state for url, answer in told.items()}},
+    )
+
+
+def _states(urls: Sequence[str]) -> dict[str, gate.Answer]:
+    return {url: gate.ask(url, gate.api_key(), timeout=10.0) for url in urls}
+
+
+def _evidence(plan: Plan | None, update: Mapping[str, Any]) -> dict[str, object]:
+    """Return the verdict that the servers' own digests give."""
+    tensors = int(update["sent"]) + int(update["skipped"])
+    verified = update["verified"]
+    proven = plan is not None and verified is not None and int(verified) >= tensors > 0
+    return {"tensors": tensors, "verified": verified, "verdict": "fp8-ok" if proven else None}
+
+
+def _tell(report: Reporter, data: Mapping[str, object], update: Mapping[str, Any]) -> None:
+    stages: Mapping[str, float] = update["stages"]
+    rows = [[stage, f"{seconds:.3f}"] for stage, seconds in stages.items()]
+    report.table(("stage", "seconds"), rows)
+    total = stages.get("total", 0.0)
+    rate = f", {human_bytes(update['bytes_sent'] / total)}/s" if total else ""
+    skipped = ""
+    if update["skipped"]:
+        held = human_bytes(update["bytes_skipped"])
+        skipped = f"; {plural(update['skipped'], 'tensor')} ({held}) were there already"
+    report.data(
+        f"sent {plural(update['sent'], 'tensor')}, {human_bytes(update['bytes_sent'])} in"
+        f" {plural(update['buckets'], 'bucket')} and {total:.2f} s{rate}{skipped}"
+    )
+    ranks = "every rank of " + plural(len(update["servers"]), "server")
+    if data["verified"] is None:
+        report.data("weights: not visible: the engine quantised them itself")
+    else:
+        report.data(f"weights: {data['verified']} of {data['tensors']} tensors equal in {ranks}")
+
+
+def _checks(
+    report: Reporter, urls: Sequence[str], data: dict[str, object]
+) -> dict[str, dict[str, object]]:
+    """Ask every server once whether it answers with sense.
+
+    Raises:
+        CheckFailedError: one does not; its data is all of the push's.
+    """
+    found: dict[str, dict[str, object]] = {}
+    for url in urls:
+        seen = live.check(url)
+        found[url] = command.summary(url, seen)
+        command.tell(report, seen)
+        if seen.result != "ok":
+            data |= {"checks": found, "verdict": seen.verdict}
+            raise CheckFailedError(
+                f"{url} took the weights, and does not answer well: {command.fault_text(seen)}",
+                hint=f"fp8ctl check {url}",
+                data=data,
+            )
+    return found
+
+
+def _told(state: Mapping[str, Any]) -> str:
+    version = state.get("version")
+    return (
+        f"{state.get('engine')} {state.get('engine_version')} on {state.get('device')},"
+        f" {state.get('state')}" + (f", version {version}" if version is not None else "")
+    )
+
+
+def _planned(source: Checkpoint, plan: Plan | None, via: str) -> str:
+    if plan is None:
+        return f"{human_bytes(source.nbytes)} in 16 bits, via {via}: the engine quantises them"
+    block = f" in blocks of {plan.block.label}" if plan.block else ""
+    count = sum(1 for _ in plan.quantized)
+    return (
+        f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}, via {via}:"
+        f" {count} of {len(plan.tensors)} tensors to FP8, {plan.mode.value}{block}"
+    )

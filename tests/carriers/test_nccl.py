@@ -1,0 +1,184 @@
+"""NCCL: what is compared before a group is made, anywhere; the group itself, on two GPUs.
+
+python -m pytest -m gpu tests/carriers
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fp8ctl.carriers import ends, nccl
+from fp8ctl.errors import CarrierError, ConflictError
+from tests.carriers.processes import alive
+from tests.carriers.test_cuda import fill
+
+if TYPE_CHECKING:
+    from tests.carriers.processes import Pool, Process
+
+NBYTES = 50_000_011
+OURS = {"nccl": 22605, nccl.CUMEM: "0", "device": "aa"}
+THEIRS = {**OURS, "device": "bb"}
+
+on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+
+
+def test_ranks_that_are_alike_pass() -> None:
+    nccl.refuse_unlike(OURS, THEIRS, "rank 0 of server 0")
+
+
+def test_another_nccl_is_refused_and_named() -> None:
+    with pytest.raises(CarrierError, match="rank 1 of server 0 has NCCL 22907, the trainer 22605"):
+        nccl.refuse_unlike(OURS, {**THEIRS, "nccl": 22907}, "rank 1 of server 0")
+
+
+def test_a_rank_on_the_trainers_own_gpu_is_refused() -> None:
+    with pytest.raises(CarrierError, match="is on the trainer's GPU aa") as e:
+        nccl.refuse_unlike(OURS, OURS, "rank 0 of server 0")
+    assert e.value.hint == 'via="ipc"'
+
+
+@pytest.mark.parametrize(("ours", "theirs", "hint"), [("", "0", "=0 "), ("0", "1", "=1 ")])
+def test_ranks_that_would_share_memory_otherwise_are_refused(
+    ours: str, theirs: str, hint: str
+) -> None:
+    trainer = {**OURS, nccl.CUMEM: ours}
+    with pytest.raises(CarrierError, match=f"has {nccl.CUMEM}='{theirs}'") as e:
+        nccl.refuse_unlike(trainer, {**THEIRS, nccl.CUMEM: theirs}, "rank 0 of server 0")
+    assert f"{nccl.CUMEM}{hint}" in str(e.value.hint)
+
+
+def test_the_configuration_is_that_of_nccl_2_14() -> None:
+    """Later releases read as many bytes as `size` says."""
+    assert ctypes.sizeof(nccl._Config) == 24
+    assert (nccl._Config.magic.offset, nccl._Config.blocking.offset) == (8, 16)
+    assert ctypes.sizeof(nccl._UniqueId) == 128
+
+
+def test_a_process_without_nccl_says_so() -> None:
+    try:
+        ctypes.CDLL(nccl.LIBRARY)
+    except OSError:
+        with pytest.raises(CarrierError, match="no NCCL in this process"):
+            nccl.about(torch.device("cuda:0"))
+    else:
+        pytest.skip("this process has NCCL")
+
+
+# --- on two GPUs ----------------------------------------------------------------------------------
+
+
+def start(timeout: float = 120.0) -> ends.Sender:
+    return ends.sender("group", NBYTES, device="cuda:0", ranks=[1], timeout=timeout)
+
+
+def come(sender: ends.Sender, process: Process) -> None:
+    process.say(join=sender.offer(), rank=0, device="cuda:1")
+    sender.join()
+    assert process.answer(120) == {"ok": "joined"}
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_rank_on_another_gpu_gets_every_bucket(pool: Pool) -> None:
+    [process] = pool.take(1)
+    for _ in range(2):  # the second group is made as the first was
+        sender = start()
+        come(sender, process)
+        for bucket in range(6):
+            slot, nbytes = bucket % 2, NBYTES - bucket * 1000
+            wanted = fill(sender, slot, nbytes, seed=bucket)
+            process.say(bucket=[slot, nbytes])
+            sender.send(slot, nbytes)
+            assert process.answer() == {"ok": wanted}
+        process.ok(close=True)
+        sender.close()
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_rank_killed_between_buckets_is_named(pool: Pool) -> None:
+    [process] = pool.take(1)
+    sender = start()
+    come(sender, process)
+    process.kill()
+    with pytest.raises(ConflictError, match=rf"process {process.pid} on .* is gone"):
+        sender.send(0, 100)
+    assert not alive(sender)
+    sender.close()
+    assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_rank_that_stops_within_a_broadcast_is_a_time_out(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its half of the broadcast never runs: ours is aborted, and the device goes on."""
+    [process] = pool.take(1)
+    sender = start(timeout=5.0)
+    come(sender, process)
+    real = nccl.Nccl.broadcast
+
+    def alone(*args: Any) -> None:
+        process.signal(signal.SIGSTOP)
+        real(*args)
+
+    monkeypatch.setattr(nccl.Nccl, "broadcast", alone)
+    process.say(bucket=[0, NBYTES])
+    began = time.monotonic()
+    with pytest.raises((TimeoutError, ConflictError), match=f"process {process.pid} "):
+        sender.send(0, NBYTES)
+    assert time.monotonic() - began < 30
+    process.kill()
+    sender.close()
+    assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_rank_killed_while_the_group_is_made_is_named(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL itself waits for it without end."""
+    [process] = pool.take(1)
+    sender = start(timeout=20.0)
+    real = nccl.unique_id
+
+    def named_too_late() -> bytes:
+        process.kill()
+        return real()
+
+    monkeypatch.setattr(nccl, "unique_id", named_too_late)
+    process.say(join=sender.offer(), rank=0, device="cuda:1")
+    with pytest.raises((TimeoutError, ConflictError)):
+        sender.join()
+    assert not alive(sender)
+    sender.close()
+    assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
+
+
+@pytest.mark.gpu
+@on_two
+def test_nothing_is_left(pool: Pool) -> None:
+    [process] = pool.take(1)
+    for _ in range(2):
+        sender = start()
+        come(sender, process)
+        process.ok(close=True)
+        sender.close()
+    threads = threading.active_count()
+    memory = torch.cuda.memory_allocated("cuda:0")
+    sender = start()
+    come(sender, process)
+    process.ok(close=True)
+    sender.close()
+    del sender
+    assert threading.active_count() == threads
+    assert torch.cuda.memory_allocated("cuda:0") == memory

@@ -1,0 +1,537 @@
+"""Pushes to the real SGLang 0.4.8 on a CPU: what is served, what runs meanwhile, what goes wrong.
+
+The session itself is tested on a table of ranks (tests/engines/hooks/test_updates.py); here the
+weights are real, and so are the requests that an update meets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fp8ctl import wire
+from tests.conftest import HOME, ROOT
+from tests.e2e.conftest import free_port, logprobs, post, write_model
+from tests.e2e.pushing import Bucket, Pusher, RefusedError, bucket, quantized
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.e2e.conftest import Cli, Json
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
+
+TEXT = "The capital of France is Paris. Water boils at one hundred degrees Celsius."
+TOKENS = 24
+
+
+def step(state: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:
+    """Return weights one large training step later."""
+    noise = torch.Generator().manual_seed(seed)
+    return {
+        name: (
+            w.float() + torch.randn(w.shape, generator=noise) * w.float().std() * 0.3
+            if w.dim() > 1
+            else w.float() * 1.125
+        ).to(w.dtype)
+        for name, w in state.items()
+    }
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server, and two checkpoints of its model.
+
+    Attributes:
+        name: of the server.
+        url: of the server.
+        plan: that it was started with.
+        a, b: buckets of each checkpoint; the server was started on `a`.
+        fresh: log-probabilities of TEXT right after the start.
+    """
+
+    name: str
+    url: str
+    plan: Json
+    a: list[Bucket]
+    b: list[Bucket]
+    fresh: list[float]
+
+    @property
+    def logprobs(self) -> list[float]:
+        return logprobs(self.url, TEXT)[1]
+
+    @property
+    def state(self) -> Json:
+        found: Json = httpx.get(self.url + "/fp8ctl/state", trust_env=False).json()
+        return found
+
+
+@contextmanager
+def serving(cli: Cli, model: Path, mode: str = "block", *more: str) -> Iterator[Served]:
+    launched = cli.run(
+        "launch",
+        *("--backend", "sglang", "--python", str(cli.python), "--model", str(model)),
+        *("--mode", mode, "--port", str(free_port()), "--detach", "--no-check", *more),
+    )
+    url, name = launched["url"], launched["name"]
+    try:
+        state = load_file(str(model / "model.safetensors"))
+        manifest = HOME / "state" / "servers" / name / "manifest.json"
+        plan = {} if mode == "online" else json.loads(manifest.read_text())
+        a, b = _buckets(state, plan), _buckets(step(state), plan)
+        yield Served(name, url, plan, a, b, logprobs(url, TEXT)[1])
+    finally:
+        cli.run("stop", name)
+
+
+def _buckets(state: dict[str, torch.Tensor], plan: Json) -> list[Bucket]:
+    if plan:
+        return quantized(dict(sorted(state.items(), reverse=True)), plan)
+    names = sorted(state, reverse=True)
+    half = len(names) // 2
+    return [bucket([(n, state[n]) for n in some]) for some in (names[:half], names[half:])]
+
+
+def far(a: list[float], b: list[float]) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) > 0.1
+
+
+@pytest.fixture(scope="module")
+def served(cli: Cli, small_model: Path) -> Iterator[Served]:
+    with serving(cli, small_model) as one:
+        yield one
+
+
+@pytest.fixture
+def pusher(served: Served) -> Iterator[Pusher]:
+    with Pusher(served.url) as one:
+        one.update("A", served.a)
+        yield one
+
+
+# --- an update ------------------------------------------------------------------------------------
+
+
+def test_what_is_served_is_what_was_pushed(served: Served, pusher: Pusher) -> None:
+    """A by the loaders, B and A by copies: the second A is a fresh server's, bit for bit."""
+    count = sum(len(one.entries) for one in served.a)
+    assert served.logprobs == served.fresh
+    answer = pusher.update("B", served.b)
+    assert (answer["state"], answer["missing"], answer["verified"]) == ("ready", 0, count)
+    assert pusher.ways == {"loaders": 0, "copies": count}
+    assert far(served.logprobs, served.fresh)
+    assert served.state["version"] == "B"
+    pusher.update("A", served.a)
+    assert pusher.ways == {"loaders": 0, "copies": count}
+    assert served.logprobs == served.fresh
+
+
+# --- requests that run ----------------------------------------------------------------------------
+
+
+class Request(threading.Thread):
+    """A generation that an update meets.
+
+    Attributes:
+        answers: as they stream in.
+        ended: when the last came, on the monotonic clock.
+    """
+
+    def __init__(self, url: str, **more: Any) -> None:
+        super().__init__()
+        self.answers: list[Json] = []
+        self.begun = threading.Event()
+        self.ended = 0.0
+        self._url = url + "/generate"
+        self._body = {
+            "text": TEXT,
+            "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "stream": True,
+            **more,
+        }
+        self.start()
+
+    def run(self) -> None:
+        with httpx.stream("POST", self._url, json=self._body, timeout=300, trust_env=False) as got:
+            if not self._body["stream"]:
+                self.answers.append(json.loads(got.read()))
+            for line in got.iter_lines() if self._body["stream"] else ():
+                if line.startswith("data: {"):
+                    self.answers.append(json.loads(line.removeprefix("data: ")))
+                    if len(self.answers) > 2:
+                        self.begun.set()
+        self.ended = time.monotonic()
+
+    def meta(self) -> Json:
+        """Wait for the end; return what is said of it."""
+        self.join(240)
+        assert not self.is_alive(), "it was forgotten"
+        found: Json = self.answers[-1]["meta_info"]
+        return found
+
+    @property
+    def tokens(self) -> list[int]:
+        return [t[1] for t in self.meta()["output_token_logprobs"]]
+
+
+def greedy(url: str, ids: list[int], count: int) -> list[int]:
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"temperature": 0, "max_new_tokens": count, "ignore_eos": True},
+        "return_logprob": True,
+    }
+    answer = post(url, "/generate", body).json()
+    return [t[1] for t in answer["meta_info"]["output_token_logprobs"]]
+
+
+def test_a_paused_request_goes_on_with_the_new_weights(served: Served, pusher: Pusher) -> None:
+    """Its keys and values are computed anew; every token is one that A or B would give."""
+    _see_it_go_on(served, pusher)
+
+
+def _see_it_go_on(served: Served, pusher: Pusher) -> None:
+    ids, _ = logprobs(served.url, TEXT)
+    by_a = greedy(served.url, ids, TOKENS)
+    request = Request(served.url)
+    assert request.begun.wait(120)
+    pusher.update("B", served.b, in_flight="pause")
+    so_far = len(request.answers)
+    assert so_far < TOKENS, "the control: it was still running"
+    assert request.meta()["finish_reason"]["type"] == "length"
+    assert len(request.tokens) == TOKENS
+    # Where it leaves what A would have said, B says the rest.
+    left = next(i for i, (x, y) in enumerate(zip(request.tokens, by_a, strict=True)) if x != y)
+    rest = greedy(served.url, ids + request.tokens[:left], TOKENS - left)
+    assert request.tokens[left:] == rest
+
+
+def test_an_aborted_request_is_answered(served: Served, pusher: Pusher) -> None:
+    running = Request(served.url)
+    whole = Request(served.url, stream=False)
+    assert running.begun.wait(120)
+    pusher.update("B", served.b, in_flight="abort")
+    for meta in (running.meta(), whole.meta()):
+        assert meta["finish_reason"]["type"] == "abort"
+        assert meta["completion_tokens"] < TOKENS
+    assert running.meta()["completion_tokens"] > 2
+
+
+def test_an_update_waits_for_a_request_to_finish(served: Served, pusher: Pusher) -> None:
+    ids, _ = logprobs(served.url, TEXT)
+    by_a = greedy(served.url, ids, TOKENS)
+    request = Request(served.url)
+    assert request.begun.wait(120)
+    with pytest.raises(RefusedError) as refused:
+        pusher.begin("B", in_flight="finish", within=0.01)
+    assert (refused.value.status, refused.value.id) == (408, "FP8-DRAIN")
+    push = pusher.begin("B", in_flight="finish")
+    assert request.tokens == by_a
+    assert post(served.url, "/generate", {"text": "hi"}).status_code == 503
+    for number, one in enumerate(served.b):
+        pusher.send(push, number, one)
+    assert pusher.end(push, len(served.b))["state"] == "ready"
+
+
+# --- what goes wrong ------------------------------------------------------------------------------
+
+
+def test_a_client_that_dies_half_way_is_noticed_and_another_makes_it_good(
+    served: Served, pusher: Pusher
+) -> None:
+    with Pusher(served.url) as dying:
+        push = dying.begin("B", lease=0.5)
+        dying.send(push, 0, served.b[0])
+    until = time.monotonic() + 30
+    while served.state["state"] == "updating" and time.monotonic() < until:
+        time.sleep(0.1)
+    assert served.state["state"] == "failed"
+    refused = post(served.url, "/generate", {"text": "hi"})
+    assert (refused.status_code, refused.json()["error"]["id"]) == (503, "FP8-GATE")
+    with Pusher(served.url) as other:
+        other.update("A", served.a)
+        assert other.ways["copies"] == 0, "what broke off is trusted no more"
+    assert served.logprobs == served.fresh
+
+
+def test_nothing_wrong_is_ever_served(served: Served, pusher: Pusher) -> None:
+    """Old weights or a closed gate; a whole push makes all of it good."""
+    first, *others = served.b
+    scale = next(e for e in first.entries if e.name.endswith("_scale_inv"))
+    kept = next(e for e in first.entries if e.dtype == "bfloat16")
+
+    def refused(sent: list[Bucket]) -> tuple[str, str]:
+        with pytest.raises(RefusedError) as raised:
+            pusher.update("B", sent)
+        return raised.value.id, raised.value.body["state"]
+
+    # Seen before a weight was written.
+    assert refused([first.say(kept.name, name="model.other.weight"), *others]) == (
+        "FP8-TENSOR",
+        "ready",
+    )
+    assert refused([first.say(kept.name, dtype="float8_e4m3fn"), *others])[1] == "ready"
+    assert refused([first.say(scale.name, shape=(1, *scale.shape)), *others])[1] == "ready"
+    assert served.logprobs == served.fresh
+
+    # Seen afterwards: by counting, and by digests.
+    without = bucket([(n, t) for n, t in first.named if n != scale.name])
+    assert refused([without, *others]) == ("FP8-INCOMPLETE", "failed")
+    flipped = [(n, t.clone()) for n, t in first.named]
+    for name, tensor in flipped:
+        if name == scale.name:
+            tensor.view(torch.int32)[0, 0] ^= 1
+    wrong = Bucket(tuple(flipped), first.entries, first.nbytes)
+    assert refused([wrong, *others]) == ("FP8-UNEQUAL", "failed")
+    assert post(served.url, "/generate", {"text": "hi"}).status_code == 503
+
+    # A bucket again is no other bucket, and one too early is none.
+    push = pusher.begin("A")
+    taken = pusher.send(push, 0, served.a[0])
+    assert pusher.tell(push, 0, served.a[0]) == {**taken, "repeated": True}
+    for number, one in ((0, served.a[1]), (2, served.a[1])):
+        with pytest.raises(RefusedError) as early:
+            pusher.send(push, number, one)
+        assert early.value.id == "FP8-ORDER"
+    for number, one in enumerate(served.a[1:], 1):
+        pusher.send(push, number, one)
+    assert pusher.end(push, len(served.a))["state"] == "ready"
+    assert served.logprobs == served.fresh
+
+
+def test_the_engines_own_routes_wait_while_a_push_is_open(served: Served, pusher: Pusher) -> None:
+    push = pusher.begin("B")
+    update = post(served.url, "/update_weights_from_disk", {"model_path": "/nowhere"})
+    assert (update.status_code, update.json()["error"]["id"]) == (409, "FP8-BUSY")
+    answer = pusher.call(wire.ABORT, push=push, reason="a test")
+    assert (answer["outcome"], answer["state"]) == ("rejected", "ready")
+
+
+# --- every way, many times ------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
+def test_ten_updates_by_memory_by_a_group_and_from_disk(
+    mode: str, cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
+    with serving(cli, small_model, mode) as one:
+        seen: dict[str, list[float]] = {"A": one.fresh}
+        for kind in ("memory", "group"):
+            with Pusher(one.url, kind) as pusher:
+                for i in range(10):
+                    version = "BA"[i % 2]
+                    pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+                    assert seen.setdefault(version, one.logprobs) == one.logprobs, (kind, i)
+        assert far(seen["A"], seen["B"])
+        with Pusher(one.url, "disk") as disk:
+            for i in range(10):
+                version = "BA"[i % 2]
+                made = one.b if version == "B" else one.a
+                disk.update_from(tmp_path / str(i), version, made)
+                assert seen[version] == one.logprobs, ("disk", i)
+
+
+@pytest.fixture(scope="module")
+def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a tiny random mixture of experts with the demo model's tokenizer."""
+    sizes = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "tie_word_embeddings": False,  # SGLang's class does not tie them
+    }
+    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, 256),
+        "lm_head.weight": (vocabulary, 256),
+        "model.norm.weight": (256,),
+    }
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.self_attn.q_proj.weight": (256, 256),
+            f"{at}.self_attn.k_proj.weight": (128, 256),
+            f"{at}.self_attn.v_proj.weight": (128, 256),
+            f"{at}.self_attn.o_proj.weight": (256, 256),
+            f"{at}.self_attn.q_norm.weight": (64,),
+            f"{at}.self_attn.k_norm.weight": (64,),
+            f"{at}.mlp.gate.weight": (4, 256),
+            f"{at}.input_layernorm.weight": (256,),
+            f"{at}.post_attention_layernorm.weight": (256,),
+            **{
+                f"{at}.mlp.experts.{e}.{part}_proj.weight": (256, 256)
+                for e in range(4)
+                for part in ("gate", "up", "down")
+            },
+        }
+    random = torch.Generator().manual_seed(5)
+    state = {
+        name: (torch.randn(shape, generator=random) * 0.05 + (len(shape) == 1)).bfloat16()
+        for name, shape in shapes.items()
+    }
+    folder = tmp_path_factory.mktemp("experts") / "random-experts"
+    return write_model(folder, demo_model, state, sizes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
+def test_ten_updates_of_experts(mode: str, cli: Cli, experts_model: Path) -> None:
+    with serving(cli, experts_model, mode) as one, Pusher(one.url) as pusher:
+        seen: dict[str, list[float]] = {"A": one.fresh}
+        for i in range(10):
+            version = "BA"[i % 2]
+            pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+            assert seen.setdefault(version, one.logprobs) == one.logprobs, i
+        assert far(seen["A"], seen["B"])
+        if mode != "online":  # there the loaders quantise
+            sent = [e for bucket in one.a for e in bucket.entries]
+            copied = [e for e in sent if not e.name.endswith("weight_scale")]
+            assert pusher.ways["copies"] == len(copied)
+
+
+@pytest.mark.long
+def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
+    cli: Cli, even_model: Path, tmp_path: Path
+) -> None:
+    with serving(cli, even_model, "block", "--tp", "2") as one:
+        seen: dict[str, list[float]] = {"A": one.fresh}
+        for kind in ("memory", "group"):
+            with Pusher(one.url, kind, 2) as pusher:
+                for i in range(4):
+                    version = "BA"[i % 2]
+                    pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+                    assert seen.setdefault(version, one.logprobs) == one.logprobs, (kind, i)
+                request = Request(one.url)
+                assert request.begun.wait(120)
+                pusher.update("B", one.b, in_flight="pause")
+                assert len(request.tokens) == TOKENS
+                pusher.update("A", one.a)
+        assert far(seen["A"], seen["B"])
+        with Pusher(one.url, "disk") as disk:
+            for version in "BA":
+                disk.update_from(tmp_path / version, version, one.b if version == "B" else one.a)
+                assert seen[version] == one.logprobs, version
+
+
+@pytest.mark.long
+def test_a_fresh_server_on_the_other_checkpoint_says_the_same(
+    cli: Cli, small_model: Path, served: Served, pusher: Pusher, tmp_path: Path
+) -> None:
+    state = step(load_file(str(small_model / "model.safetensors")))
+    other = write_model(tmp_path / "other", small_model, state, {})
+    pusher.update("B", served.b)
+    pushed = served.logprobs
+    with serving(cli, other) as fresh:
+        assert pushed == fresh.fresh
+
+
+# --- the overlap schedule -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def overlapping(
+    cli: Cli, small_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """Return a server with the schedule of a GPU, and prefills in chunks of 64.
+
+    `launch` switches that schedule off on a CPU, so the engine is started by its entry module.
+    """
+    run = tmp_path_factory.mktemp("run")
+    fp8 = run / "fp8"
+    cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang")
+    plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
+    (run / "manifest.json").write_text(json.dumps(plan))
+    port = free_port()
+    argv = [
+        *(str(cli.python), "-m", "fp8ctl.engines.hooks.sglang_server", "--model-path", str(fp8)),
+        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu"),
+        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--sleep-on-idle"),
+        *("--max-total-tokens", "2048", "--max-running-requests", "8"),
+        *("--mem-fraction-static", "0.8", "--chunked-prefill-size", "64"),
+    ]
+    environment = cli.environment() | {
+        "PYTHONPATH": str(ROOT),
+        "FP8CTL_RUN_DIR": str(run),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SPT_NOENV": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    url = f"http://127.0.0.1:{port}"
+    with (run / "server.log").open("w") as log:
+        server = subprocess.Popen(argv, cwd=run, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 600
+        while True:
+            assert server.poll() is None, (run / "server.log").read_text()
+            assert time.monotonic() < until
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/fp8ctl/state", trust_env=False).status_code == 200:
+                    break
+            time.sleep(0.5)
+        state = load_file(str(small_model / "model.safetensors"))
+        a, b = _buckets(state, plan), _buckets(step(state), plan)
+        yield Served("", url, plan, a, b, logprobs(url, TEXT)[1])
+    finally:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=60)
+        server.wait(60)
+
+
+@pytest.mark.long
+def test_what_the_overlap_schedule_has_under_way_is_taken_in_first(overlapping: Served) -> None:
+    with Pusher(overlapping.url) as pusher:
+        pusher.update("A", overlapping.a)
+        _see_it_go_on(overlapping, pusher)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("in_flight", ["pause", "abort"])
+def test_a_prompt_that_is_prefilled_in_part_begins_anew(
+    in_flight: str, overlapping: Served
+) -> None:
+    """All its log-probabilities are those of the new weights."""
+    prompt = [i * 37 % 2000 + 5 for i in range(500)]
+    sampling = {"temperature": 0, "max_new_tokens": 2, "ignore_eos": True}
+    with Pusher(overlapping.url) as pusher:
+        pusher.update("A", overlapping.a)
+        request = Request(overlapping.url, text=None, input_ids=prompt, sampling_params=sampling)
+        time.sleep(1)
+        pusher.update("B", overlapping.b, in_flight=in_flight)
+        meta = request.meta()
+        if in_flight == "abort":
+            assert (meta["finish_reason"]["type"], meta["completion_tokens"]) == ("abort", 0)
+            return
+        fresh = Request(overlapping.url, text=None, input_ids=prompt, sampling_params=sampling)
+        assert meta["input_token_logprobs"] == fresh.meta()["input_token_logprobs"]

@@ -1,0 +1,306 @@
+"""A server whose engine is a table: what a push's session is tested on.
+
+The ranks hold what they were sent, each its half, and answer with digests of that; faults are
+put in by name. The real engines are in tests/e2e.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+from fp8ctl import wire
+from fp8ctl.engines.hooks.gate import Gate
+from fp8ctl.engines.hooks.routes import PushRoutes
+from fp8ctl.engines.hooks.updates import Updates
+from fp8ctl.engines.hooks.workers import Reloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+PLAN = {
+    "digest": "plan-1",
+    "mode": "block",
+    "block_size": [2, 2],
+    "tensors": [
+        {"name": "embed.weight", "dtype": "BF16", "shape": [8, 4], "quantize": False},
+        {"name": "a.weight", "dtype": "BF16", "shape": [4, 4], "quantize": True},
+        {"name": "norm.weight", "dtype": "BF16", "shape": [4], "quantize": False},
+    ],
+}
+#: What a complete push of the plan brings: name -> dtype and shape.
+TENSORS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "embed.weight": ("bfloat16", (8, 4)),
+    "a.weight": ("float8_e4m3fn", (4, 4)),
+    "a.weight_scale_inv": ("float32", (2, 2)),
+    "norm.weight": ("bfloat16", (4,)),
+}
+NAMES = list(TENSORS)
+
+
+def digest(version: str, name: str) -> str:
+    return f"{abs(hash((version, name))) % (1 << 60):016x}"
+
+
+def entries(version: str, names: list[str], **changes: object) -> list[dict[str, object]]:
+    """Return a bucket's entries; `changes` are made to the first."""
+    slots = [wire.Slot(n, *TENSORS.get(n, ("bfloat16", (4,)))) for n in names]
+    offsets, _ = wire.place(slots)
+    found: list[dict[str, object]] = [
+        wire.Entry(s.name, s.dtype, s.shape, at, digest(version, s.name), {"amax": 1.0}).to_json()
+        for s, at in zip(slots, offsets, strict=True)
+    ]
+    found[0].update(changes)
+    return found
+
+
+class Ranks:
+    """Two ranks with halves of everything, and requests that run on them.
+
+    Attributes:
+        held: by rank, name -> digest of the version it is of.
+        faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
+        calls: what was asked, in order.
+        running: requests in the engine.
+    """
+
+    def __init__(self, version: str | None, ranks: int = 2) -> None:
+        self.ranks = ranks
+        full = {n: digest(version, n) for n in NAMES} if version else {}
+        self.held: list[dict[str, str]] = [dict(full) for _ in range(ranks)]
+        self.dtypes = {name: dtype for name, (dtype, _) in TENSORS.items()}
+        self.arrived: set[str] = set()
+        self.faults: dict[str, Any] = {}
+        self.calls: list[str] = []
+        self.details: list[dict[str, Any]] = []
+        self.at_rest = False
+        self.paused = self.running = 0
+        self.flushed = 0
+        self.form = "checkpoint"
+        self.unfilled: dict[str, str] = {}
+        self.broken = False
+
+    async def _maybe(self, what: str) -> None:
+        self.calls.append(what)
+        fault = self.faults.get(what)
+        if isinstance(fault, BaseException):
+            raise fault
+        if fault is not None:
+            await fault()
+
+    async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
+        await self._maybe(what)
+        self.details.append(details)
+        answer: Callable[..., dict[str, Any]] = getattr(self, f"_{what}")
+        return [answer(rank, **details) for rank in range(self.ranks)]
+
+    def _refittable(self, rank: int) -> dict[str, Any]:
+        return {"refittable": True, "why": ""}
+
+    def _connect(self, rank: int, carrier: object) -> dict[str, Any]:
+        return {}
+
+    def _disconnect(self, rank: int) -> dict[str, Any]:
+        return {}
+
+    def _trust(self, rank: int, names: list[str]) -> dict[str, Any]:
+        return {}
+
+    def _forget(self, rank: int) -> dict[str, Any]:
+        self.arrived.clear()
+        self.broken = False
+        return {}
+
+    def _receive(
+        self, rank: int, number: int, slot: int, nbytes: int, entries: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        assert self.at_rest, "weights are written under requests that run"
+        error = self.faults.get(f"rank {rank}", "")
+        loaded = len(entries)
+        if error:
+            loaded = 1 if error == "half-way" else 0
+        for entry in entries[:loaded]:
+            self.held[rank][entry["name"]] = entry["digest"]
+            self.arrived.add(entry["name"])
+        self.broken |= bool(loaded and error)
+        seconds = {"load": 0.5 + rank}
+        return {"loaded": loaded, "broken": self.broken, "error": error, "seconds": seconds}
+
+    def _progress(self, rank: int, expected: list[str]) -> dict[str, Any]:
+        missing = [n for n in expected if n not in self.arrived]
+        return {
+            "broken": self.broken,
+            "unfilled": self.unfilled,
+            "missing": missing[:20],
+            "missing_count": len(missing),
+        }
+
+    def _digests(self, rank: int) -> dict[str, Any]:
+        shards = []
+        for name, text in self.held[rank].items():
+            # Two halves that add up to the tensor's digest.
+            half = int(text, 16) // 2
+            part = half if rank else int(text, 16) - half
+            shards.append(
+                {
+                    "name": name,
+                    "row": rank,
+                    "column": 0,
+                    "dtype": self.dtypes.get(name, "bfloat16"),
+                    "primary": True,
+                    "digest": f"{part:016x}",
+                }
+            )
+        return {"rank": rank, "format": self.form, "tensors": shards}
+
+    async def load_from_disk(self, path: str) -> Reloaded:
+        await self._maybe("disk")
+        version = path.rpartition("/")[2]
+        for held in self.held:
+            held.update((n, digest(version, n)) for n in NAMES)
+        self.arrived.update(NAMES)
+        return Reloaded(True)
+
+    async def hold(self, in_flight: str, within: float) -> None:
+        await self._maybe(f"hold {in_flight}")
+        if in_flight == "pause":
+            self.paused += self.running
+        if in_flight == "abort":
+            self.paused = 0
+        if in_flight == "finish" and self.running:
+            await asyncio.sleep(within)
+            raise TimeoutError
+        self.running = 0
+        self.at_rest = True
+
+    async def resume(self) -> None:
+        await self._maybe("resume")
+        self.at_rest = False
+        self.running, self.paused = self.running + self.paused, 0
+        if self.running:
+            assert self.whole, "requests go on with weights of two versions"
+
+    async def flush(self) -> None:
+        await self._maybe("flush")
+        self.flushed += 1
+
+    @property
+    def versions(self) -> set[str]:
+        """Which of the versions that tests send are in place, in part at least."""
+        known = {digest(v, n): v for v in "ABCD" for n in NAMES}
+        return {known.get(text, "?") for held in self.held for text in held.values()}
+
+    @property
+    def whole(self) -> bool:
+        return len(self.versions) == 1 and all(set(h) >= set(NAMES) for h in self.held)
+
+
+class Server:
+    """Gate, push routes and an app that generates, as a client sees them over HTTP."""
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        version: str | None = "A",
+        plan: dict[str, Any] | None = None,
+        ranks: int = 2,
+    ) -> None:
+        self.workers = Ranks(version, ranks)
+        self.gate = Gate(engine="sglang", engine_version="0.4.8", await_push=version is None)
+        plan = PLAN if plan is None else plan
+        self.updates = Updates(self.gate, self.workers, plan, device="cpu", folder=folder)
+        self.manifest = plan.get("digest", "")
+        self.connection = ""
+        self._app = self.gate.wrap(PushRoutes(self._engine, self.updates))
+
+    async def _engine(self, scope: Any, receive: Any, send: Any) -> None:
+        assert not self.workers.at_rest, "a request reaches an engine that rests"
+        assert self.workers.whole, "an answer from weights of two versions"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b'"text"'})
+
+    async def http(
+        self, method: str, path: str, body: bytes = b"", *, query: str = "", gone: bool = False
+    ) -> tuple[int, Any]:
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            if gone:
+                return {"type": "http.disconnect"}
+            return {"type": "http.request", "body": body}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": method,
+            "path": path,
+            "query_string": query.encode(),
+            "headers": [],
+        }
+        await self._app(scope, receive, send)
+        if not sent:
+            return 0, None
+        return sent[0]["status"], json.loads(b"".join(m["body"] for m in sent[1:]))
+
+    async def post(self, path: str, /, **body: object) -> tuple[int, Any]:
+        return await self.http("POST", path, json.dumps(body).encode())
+
+    async def generate(self) -> int:
+        return (await self.http("POST", "/generate"))[0]
+
+    @property
+    def state(self) -> str:
+        return str(self.gate.describe()["state"])
+
+    # --- a client ---------------------------------------------------------------------------
+
+    async def connect(self, kind: str = "memory") -> tuple[int, Any]:
+        status, answer = await self.post(
+            wire.CONNECT, protocol=wire.PROTOCOL, client={}, carrier={"kind": kind}
+        )
+        if status == 200:
+            self.connection = answer["connection"]
+        return status, answer
+
+    async def begin(self, version: str = "B", push: str = "", **more: Any) -> tuple[int, Any]:
+        if not self.connection:
+            assert (await self.connect())[0] == 200
+        about = {"manifest": self.manifest, "connection": self.connection, **more}
+        begin = wire.Begin(push=push or f"push-{version}", version=version, **about)
+        return await self.post(wire.BEGIN, **begin.to_json())
+
+    async def bucket(
+        self, number: int, names: list[str], version: str = "B", push: str = "", **changes: Any
+    ) -> tuple[int, Any]:
+        return await self.post(
+            wire.BUCKET,
+            push=push or f"push-{version}",
+            number=number,
+            slot=int(number) % 2,
+            nbytes=1 << 20,
+            entries=entries(version, names, **changes),
+        )
+
+    async def end(
+        self, buckets: int, version: str = "B", push: str = "", **more: Any
+    ) -> tuple[int, Any]:
+        about = {"skipped": [], "verify": True, **more}
+        return await self.post(wire.END, push=push or f"push-{version}", buckets=buckets, **about)
+
+    async def abort(self, version: str = "B") -> tuple[int, Any]:
+        return await self.post(wire.ABORT, push=f"push-{version}", reason="tired")
+
+    async def push(self, version: str = "B", **more: Any) -> tuple[int, Any]:
+        """Push everything in two buckets; return the first refusal, or the answer to END."""
+        answer = await self.begin(version, **more)
+        for number, names in enumerate((NAMES[:2], NAMES[2:])):
+            if answer[0] == 200:
+                answer = await self.bucket(number, names, version)
+        if answer[0] != 200:
+            return answer
+        return await self.end(2, version)

@@ -1,0 +1,81 @@
+"""One rank of test_ranks.py: FSDP2 on the CPU, one update after the other. Prints one JSON line.
+
+python -m tests.push.push_ranks RANK WORLD RENDEZVOUS GOOD_URL BAD_URL CASES < plan.json
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from fp8ctl.push import Rollout
+from fp8ctl.stream import Ranks
+from tests.stream_ranks import net
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: list[str]) -> Any:
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=120),
+    )
+    model = net()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in model.model.layers:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    plan = json.load(sys.stdin)
+    patience = 8.0 if "dead" in cases else 90.0
+    ranks = Ranks(dist.new_group(backend="gloo"), source=0, timeout=patience)
+    rollout = Rollout(good, plan, bucket_bytes=9_000)
+    told = []
+    for version, case in enumerate(cases):
+
+        def named(case: str = case) -> Iterator[tuple[str, torch.Tensor]]:
+            for i, (name, parameter) in enumerate(model.named_parameters()):
+                if case == "dead" and rank == 1 and i == 6:
+                    os._exit(7)
+                if case == "raises" and rank == 1 and i == 6:
+                    raise OSError("rank 1 has trouble")
+                if case == "fewer" and rank == 1 and i == 6:
+                    return
+                spoilt = case == "nan" and i == 6
+                yield name, torch.full(parameter.shape, torch.nan) if spoilt else parameter
+
+        one = Rollout(bad, plan) if case == "refused" else rollout
+        started = time.monotonic()
+        try:
+            if case == "async":
+                done = asyncio.run(one.aupdate(named(), version, ranks=ranks))
+            else:
+                done = one.update(named(), version, ranks=ranks, complete=case != "fewer")
+            answer = {"sent": done.sent}
+        except Exception as e:  # noqa: BLE001 - the test looks at it
+            answer = {"error": type(e).__name__, "message": str(e)}  # type: ignore[dict-item]
+        told.append({"case": case, "seconds": time.monotonic() - started, **answer})
+    rollout.close()
+    return told
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    rank_, world_, rendezvous_, good_, bad_, cases_ = sys.argv[1:7]
+    answer_ = main(int(rank_), int(world_), rendezvous_, good_, bad_, cases_.split(","))
+    sys.stdout.write(json.dumps(answer_) + "\n")
+    sys.stdout.flush()
+    os._exit(0)  # no goodbye to ranks that may be dead

@@ -1,0 +1,108 @@
+"""All ranks of a trainer return together, or raise together; then the next update works."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fp8ctl import wire
+from fp8ctl.stream import quantize_weights
+from tests import stream_ranks
+from tests.push.serving import Server, serving
+from tests.push.test_rollout import holds
+from tests.test_stream import planned
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def weights() -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in stream_ranks.net().named_parameters()}
+
+
+def run(tmp_path: Path, good: Server, bad: Server, *cases: str) -> list[tuple[int, Any]]:
+    """Run updates with two ranks; return exit status and answers of each."""
+    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "FP8CTL_NATIVE": "0"}
+    argv = [sys.executable, "-m", "tests.push.push_ranks"]
+    more = [str(tmp_path / "meet"), good.url, bad.url, ",".join(cases)]
+    plan = json.dumps(planned(weights()).to_json())
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [*argv, str(rank), "2", *more],
+            stdin=pipe,
+            stdout=pipe,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **settings},
+        )
+        for rank in range(2)
+    ]
+    answers = []
+    try:
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.write(plan)
+            process.stdin.close()
+            process.stdin = None
+        for process in processes:
+            said, _ = process.communicate(timeout=240)
+            answers.append((process.returncode, json.loads(said) if said else None))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return answers
+
+
+def test_ranks_return_and_raise_together(tmp_path: Path) -> None:
+    ended = 0
+
+    async def second_end_fails(_: Any) -> Any:
+        nonlocal ended
+        ended += 1
+        error = {"id": "FP8-UNEQUAL", "message": "3 tensors are not what was sent"}
+        return (500, {"error": error, "state": "failed"}) if ended == 2 else None
+
+    plan = planned(weights())
+    with serving(plan) as good, serving(plan, stock=True) as bad:
+        good.faults[wire.END] = second_end_fails
+        cases = ("all", "end", "refused", "nan", "raises", "fewer", "async")
+        (_, source), (_, other) = run(tmp_path, good, bad, *cases)
+        assert good.state == "ready"
+        assert holds(good, [*quantize_weights(weights().items(), plan)])
+        assert good.asked.count(wire.CONNECT) == 1
+    count = len(dict(quantize_weights(weights().items(), plan)))
+    assert [one.get("sent") for one in source] == [count, *[None] * 5, count], source
+    assert [one.get("sent") for one in other] == [0, *[None] * 5, 0], other
+    errors = [(one.get("error"), two.get("error")) for one, two in zip(source, other, strict=True)]
+    assert errors[1:-1] == [
+        ("CheckFailedError", "CheckFailedError"),
+        ("UnsupportedError", "UnsupportedError"),
+        ("PlanDoesNotFitError", "PlanDoesNotFitError"),
+        ("ConflictError", "OSError"),
+        ("ConflictError", "ConflictError"),
+    ]
+    assert "rank 0 ended" in other[1]["message"]
+    assert "3 tensors are not what was sent" in other[1]["message"]
+    assert "OSError: rank 1 has trouble" in source[4]["message"]
+    # At once, and not after the ranks' time-out.
+    assert max(one["seconds"] for one in source + other) < 60
+
+
+@pytest.mark.long
+def test_a_dead_rank_is_an_error_after_the_time_out(tmp_path: Path) -> None:
+    plan = planned(weights())
+    with serving(plan) as good, serving(plan, stock=True) as bad:
+        (_, [answer]), (code, nothing) = run(tmp_path, good, bad, "dead")
+        assert (code, nothing) == (7, None)
+        assert answer["error"] == "TimeoutError"
+        assert good.asked[-2:] == [wire.ABORT, wire.DISCONNECT]

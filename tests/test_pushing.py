@@ -1,0 +1,310 @@
+"""`fp8ctl push`: what is refused before anything is sent, what is sent, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fp8ctl import history, pushing, wire
+from fp8ctl.errors import (
+    BusyError,
+    CheckFailedError,
+    ConflictError,
+    NotFoundError,
+    PlanDoesNotFitError,
+    UnsupportedError,
+    UsageError,
+)
+from fp8ctl.formats import BlockSize, Mode
+from fp8ctl.kernels.quantize import quantize_block
+from fp8ctl.planning import make_plan
+from fp8ctl.render import Reporter
+from tests.e2e.conftest import free_port
+from tests.push.serving import serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from fp8ctl.manifest import Plan
+
+UP = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.norm.weight"
+
+
+def write(folder: Path, seed: int = 1, rows: int = 128, **config: object) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    weight = torch.randn(rows, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    save_file({UP: weight, NORM: torch.ones(64).bfloat16()}, folder / "model.safetensors")
+    return folder
+
+
+def weight_of(seed: int) -> torch.Tensor:
+    return torch.randn(128, 64, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write(tmp_path / "source")
+
+
+@pytest.fixture
+def plan(source: Path) -> Plan:
+    return make_plan(source, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
+
+
+@pytest.fixture
+def report() -> Reporter:
+    return Reporter(out=io.StringIO(), err=io.StringIO())
+
+
+def out(report: Reporter) -> str:
+    stream = report._out
+    assert isinstance(stream, io.StringIO)
+    return stream.getvalue()
+
+
+def push(report: Reporter, *urls: str, model: Path, **more: Any) -> Any:
+    return pushing.run(report, urls=urls, model=str(model), check=False, **more)
+
+
+def test_servers_hold_what_the_kernel_makes_of_the_checkpoint(
+    source: Path, plan: Plan, report: Reporter, tmp_path: Path
+) -> None:
+    other = write(tmp_path / "other", seed=2)
+    # What engines compute themselves may come with a checkpoint.
+    tensors = {UP: weight_of(2), NORM: torch.ones(64).bfloat16()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, other / "model.safetensors")
+    with serving(plan, ranks=2, folder=tmp_path) as one, serving(plan) as two:
+        first = push(report, one.url, two.url, model=source, version="v1")
+        data = push(report, one.url, f"{one.url}/", model=other, version="v2", delta=True)
+        codes, scales = quantize_block(weight_of(2), (32, 32))
+        for held in one.table.held:
+            assert torch.equal(held[UP].view(torch.uint8), codes.view(torch.uint8))
+            assert torch.equal(held[f"{UP}_scale_inv"], scales)
+        assert not torch.equal(two.table.held[0][f"{UP}_scale_inv"], scales), "it got v1 alone"
+        assert (first["tensors"], first["verified"], first["verdict"]) == (3, 3, "fp8-ok")
+        assert data["servers"] == [one.url], "a server that is named twice is one"
+        assert data["update"]["skipped"] == 1, "the norm was there"
+        assert (data["verified"], data["verdict"]) == (3, "fp8-ok")
+        log: Any = history.run(report, source=one.url, versions=("v1", "v2"))
+        assert log["counts"] == {"changed": 2, "unchanged": 1, "unknown": 0}
+    assert "weights: 3 of 3 tensors equal in every rank of 2 servers" in out(report)
+    assert "verdict: fp8-ok, version v2" in out(report)
+
+
+def test_a_stock_server_is_refused_with_the_patch_command(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    with serving(plan, stock=True) as server:
+        with pytest.raises(UnsupportedError, match="was not started by fp8ctl") as caught:
+            push(report, server.url, model=source)
+        assert "fp8ctl patch --backend sglang" in str(caught.value.hint)
+        assert not [path for path in server.asked if path.startswith("/fp8ctl/push/")]
+
+
+def test_a_server_without_the_patch_is_refused_before_its_update_begins(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    with serving(plan) as server:
+        server.table.refit = False
+        with pytest.raises(UnsupportedError, match="refit") as caught:
+            push(report, server.url, model=source)
+        assert "fp8ctl patch --backend sglang" in str(caught.value.hint)
+        assert wire.BEGIN not in server.asked
+        assert caught.value.data["states"] == {server.url: "ready"}
+
+
+def test_servers_of_different_plans_are_refused(source: Path, plan: Plan, report: Reporter) -> None:
+    other = make_plan(source, "sglang", Mode.PER_TENSOR, 1, None)
+    with serving(plan) as one, serving(other) as two:
+        with pytest.raises(ConflictError, match="different plans") as caught:
+            push(report, one.url, two.url, model=source)
+        assert caught.value.data["plans"] == {one.url: plan.digest, two.url: other.digest}
+        assert wire.CONNECT not in [*one.asked, *two.asked]
+
+
+def _no_norm(folder: Path) -> Path:
+    write(folder)
+    save_file({UP: weight_of(1)}, folder / "model.safetensors")
+    return folder
+
+
+def _more(folder: Path) -> Path:
+    write(folder)
+    tensors = {UP: weight_of(1), NORM: torch.ones(64).bfloat16()}
+    tensors["model.layers.1.mlp.up_proj.weight"] = weight_of(1)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda folder: write(folder, rows=64), r"up_proj.weight is \[64, 64\], planned \[128"),
+        (_no_norm, r"model.norm.weight is absent, planned \[64\]"),
+        (_more, r"layers.1.mlp.up_proj.weight is \[128, 64\], planned absent"),
+    ],
+    ids=["shape", "missing", "more"],
+)
+def test_a_model_of_another_shape_is_refused(
+    make: Callable[[Path], Path], found: str, plan: Plan, report: Reporter, tmp_path: Path
+) -> None:
+    other = make(tmp_path / "other")
+    with serving(plan) as server:
+        with pytest.raises(ConflictError, match=found):
+            push(report, server.url, model=other)
+        assert wire.CONNECT not in server.asked
+
+
+def test_a_checkpoint_in_fp8_is_refused(plan: Plan, report: Reporter, tmp_path: Path) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    quantized = write(tmp_path / "fp8", quantization_config=config)
+    with (
+        serving(plan) as server,
+        pytest.raises(UnsupportedError, match="quantised already"),
+    ):
+        push(report, server.url, model=quantized)
+
+
+def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    with serving(plan) as server:
+        data = push(report, server.url, model=source, dry_run=True)
+        assert data["dry_run"] is True
+        assert data["plan_digest"] == plan.digest
+        assert wire.CONNECT not in server.asked
+
+
+def test_nobody_there_and_options_that_cannot_be_meant(source: Path, report: Reporter) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(NotFoundError, match="no server answers"):
+        push(report, nowhere, model=source)
+    with pytest.raises(UsageError, match="--via 'post'"):
+        push(report, nowhere, model=source, via="post")
+    with pytest.raises(UsageError, match="--in-flight 'drop'"):
+        push(report, nowhere, model=source, in_flight="drop")
+    with pytest.raises(UsageError, match="--delta with --via disk"):
+        push(report, nowhere, model=source, via="disk", delta=True)
+    with pytest.raises(UsageError, match="not an address"):
+        push(report, "127.0.0.1", model=source)
+
+
+def test_a_weight_that_has_no_code_is_named_and_the_old_ones_are_served(
+    source: Path, plan: Plan, report: Reporter, tmp_path: Path
+) -> None:
+    spoilt = tmp_path / "spoilt"
+    write(spoilt)
+    weight = weight_of(2)
+    weight[5, 7] = float("nan")
+    save_file({UP: weight, NORM: torch.ones(64).bfloat16()}, spoilt / "model.safetensors")
+    with serving(plan) as server:
+        push(report, server.url, model=source)
+        before = dict(server.table.held[0])
+        with pytest.raises(PlanDoesNotFitError, match=UP) as caught:
+            push(report, server.url, model=spoilt)
+        assert caught.value.data["states"] == {server.url: "ready"}
+        after = server.table.held[0]
+        assert all(after[name] is tensor for name, tensor in before.items()), "nothing came"
+
+
+@pytest.mark.parametrize(
+    ("told", "typed"),
+    [
+        ('Rollout(urls, plan, in_flight="abort")', "--in-flight abort"),
+        ('Rollout(urls, plan, via="disk")', "--via disk"),
+        ('Rollout(urls, plan, via="disk", folder=PATH)', "export XDG_CACHE_HOME=PATH"),
+        ('Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host', "--via disk"),
+        ("Rollout(urls, plan, record=PATH)", "--record FILE"),
+        ("Rollout(urls, plan, bucket_bytes=9000001)", "--bucket-size 10"),
+        ('a smaller bucket_bytes, or via="disk"', "a smaller --bucket-size, or --via disk"),
+        (
+            "export FP8CTL_API_KEY=KEY, or Rollout(urls, plan, api_key=KEY)",
+            "export FP8CTL_API_KEY=KEY",
+        ),
+        ("fp8ctl ps; fp8ctl logs NAME", "fp8ctl ps; fp8ctl logs NAME"),
+    ],
+)
+def test_a_hint_for_rollout_can_be_typed_behind_the_command(told: str, typed: str) -> None:
+    with pytest.raises(UsageError) as e, pushing._hints_of_options():
+        raise UsageError("no", hint=told)
+    assert e.value.hint == typed
+
+
+def test_requests_that_do_not_end_are_told_with_the_option(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    async def drain(_: Any) -> Any:
+        return 408, {"error": {"id": "FP8-DRAIN", "message": "requests run"}, "state": "ready"}
+
+    with serving(plan) as server:
+        server.faults[wire.BEGIN] = drain
+        with pytest.raises(BusyError) as e:
+            push(report, server.url, model=source)
+        assert e.value.hint == "--in-flight abort"
+
+
+def test_a_server_that_does_not_answer_well_afterwards_fails_the_command(
+    source: Path, plan: Plan, report: Reporter
+) -> None:
+    with serving(plan) as server:
+        with pytest.raises(CheckFailedError, match="took the weights") as caught:
+            pushing.run(report, urls=[server.url], model=str(source))
+        data: Any = caught.value.data
+        assert (data["verified"], data["verdict"]) == (3, None)
+        assert data["checks"][server.url]["live"]["result"] == "failed"
+
+
+@pytest.mark.usefixtures("interrupts_count")
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
+def test_a_signal_gives_the_update_up_and_says_what_is_served(
+    source: Path, plan: Plan, number: int
+) -> None:
+    reached = threading.Event()
+
+    async def wait(body: dict[str, Any]) -> None:
+        reached.set()
+        await asyncio.sleep(2.0)
+
+    with serving(plan) as server:
+        server.faults[wire.BUCKET] = wait
+        argv = [sys.executable, "-m", "fp8ctl", "push", server.url, "--model", str(source)]
+        process = subprocess.Popen(
+            [*argv, "--no-check", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ),
+        )
+        try:
+            assert reached.wait(60)
+            process.send_signal(number)
+            told, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        error = json.loads(told)["error"]
+        assert process.returncode == 130
+        assert error["id"] == "FP8-INTERRUPTED"
+        assert wire.ABORT in server.asked
+        # The bucket was on its way: the server took it before it heard of the end.
+        state = server.state
+        assert error["data"]["states"] == {server.url: state}
+        assert f"{server.url} is {state}" in error["message"]
+        assert state in {"ready", "failed"}

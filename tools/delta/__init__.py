@@ -1,0 +1,1 @@
+"""How much of a model's FP8 form an optimiser step changes."""
