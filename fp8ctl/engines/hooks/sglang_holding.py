@@ -90,6 +90,10 @@ def _is_held(scheduler: Any) -> bool:
     return _holding is not None and _holding.scheduler is scheduler and _holding.held
 
 
+class CannotHoldError(RuntimeError):
+    """A scheduler of a kind that cannot be brought to rest."""
+
+
 class Holding:
     """One scheduler, at work or at rest.
 
@@ -113,11 +117,11 @@ class Holding:
             aborted, paused: how many requests.
 
         Raises:
-            NotImplementedError: the scheduler is of a kind that cannot be held; it goes on.
+            CannotHoldError: the scheduler is of a kind that cannot be held; it goes on.
         """
         reason = self._refusal(abort)
         if reason:
-            raise NotImplementedError(reason)
+            raise CannotHoldError(reason)
         scheduler = self.scheduler
         self._take_in_what_is_under_way()
         running = list(self._running())

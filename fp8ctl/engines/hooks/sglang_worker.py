@@ -199,14 +199,6 @@ def _reload(receiver: Receiver, path: str) -> dict[str, Any]:
 # --- what SGLang's models are -------------------------------------------------------------------
 
 
-_UNQUANTIZED = (
-    "UnquantizedLinearMethod",
-    "UnquantizedEmbeddingMethod",
-    "UnquantizedFusedMoEMethod",
-)
-_KEY_VALUE_SCALES = ("BaseKVCacheMethod", "Fp8KVCacheMethod")
-
-
 def _methods(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, str, Any]]:
     """Yield name, module, and the class and object of its method of quantisation."""
     for name, module in model.named_modules():
@@ -220,7 +212,7 @@ def _obstacles(model: torch.nn.Module) -> Iterator[str]:
     for name, module, kind, method in _methods(model):
         if kind in ("Fp8LinearMethod", "Fp8MoEMethod"):
             yield from _obstacle(name, module, kind, method)
-        elif kind not in (*_UNQUANTIZED, *_KEY_VALUE_SCALES):
+        elif kind not in (*shards.UNQUANTIZED, *shards.KEY_VALUE_SCALES):
             yield f"{name} is quantised by {kind}"
     for name, parameter in model.named_parameters():
         if type(parameter.data) is not torch.Tensor:
@@ -291,7 +283,7 @@ def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None
         # Norms. Loaders of their own do more: they cut, or take a logarithm.
         parameter = getattr(module, attribute)
         return None if hasattr(parameter, "weight_loader") else t
-    if kind in _UNQUANTIZED:
+    if kind in shards.UNQUANTIZED:
         return None if getattr(module, "use_intel_amx_backend", False) else t
     if kind not in ("Fp8LinearMethod", "Fp8MoEMethod"):
         return None

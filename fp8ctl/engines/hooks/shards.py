@@ -24,6 +24,14 @@ FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+#: Classes of methods that quantise no weight, in both engines: those that leave them as they
+#: are, and those that have scales of keys and values alone.
+UNQUANTIZED = (
+    "UnquantizedLinearMethod",
+    "UnquantizedEmbeddingMethod",
+    "UnquantizedFusedMoEMethod",
+)
+KEY_VALUE_SCALES = ("BaseKVCacheMethod", "Fp8KVCacheMethod")
 _EXPERT_NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 

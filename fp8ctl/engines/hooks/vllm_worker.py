@@ -279,14 +279,6 @@ def _widths(module: Any) -> list[int]:
 # --- what can be loaded again -------------------------------------------------------------------
 
 
-_UNQUANTIZED = (
-    "UnquantizedLinearMethod",
-    "UnquantizedEmbeddingMethod",
-    "UnquantizedFusedMoEMethod",
-)
-_KEY_VALUE_SCALES = ("BaseKVCacheMethod", "Fp8KVCacheMethod")
-
-
 def _obstacles(model: torch.nn.Module) -> Iterator[str]:
     """Yield why the model cannot be loaded a second time."""
     for name, module in model.named_modules():
@@ -294,7 +286,7 @@ def _obstacles(model: torch.nn.Module) -> Iterator[str]:
         other = type(getattr(module, "quant_method", None)).__name__
         if method is not None:
             yield from _obstacle(name, module, kind, method)
-        elif other not in ("NoneType", *_UNQUANTIZED, *_KEY_VALUE_SCALES):
+        elif other not in ("NoneType", *shards.UNQUANTIZED, *shards.KEY_VALUE_SCALES):
             yield f"{name} is quantised by {other}"
 
 
@@ -332,7 +324,7 @@ def _copied(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.T
     if attribute.endswith(("input_scale", "k_scale", "v_scale")):
         return None
     if method is None:
-        if type(getattr(module, "quant_method", None)).__name__ in _UNQUANTIZED:
+        if type(getattr(module, "quant_method", None)).__name__ in shards.UNQUANTIZED:
             return t
         # Norms. Loaders of their own do more: they cut, or take a logarithm.
         parameter = getattr(module, attribute)

@@ -150,7 +150,7 @@ def test_a_scheduler_that_cannot_be_held_goes_on(
 ) -> None:
     scheduler = Scheduler(Request("running"), **changes)
     holding = Holding(scheduler)
-    with pytest.raises(NotImplementedError, match=why):
+    with pytest.raises(sglang_holding.CannotHoldError, match=why):
         holding.hold(abort=abort)
     assert not holding.held
     assert names(scheduler.running_batch.reqs) == ["running"]
