@@ -53,19 +53,25 @@ def bits(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def main(rank: int, world: int, rendezvous: str, case: str, plan: str) -> dict[str, Any]:
+def sharded(rank: int, world: int, rendezvous: str, patience: float) -> Net:
+    """Return the net as FSDP2 shards it over gloo; every rank calls this."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=patience),
     )
     model = net()
     mesh = init_device_mesh("cpu", (world,))
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def main(rank: int, world: int, rendezvous: str, case: str, plan: str) -> dict[str, Any]:
+    model = sharded(rank, world, rendezvous, 60.0)
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
         for i, (name, parameter) in enumerate(model.named_parameters()):

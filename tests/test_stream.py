@@ -5,10 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import json
-import os
-import subprocess
-import sys
 import weakref
 from contextlib import aclosing
 from pathlib import Path
@@ -24,12 +20,11 @@ from fp8ctl.kernels.groups import PER_TENSOR, block
 from fp8ctl.manifest import Plan, PlannedTensor
 from fp8ctl.policy import Reason
 from fp8ctl.stream import quantize_weights
-from tests import stream_ranks
+from tests import stream_ranks, two_ranks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
-ROOT = Path(__file__).resolve().parents[1]
 Named = tuple[str, torch.Tensor]
 
 
@@ -357,38 +352,9 @@ def test_it_is_read_once_and_as_what_it_is() -> None:
 def run_ranks(tmp_path: Path, case: str) -> list[tuple[int, dict[str, Any]]]:
     """Run a case with two ranks; return exit status and answer of each."""
     tensors = dict(stream_ranks.net().named_parameters())
-    plan = json.dumps(planned({name: t.detach() for name, t in tensors.items()}).to_json())
-    # Without the C that is built at first use: a rank that compiles keeps the other waiting.
-    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "FP8CTL_NATIVE": "0"}
-    environment = {**os.environ, **settings}
-    argv = [sys.executable, "-m", "tests.stream_ranks"]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(
-            [*argv, str(rank), "2", str(tmp_path / "meet"), case],
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    answers = []
-    try:
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write(plan)
-            process.stdin.close()
-            process.stdin = None
-        for process in processes:
-            said, _ = process.communicate(timeout=240)
-            answers.append((process.returncode, json.loads(said) if said else {}))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return answers
+    plan = planned({name: t.detach() for name, t in tensors.items()}).to_json()
+    answers = two_ranks.run("tests.stream_ranks", plan, str(tmp_path / "meet"), case)
+    return [(status, answer or {}) for status, answer in answers]
 
 
 def test_ranks_gather_and_one_gives(tmp_path: Path) -> None:

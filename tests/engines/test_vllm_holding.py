@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.wheels
 
-SCRIPT = Path(__file__).with_name("vllm_scheduling.py")
+SCENARIOS = "tests.engines.vllm_scheduling"
 HELD = {"held": True, "begun": 3}
 LENGTH = dict.fromkeys("abc", "length")
 
@@ -33,7 +33,8 @@ def run(engine_sources: Callable[[str], Path]) -> Iterator[Run]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FP8CTL_", "VLLM_"))}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the sources are shared, and read-only
     with subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(engine_sources("vllm"))],
+        [sys.executable, "-m", SCENARIOS, str(engine_sources("vllm").resolve())],
+        cwd=Path(__file__).resolve().parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

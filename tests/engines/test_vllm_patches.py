@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.wheels
 
-STANDINS = Path(__file__).with_name("vllm_standins.py")
+STANDINS = "tests.engines.vllm_standins"
 V1, V2, REFIT, GUARD = ALL = (
     "force-fp8-serialized",
     "disable-cutlass-fp8",
@@ -85,7 +85,8 @@ def run(tree: Callable[[tuple[str, ...]], Path]) -> Iterator[Run]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("FP8CTL_", "VLLM_"))}
     environment["PYTHONDONTWRITEBYTECODE"] = "1"  # the sources are shared, and read-only
     with subprocess.Popen(
-        [sys.executable, str(STANDINS)],
+        [sys.executable, "-m", STANDINS],
+        cwd=Path(__file__).resolve().parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

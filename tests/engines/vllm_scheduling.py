@@ -1,7 +1,7 @@
 """vLLM 0.9.1's own scheduler, cache manager, engine core and batch, driven on a CPU.
 
-`python vllm_scheduling.py SOURCES` reads `{"scenario": ..., ...}` from stdin, one JSON line each,
-and answers each in a process of its own. The classes named in `REAL` are vLLM's; what they import
+`python -m tests.engines.vllm_scheduling SOURCES` reads `{"scenario": ..., ...}` from stdin, one
+JSON line each, and answers each in a process of its own. The classes named in `REAL` are vLLM's; what they import
 besides stands empty. In place of the model there is a rule: the next token is a function of what
 all earlier tokens left in the blocks of keys and values that the worker's block table names, and
 of the version of the weights that left it. So a block that was not computed anew, and a block
@@ -14,7 +14,6 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import json
-import os
 import queue
 import sys
 import traceback
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tests.engines import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -624,20 +625,7 @@ def main() -> None:
     for name in ("vllm.v1.engine.core", "vllm.v1.worker.gpu_model_runner"):
         importlib.import_module(name)
     importlib.import_module("fp8ctl.engines.hooks.vllm_worker")
-    for line in sys.stdin:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(_run(json.loads(line)))
-            os._exit(0)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        sys.stdout.write((answer or json.dumps({"traceback": "the scenario died"})) + "\n")
-        sys.stdout.flush()
+    forks.answer(_run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """vLLM 0.9.1's real FP8 classes on a CPU, for tests of the patches.
 
-`python vllm_standins.py` reads jobs from stdin, one JSON line each, and runs
+`python -m tests.engines.vllm_standins` reads jobs from stdin, one JSON line each, and runs
 each in a process of its own on the `vllm/` below the job's tree; what the
 scenario found is the line that it answers.
 Real are: fp8.py, w8a8_utils.py, linear.py, parameter.py, FusedMoE and what
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from tests.engines import forks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -989,20 +991,7 @@ def main() -> None:
     """Answer jobs, one JSON line each; torch is imported once, nothing else is shared."""
     importlib.import_module("torch._dynamo")  # seconds, and every dispatch mode wants it
 
-    for line in sys.stdin:
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(read)
-            with os.fdopen(write, "w") as pipe:
-                pipe.write(_run(json.loads(line)))
-            os._exit(0)
-        os.close(write)
-        with os.fdopen(read) as pipe:
-            answer = pipe.read()
-        os.waitpid(child, 0)
-        sys.stdout.write((answer or json.dumps({"traceback": "the scenario died"})) + "\n")
-        sys.stdout.flush()
+    forks.answer(_run)
 
 
 if __name__ == "__main__":

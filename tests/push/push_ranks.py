@@ -6,7 +6,6 @@ python -m tests.push.push_ranks RANK WORLD RENDEZVOUS GOOD_URL BAD_URL CASES < p
 from __future__ import annotations
 
 import asyncio
-import datetime
 import json
 import os
 import sys
@@ -15,30 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from fp8ctl.push import Rollout
 from fp8ctl.stream import Ranks
-from tests.stream_ranks import net
+from tests.stream_ranks import sharded
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: list[str]) -> Any:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    model = net()
-    mesh = init_device_mesh("cpu", (world,))
-    for layer in model.model.layers:  # type: ignore[union-attr]
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = sharded(rank, world, rendezvous, 120.0)
     plan = json.load(sys.stdin)
     patience = 8.0 if "dead" in cases else 90.0
     ranks = Ranks(dist.new_group(backend="gloo"), source=0, timeout=patience)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fp8ctl import wire
 from fp8ctl.stream import quantize_weights
-from tests import stream_ranks
+from tests import stream_ranks, two_ranks
 from tests.push.serving import Server, serving
 from tests.push.test_rollout import holds
 from tests.test_stream import planned
 
 if TYPE_CHECKING:
-    import torch
+    from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+    import torch
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -30,37 +25,8 @@ def weights() -> dict[str, torch.Tensor]:
 
 def run(tmp_path: Path, good: Server, bad: Server, *cases: str) -> list[tuple[int, Any]]:
     """Run updates with two ranks; return exit status and answers of each."""
-    settings = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "FP8CTL_NATIVE": "0"}
-    argv = [sys.executable, "-m", "tests.push.push_ranks"]
-    more = [str(tmp_path / "meet"), good.url, bad.url, ",".join(cases)]
-    plan = json.dumps(planned(weights()).to_json())
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(
-            [*argv, str(rank), "2", *more],
-            stdin=pipe,
-            stdout=pipe,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **settings},
-        )
-        for rank in range(2)
-    ]
-    answers = []
-    try:
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.write(plan)
-            process.stdin.close()
-            process.stdin = None
-        for process in processes:
-            said, _ = process.communicate(timeout=240)
-            answers.append((process.returncode, json.loads(said) if said else None))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return answers
+    more = (str(tmp_path / "meet"), good.url, bad.url, ",".join(cases))
+    return two_ranks.run("tests.push.push_ranks", planned(weights()).to_json(), *more)
 
 
 def test_ranks_return_and_raise_together(tmp_path: Path) -> None:
