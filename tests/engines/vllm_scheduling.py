@@ -1,11 +1,11 @@
 """vLLM 0.9.1's own scheduler, cache manager, engine core and batch, driven on a CPU.
 
 `python -m tests.engines.vllm_scheduling SOURCES` reads `{"scenario": ..., ...}` from stdin, one
-JSON line each, and answers each in a process of its own. The classes named in `REAL` are vLLM's; what they import
-besides stands empty. In place of the model there is a rule: the next token is a function of what
-all earlier tokens left in the blocks of keys and values that the worker's block table names, and
-of the version of the weights that left it. So a block that was not computed anew, and a block
-table that names the wrong ones, change what is generated.
+JSON line each, and answers each in a process of its own. The classes named in `REAL` are vLLM's;
+what they import besides stands empty. In place of the model there is a rule: the next token is a
+function of what all earlier tokens left in the blocks of keys and values that the worker's block
+table names, and of the version of the weights that left it. So a block that was not computed
+anew, and a block table that names the wrong ones, change what is generated.
 """
 
 from __future__ import annotations
