@@ -14,6 +14,7 @@ import torch
 
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels.digest import digests, to_text
+from fp8ctl.push.facts import largest
 from fp8ctl.push.result import Progress
 from fp8ctl.wire import ALIGN, Entry, Slot, place
 
@@ -207,15 +208,15 @@ class Filler:
             if entry.dtype.startswith(("bfloat", "float16", "float32", "float64"))
             and tensor.numel()
         ]
-        ends = [torch.stack(torch.aminmax(tensor)).double() for _, tensor in kept]
+        peaks = largest([tensor for _, tensor in kept])
         facts = [{}] * len(batch) if self._facts is None else self._facts(batch, tensors)
         asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
         made = iter(digests((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes))
         texts = [to_text(next(made)) if yes else "" for yes in asked]
-        for (entry, tensor), (low, high) in zip(
-            kept, torch.stack(ends).tolist() if ends else (), strict=True
+        for (entry, tensor), peak in zip(
+            kept, torch.stack(peaks).tolist() if peaks else (), strict=True
         ):
-            if not (math.isfinite(low) and math.isfinite(high)):
+            if not math.isfinite(peak):
                 raise _not_finite(entry.name, tensor)
         return [
             Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)

@@ -212,6 +212,31 @@ for n, k, dtype in ((1, 1, "uint8"), (70, 33, "uint8"), (9, 1030, "bfloat16"), (
 many = module.by_triton([sums for _, sums in held]).tolist()
 assert many == [int(module.by_torch(sums)) for _, sums in held]
 assert {sums.bits.element_size() for _, sums in held} == {1, 2, 4}
+
+# A list that comes again is known by what it is and where; its values are read anew.
+M = (1 << 64) - 1
+lists = module.Lists(most=2)
+xs = [torch.randn(70, 33), torch.randn(5).bfloat16(), torch.randn(4, 8, 6).half()]
+def agree(parts, known):
+    wanted = [int(module.by_torch(module._sums(*part))) & M for part in parts]
+    assert [one & M for one in lists.start(parts).tolist()] == wanted
+    assert len(lists._known) == known, len(lists._known)
+parts = [(x, 7 * i, 0) for i, x in enumerate(xs)]
+agree(parts, 1)
+for x in xs:
+    x.mul_(-3)
+agree(parts, 1)
+agree([(x, 8 * i, 0) for i, x in enumerate(xs)], 2)  # elsewhere in the whole
+agree([(x.clone(), 0, 0) for x in xs], 1)  # elsewhere in memory; there is room for two
+agree([(x.t(), 0, 0) for x in xs[:1]], 2)  # the same memory, another way
+# What has to be copied before it is read is no tensor that could be known again.
+before = dict(lists._known)
+agree([(torch.arange(12).view(3, 4).t(), 0, 0)], 2)
+agree([(xs[2].transpose(0, 2), 0, 0)], 2)
+minus = torch.imag(torch.complex(xs[0], xs[0]).conj())
+assert minus.is_neg()
+agree([(minus, 0, 0)], 2)
+assert lists._known == before
 """
 
 
