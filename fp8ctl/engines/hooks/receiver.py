@@ -19,6 +19,7 @@ import torch
 from fp8ctl import wire
 from fp8ctl.engines.hooks import shards
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
+from fp8ctl.engines.hooks.walk import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.shards import Form
 
 Named = tuple[str, torch.Tensor]
+
+#: Views that are kept: more than a model has tensors, in each of the slots.
+_MOST_SEEN = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ class Receiver:
         self._carrier: Carrier | None = None
         self._by_loader: set[str] = set()
         self._rectangles = Rectangles(model, self._tp_rank, engine.copies)
+        self._walk = Walk(model, self._tp_rank)
+        #: Views of the carrier's slots: where a tensor lay, it most often lies again.
+        self._seen: dict[tuple[object, ...], torch.Tensor] = {}
         self._settled = True
 
     @property
@@ -141,12 +148,16 @@ class Receiver:
             Exception: of the carrier, with the reason.
         """
         self.disconnect()
+        self._walk.forget()
         self._carrier = self._open(offer, self.rank, self.device)
         return {"device": self.device.type}
 
     def disconnect(self) -> dict[str, Any]:
         """Close the carrier, if one is open."""
         carrier, self._carrier = self._carrier, None
+        # No tensor may be left that uses the carrier's memory.
+        self._seen.clear()
+        self._rectangles.forget()
         if carrier is not None:
             carrier.close()
         return {}
@@ -247,7 +258,7 @@ class Receiver:
         return {
             "rank": self.rank,
             "format": "engine" if form is None else "checkpoint",
-            "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
+            "tensors": shards.describe(self._walk.shards(form)),
         }
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
@@ -288,7 +299,16 @@ class Receiver:
         if self._carrier is None:
             raise RuntimeError("no carrier is open")
         bucket = self._carrier.bucket(slot, nbytes)
-        return [(entry.name, view(bucket, entry)) for entry in entries]
+        address, found = bucket.data_ptr(), []
+        for entry in entries:
+            key = (address, *entry[:4])  # name, dtype, shape, offset
+            tensor = self._seen.get(key)
+            if tensor is None:
+                if len(self._seen) >= _MOST_SEEN:  # other layouts than before
+                    self._seen.clear()
+                tensor = self._seen[key] = view(bucket, entry)
+            found.append((entry.name, tensor))
+        return found
 
 
 def view(bucket: torch.Tensor, entry: wire.Entry) -> torch.Tensor:

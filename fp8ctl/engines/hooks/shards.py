@@ -66,12 +66,30 @@ def shards(
             it returns None for is left out.
     """
     for prefix, module in model.named_modules():
-        for attribute, parameter in module.named_parameters(recurse=False):
-            tensor: torch.Tensor | None = parameter.detach()
-            if as_in_checkpoint is not None:
-                tensor = as_in_checkpoint(module, attribute, parameter.detach())
-            if tensor is not None:
-                yield from _of(module, prefix, attribute, tensor, tp_rank)
+        for attribute, _ in module.named_parameters(recurse=False):
+            yield from of(module, prefix, attribute, tp_rank, as_in_checkpoint)
+
+
+def of(
+    module: torch.nn.Module,
+    prefix: str,
+    attribute: str,
+    tp_rank: int,
+    as_in_checkpoint: Form | None = None,
+) -> Iterator[Shard]:
+    """Yield what one parameter of a module holds, as `shards` does for all of them.
+
+    Args:
+        module: whose parameter it is.
+        prefix: name of the module.
+        attribute: name of the parameter in it.
+        tp_rank, as_in_checkpoint: as in `shards`.
+    """
+    tensor: torch.Tensor | None = getattr(module, attribute).detach()
+    if as_in_checkpoint is not None:
+        tensor = as_in_checkpoint(module, attribute, getattr(module, attribute).detach())
+    if tensor is not None:
+        yield from _of(module, prefix, attribute, tensor, tp_rank)
 
 
 def describe(held: Iterable[Shard]) -> list[dict[str, object]]:

@@ -1,0 +1,97 @@
+"""A remembered walk tells what a walk would tell now."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8ctl.engines.hooks.shards import shards
+from fp8ctl.engines.hooks.walk import Walk
+
+if TYPE_CHECKING:
+    from fp8ctl.engines.hooks.shards import Form
+
+
+def model() -> torch.nn.Module:
+    """Two linears in a module."""
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 3), torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
+    )
+
+
+def told(walk: Walk, form: Form | None = None) -> list[tuple[str, int, int]]:
+    """What a walk says, by addresses."""
+    return [(s.name, s.tensor.data_ptr(), s.row) for s in walk.shards(form)]
+
+
+def now(of: torch.nn.Module, form: Form | None = None) -> list[tuple[str, int, int]]:
+    """What there is."""
+    return [(s.name, s.tensor.data_ptr(), s.row) for s in shards(of, 0, form)]
+
+
+def test_where_nothing_moves_nothing_is_looked_up() -> None:
+    of = model()
+    walk = Walk(of, 0)
+    first = walk.shards(None)
+    assert told(walk) == now(of)
+    with torch.no_grad():
+        next(of.parameters()).add_(1)
+    assert walk.shards(None) is first
+
+
+def test_what_moves_is_seen() -> None:
+    of = model()
+    walk = Walk(of, 0)
+    told(walk)
+    kept = [*of.parameters()]  # so that no address is used again
+    linear = of.get_submodule("1.0")
+
+    next(of.parameters()).data = torch.ones(3, 4)  # the same parameter, elsewhere
+    assert told(walk) == now(of)
+    linear.weight = torch.nn.Parameter(torch.ones(2, 3))  # another one
+    assert told(walk) == now(of)
+    linear.register_parameter("bias", torch.nn.Parameter(torch.ones(2)))  # one more
+    assert told(walk) == now(of)
+    del linear.bias
+    assert told(walk) == now(of)
+    assert kept
+
+
+def test_a_module_that_was_put_in_is_seen_after_forget() -> None:
+    of = model()
+    walk = Walk(of, 0)
+    told(walk)
+    of.get_submodule("1").add_module("more", torch.nn.Linear(2, 2))
+    walk.forget()
+    assert told(walk) == now(of)
+
+
+def test_what_a_form_computes_is_computed_every_time() -> None:
+    of = model()
+    walk = Walk(of, 0)
+
+    def largest(module: torch.nn.Module, name: str, t: torch.Tensor) -> torch.Tensor | None:
+        return t.amax().reshape(1) if t.dim() == 2 else None
+
+    def values() -> list[float]:
+        return [float(s.tensor) for s in walk.shards(largest)]
+
+    values()
+    with torch.no_grad():
+        for i, parameter in enumerate(of.parameters()):
+            parameter.fill_(7 + i)
+    assert values() == [7, 9]
+
+
+def test_a_form_depends_on_what_a_module_has() -> None:
+    of = model()
+    walk = Walk(of, 0)
+
+    def unless_marked(module: torch.nn.Module, name: str, t: torch.Tensor) -> torch.Tensor | None:
+        return None if hasattr(module, "marked") else t
+
+    assert told(walk, unless_marked) == now(of, unless_marked)
+    of.get_submodule("0").marked = torch.nn.Buffer(torch.ones(1))
+    assert told(walk, unless_marked) == now(of, unless_marked)
+    assert told(walk) == now(of)  # another form
