@@ -16,7 +16,7 @@ from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels.digest import digests, to_text
 from fp8ctl.push.facts import largest
 from fp8ctl.push.result import Progress
-from fp8ctl.wire import ALIGN, Entry, Slot, place
+from fp8ctl.wire import ALIGN, DTYPES, Entry, Slot, place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     Named = tuple[str, torch.Tensor]
     Look = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
     Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
+
+
+#: More than two slots have tensors.
+_MOST_PLACES = 1 << 18
 
 
 class Filler:
@@ -122,11 +126,19 @@ class Filler:
         if self._memory is None:
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
-        for slot, offset in zip(slots, offsets, strict=True):
+        address, places = self._memory.data_ptr(), delivery.places
+        if len(places) > _MOST_PLACES:  # other layouts than before
+            places.clear()
+        for (name, dtype, shape), offset in zip(slots, offsets, strict=True):
             at = self._used + offset
-            self._batch.append(Entry(slot.name, slot.dtype, slot.shape, at))
-            raw = self._memory[at : at + slot.nbytes]
-            self._tensors.append(raw.view(getattr(torch, slot.dtype)).view(slot.shape))
+            self._batch.append(Entry(name, dtype, shape, at))
+            key = (address + at, dtype, shape)
+            tensor = places.get(key)
+            if tensor is None:
+                size = math.prod(shape) * DTYPES[dtype]
+                raw = self._memory[at : at + size]
+                tensor = places[key] = raw.view(getattr(torch, dtype)).view(shape)
+            self._tensors.append(tensor)
         self._used += nbytes
         return [*self._tensors]
 

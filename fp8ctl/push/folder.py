@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.manifest import Plan
-    from fp8ctl.push.delivery import Clock
+    from fp8ctl.push.delivery import Clock, Places
     from fp8ctl.wire import Entry
 
 PREFIX = "fp8ctl-push-"
@@ -79,6 +79,7 @@ class ByFolder:
             CarrierError: the device has no room for the buckets.
         """
         self.capacity, self.device, self.number = capacity, device, 0
+        self.places: Places = {}
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
         self._files: dict[str, str] = {}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fp8ctl.carriers.ends import Sender
     from fp8ctl.push.client import Server
+    from fp8ctl.push.delivery import Places
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.wire import Kind
 
@@ -67,6 +68,7 @@ class Link:
         self.sender: Sender | None = None
         self.connections: list[str] = []
         self.served: Served | None = None
+        self.places: Places = {}
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0
@@ -157,6 +159,7 @@ class Link:
     def drop(self) -> None:
         """Forget the connections; servers find out when another is made."""
         self.connections, self.served = [], None
+        self.places.clear()  # no tensor may be left that uses the carrier's memory
         sender, self.sender = self.sender, None
         if sender is not None:
             sender.close()
