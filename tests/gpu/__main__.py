@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,14 +49,16 @@ LEGS = {
     "vllm-patches": Kind("leg_vllm_patches", ("vllm",), "V1, V2, refit and all three", together=4),
     "sglang": Kind("leg_sglang", ("sglang",), "the whole path on SGLang, and S3", together=4),
     "matrix": Kind("leg_matrix", ("sglang",), "every --quantization, --torchao-config", together=4),
-    "speed-vllm": Kind(
-        "leg_speed", ("vllm",), "16 bits, block, per-tensor: time, memory, tokens/s"
-    ),
-    "speed-sglang": Kind("leg_speed", ("sglang",), "the same on SGLang"),
-    "push-vllm": Kind("leg_push", ("vllm",), "an 8B-shaped model, updated by ipc"),
-    "push-sglang": Kind("leg_push", ("sglang",), "the same on SGLang"),
+    "8b-sglang": Kind("leg_eight", ("sglang",), "an 8B-shaped model: tokens/s and updates by ipc"),
+    "8b-vllm": Kind("leg_eight", ("vllm",), "the same on vLLM"),
     "kernels": Kind("leg_kernels", (), "bench kernel, and the tests marked gpu"),
     "two": Kind("leg_two", (), "two GPUs: tensor parallelism, ipc and nccl", gpus=2),
+}
+# Parts of 8b-...: not of a run without names.
+PARTS = {
+    f"{part}-{engine}": LEGS[f"8b-{engine}"]
+    for part in ("speed", "push")
+    for engine in ("vllm", "sglang")
 }
 _MODULES = {"vllm": "vLLM 0.9.1", "sglang": "SGLang 0.4.8"}
 
@@ -77,7 +80,7 @@ def main() -> int:
             if reason:
                 print(f"skip {name}: {reason}", flush=True)
                 continue
-            assert python is not None or not LEGS[name].engines
+            assert python is not None or not (LEGS | PARTS)[name].engines
             failed += _leg(name, asked, out, work, python or Path(sys.executable))
     finally:
         if not asked.work:
@@ -88,20 +91,24 @@ def main() -> int:
 
 def _leg(name: str, asked: argparse.Namespace, out: Path, work: Path, python: Path) -> list[str]:
     """Run a leg; return what failed."""
-    kind = LEGS[name]
+    kind = (LEGS | PARTS)[name]
     together = asked.together or kind.together
     print(f"=== {name}: {kind.about} (at most {asked.seconds:.0f} s)", flush=True)
     began = time.monotonic()
     leg = Leg(name, out / name, asked.seconds, together, tuple(asked.job))
     host = Host(leg, python, work, asked.device)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: leg.give_up())
     try:
         import_module(f"tests.gpu.{kind.module}").run(host)
     finally:
-        leg.seconds += 120  # what was started is stopped, also after the leg's time
+        leg.overtime()
         leg.job("stop", lambda: _stop(host))
         leg.close()
         told = ", ".join(f"{count} {result}" for result, count in sorted(leg.counts.items()))
         print(f"=== {name}: {told}; {time.monotonic() - began:.0f} s; {leg.folder}", flush=True)
+    if leg.given_up:
+        sys.exit(130)
     return [f"{name}/{one}" for one in leg.failed]
 
 
@@ -112,7 +119,7 @@ def _stop(host: Host) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.sh", description=__doc__)
-    parser.add_argument("legs", nargs="*", metavar="LEG", help=f"of {', '.join(LEGS)}; default all")
+    parser.add_argument("legs", nargs="*", metavar="LEG", help=f"of {', '.join(LEGS | PARTS)}")
     parser.add_argument("--python", type=Path, help="interpreter of the engines' environment")
     parser.add_argument("--out", default="gpu-evidence", help="folder for what is seen")
     parser.add_argument("--work", help="folder for models and caches, kept; default a temporary")
@@ -122,8 +129,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--job", action="append", default=[], help="only jobs like this; repeat")
     asked = parser.parse_args()
     for name in asked.legs:
-        if name not in LEGS:
-            parser.error(f"no leg {name!r}; there is {', '.join(LEGS)}")
+        if name not in LEGS | PARTS:
+            parser.error(f"no leg {name!r}; there is {', '.join(LEGS | PARTS)}")
     return asked
 
 
@@ -176,14 +183,15 @@ def _version(python: Path, *packages: str) -> dict[str, str]:
 
 def _missing(name: str, facts: Json, device: str) -> str:
     """Return why a leg cannot run here; "" if it can."""
-    kind = LEGS[name]
+    kind = (LEGS | PARTS)[name]
     if device == "cpu":
-        if name not in ("sglang", "matrix", "speed-sglang", "push-sglang", "kernels", "two"):
+        # SGLang's CPU engine stands in for vLLM where the leg's course is to be rehearsed.
+        if name.endswith("-vllm"):
             return "vLLM 0.9.1 does not run on a CPU"
     elif len(facts["gpus"]) < kind.gpus:
         seen = ", ".join(facts["gpus"]) or facts["problem"] or "no GPU"
         return f"needs {kind.gpus} CUDA device(s), found {seen}"
-    for engine in kind.engines:
+    for engine in ("sglang",) if device == "cpu" else kind.engines:
         found = facts["packages"].get(engine)
         if found is None:
             return f"{_MODULES[engine]} is not in {facts['python'] or 'any environment here'}"

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from tests.gpu.ask import Backend
 
 Json = dict[str, Any]
+STATE = "/fp8ctl/state"
 Device = Literal["cuda", "cpu"]
 
 # Both engines' own arguments. Several servers share the GPU: each says how much it needs.
@@ -323,7 +324,7 @@ class Host:
             server.child = self.leg.start([*argv, *more], env, out)
             try:
                 began = time.monotonic()
-                self._wait(server, self.leg.left(limit * self._slow))
+                self._wait(server, self.leg.left(limit * self._slow), hooks)
                 server.seconds = time.monotonic() - began
                 yield server
             finally:
@@ -331,7 +332,7 @@ class Host:
                 with self._port_lock:
                     self._free.append(port)
 
-    def _wait(self, server: Server, limit: float) -> None:
+    def _wait(self, server: Server, limit: float, hooks: bool) -> None:
         assert server.child is not None
         assert server.log is not None
         end = time.monotonic() + limit
@@ -343,7 +344,8 @@ class Host:
             with contextlib.suppress(FailedError):
                 ask.request(server.url, "/v1/models", None, 5)
                 ask.said(server.url, server.backend, server.model, [[1, 2, 3, 4]], 2)
-                return
+                if not hooks or ask.request(server.url, STATE, None, 5)["state"] == "ready":
+                    return
             time.sleep(0.5)
         raise FailedError(f"not ready after {limit:.0f} s: {error_of(text)}")
 

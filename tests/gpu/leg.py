@@ -61,6 +61,7 @@ class Leg:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._began = time.monotonic()
+        self.given_up = False
         self._lock = threading.Lock()
         self._job = threading.local()
         self._children: list[subprocess.Popen[bytes]] = []
@@ -115,6 +116,10 @@ class Leg:
                 + (f"  ({' '.join(str(words).split())[:230]})" if words else ""),
                 flush=True,
             )
+
+    def enter(self, name: str) -> None:
+        """Go on under a job's name, after a job within it."""
+        self._job.name = name
 
     def job(self, name: str, work: Callable[[], None]) -> bool:
         """Do steps until one does not end well; return whether all did."""
@@ -214,6 +219,17 @@ class Leg:
         """End a program of `start` and all of its session."""
         _end(child)
 
+    def overtime(self, seconds: float = 90) -> None:
+        """Allow for what puts the machine in order, also when the leg's time is over."""
+        self.seconds = max(self.seconds, time.monotonic() - self._began + seconds)
+
+    def give_up(self) -> None:
+        """End what runs; the steps that would follow are skipped."""
+        self.given_up = True
+        self.seconds = 0.0
+        for child in self._children:
+            _end(child, (signal.SIGTERM,), 0.0)
+
     def close(self) -> None:
         """End what still runs."""
         for child in self._children:
@@ -221,9 +237,13 @@ class Leg:
         self._lines.close()
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _end(
+    child: subprocess.Popen[bytes],
+    signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGKILL),
+    patience: float = 8.0,
+) -> None:
     """End a session that we made, gently at first."""
-    for number, patience in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 8.0)):
+    for number in signals:
         try:
             os.killpg(child.pid, number)
         except ProcessLookupError:

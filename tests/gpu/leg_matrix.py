@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fp8ctl.engines.sglang import QUANTIZATION
-from tests.gpu import ask
+from tests.gpu import ask, path
 from tests.gpu.leg import FailedError, SkippedError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def run(host: Host) -> None:
     with (leg.folder / "matrix.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     table(host, rows)
-    leg.job("end", lambda: _end(host))
+    leg.job("end", lambda: path.reverted(host, "sglang"))
 
 
 def sixteen(host: Host, truth: dict[str, ask.Said], kind: str) -> None:
@@ -211,10 +211,3 @@ def table(host: Host, rows: list[dict[str, object]]) -> None:
         )
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     (host.leg.folder / "matrix.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _end(host: Host) -> None:
-    with host.leg.step("revert") as seen:
-        host.fp8ctl("stop", "--all", limit=60)
-        host.fp8ctl("revert", *host.target, "--backend", "sglang", limit=60)
-        seen |= host.require_released("sglang")

@@ -101,7 +101,7 @@ def requantising_tree(python: Path, tree: Path) -> None:
     shutil.copytree(
         site / "sglang",
         tree / "sglang",
-        ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.json"),
+        ignore=shutil.ignore_patterns("__pycache__"),
     )
     for one in parser.parse(PATCH.read_bytes(), name=PATCH.name):
         file = tree / str(one.path)

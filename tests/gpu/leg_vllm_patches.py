@@ -81,6 +81,7 @@ def run(host: Host) -> None:
             host.models(*(model.name for model in models), "narrow-a", "narrow-b", "dense-a")
         with leg.step("begin as released"):
             host.released(host.backend("vllm"))
+        (host.work / "overlays").mkdir(exist_ok=True)
         for name in _MORE:
             with leg.step(f"overlay {name}"):
                 patches = (_REHEARSED if host.device == "cpu" else _MORE)[name]

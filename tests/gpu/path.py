@@ -167,6 +167,8 @@ def finite(said: Said) -> Said:
 
 
 def reverted(host: Host, backend: Backend) -> None:
+    """Stop what runs, take the patches off, and see that the files are the release's."""
+    host.leg.overtime()
     with host.leg.step("revert") as seen:
         host.fp8ctl("stop", "--all", limit=60)
         host.fp8ctl("revert", *host.target, "--backend", backend, limit=60)
