@@ -100,7 +100,8 @@ def _leg(name: str, asked: argparse.Namespace, out: Path, work: Path, python: Pa
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: leg.give_up())
     try:
-        import_module(f"tests.gpu.{kind.module}").run(host)
+        module = import_module(f"tests.gpu.{kind.module}")
+        leg.job("main", lambda: module.run(host))
     finally:
         leg.overtime()
         leg.job("stop", lambda: _stop(host))

@@ -96,7 +96,8 @@ class Host:
     work: Path
     device: Device = "cuda"
     more_env: dict[str, str] = field(default_factory=dict)
-    _ports: Iterator[int] = field(default_factory=lambda: iter(range(31000, 61000, 2000)))
+    # SGLang takes a second one, up to 1000 higher; from 32768 on any connection may have them.
+    _ports: Iterator[int] = field(default_factory=lambda: iter(range(20000, 32000, 1100)))
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
@@ -114,6 +115,9 @@ class Host:
         if any(others):
             clean["PYTHONPATH"] = ":".join(others)
         clean |= {"FP8CTL_HOME": str(self.work / "home"), "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
+        # NVLink multicast can put GPUs that others share out of service.
+        clean.setdefault("NCCL_NVLS_ENABLE", "0")
+        clean.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         return clean | self.more_env
 
     @property
@@ -222,7 +226,7 @@ class Host:
             options: of fp8ctl.
             limit: seconds until it is ready.
             extra: of the engine, instead of the usual ones.
-            again: how often to try again when the engine dies.
+            again: how often to try again when the engine dies; once in any case for a port.
         """
         behind = self.extra(backend) if extra is None else [*extra]
         port = self.port()
@@ -232,14 +236,14 @@ class Host:
         if "--overlay" not in options:
             words += self.target
         words += [*options, "--port", str(port), "--detach"]
-        for turn in range(again + 1):
+        for turn in range(again + 2):
             began = time.monotonic()
             ready = int(self.leg.left(limit * self._slow))
             try:
                 told = self.fp8ctl(*words, "--timeout", str(ready), "--", *behind, limit=ready + 20)
             except FailedError as e:
                 self.fp8ctl("stop", server.name, limit=30, expect=(0, 3))
-                if turn == again:
+                if turn == again and not (turn == 0 and "took the port" in str(e)):
                     raise
                 self.leg.transcript(f"once more: {e}")
             else:
