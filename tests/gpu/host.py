@@ -243,7 +243,8 @@ class Host:
                 told = self.fp8ctl(*words, "--timeout", str(ready), "--", *behind, limit=ready + 20)
             except FailedError as e:
                 self.fp8ctl("stop", server.name, limit=30, expect=(0, 3))
-                if turn == again and not (turn == 0 and "took the port" in str(e)):
+                self.keep_log(server.name)
+                if turn >= again and not (turn == 0 and "took the port" in str(e)):
                     raise
                 self.leg.transcript(f"once more: {e}")
             else:
