@@ -175,8 +175,9 @@ def one_set(
             quiet = meeting.wait("ready", leg.left(150))
             told["quiet"] = quiet
             with meeting.turn:
-                one = ask.speed(server.url, server.backend, server.model, 1, 128)
-                many = ask.speed(server.url, server.backend, server.model, 32, 128)
+                new, at_once = (128, 32) if host.device == "cuda" else (8, 2)
+                one = ask.speed(server.url, server.backend, server.model, 1, new)
+                many = ask.speed(server.url, server.backend, server.model, at_once, new)
             told |= {"one": one, "many": many}
             told["seen"] = f"{one['seen']}; {many['seen']}{'' if quiet else ' (others ran)'}"
             # A server that stops would disturb the next.
