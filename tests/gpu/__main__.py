@@ -98,7 +98,7 @@ def _leg(name: str, asked: argparse.Namespace, out: Path, work: Path, python: Pa
     leg = Leg(name, out / name, asked.seconds, together, tuple(asked.job))
     host = Host(leg, python, work, asked.device)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: leg.give_up())
+        signal.signal(number, lambda *_: host.give_up())
     try:
         module = import_module(f"tests.gpu.{kind.module}")
         leg.job("main", lambda: module.run(host))

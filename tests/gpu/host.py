@@ -194,6 +194,12 @@ class Host:
         shown = shlex.join(["fp8ctl", *words])
         return self.leg.run([sys.executable, "-m", "fp8ctl", *words], self.env, limit, shown)
 
+    def give_up(self) -> None:
+        """End the leg: nobody waits for an answer of a server that is stopped."""
+        self.leg.give_up()
+        argv = [sys.executable, "-m", "fp8ctl", "stop", "--all"]
+        subprocess.Popen(argv, env=self.env, cwd=ROOT, stdout=subprocess.DEVNULL)
+
     @property
     def target(self) -> tuple[str, str]:
         return ("--python", str(self.python))
