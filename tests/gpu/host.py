@@ -97,7 +97,7 @@ class Host:
     device: Device = "cuda"
     more_env: dict[str, str] = field(default_factory=dict)
     # SGLang takes a second one, up to 1000 higher; from 32768 on any connection may have them.
-    _ports: Iterator[int] = field(default_factory=lambda: iter(range(20000, 32000, 1100)))
+    _ports: Iterator[int] = field(default_factory=lambda: iter(range(10000, 32000, 1100)))
 
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)

@@ -35,14 +35,12 @@ class Cell:
         value: of the option.
         model: which checkpoint.
         refused: fp8ctl must refuse it, on any GPU of today's runs.
-        extra: of the engine.
     """
 
     option: str
     value: str
     model: str
     refused: bool = False
-    extra: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -51,7 +49,6 @@ class Cell:
 
 _AO = "--torchao-config"
 _Q = "--quantization"
-_HALF = ("--dtype", "float16")  # gemlite packs for FP16 alone
 
 CELLS = (
     Cell(_AO, "int8wo", "dense-a"),
@@ -60,9 +57,6 @@ CELLS = (
     Cell(_AO, "fp8wo", "dense-a"),
     Cell(_AO, "fp8dq-per_tensor", "dense-a"),
     Cell(_AO, "fp8dq-per_row", "dense-a"),
-    Cell(_AO, "gemlite-4-64", "dense-a", extra=_HALF),
-    Cell(_AO, "gemlite-8-None", "dense-a", extra=_HALF),
-    Cell(_AO, "gemlite-32-4-128", "dense-a", extra=_HALF),
     Cell(_Q, "fp8", "dense-a"),
     Cell(_Q, "fp8", "moe-a"),
     Cell(_Q, "w8a8_fp8", "dense-a"),
@@ -75,10 +69,12 @@ CELLS = (
     Cell(_Q, "marlin", "dense-awq"),
     Cell(_Q, "moe_wna16", "moe-gptq"),
     Cell(_Q, "modelopt", "dense-modelopt"),
-    Cell(_Q, "bitsandbytes", "dense-a"),
     # Refused: not of the checkpoint's kind, of no kind, or for another GPU.
     Cell(_AO, "int4wo-48", "dense-a", refused=True),
     Cell(_AO, "int8", "dense-a", refused=True),
+    Cell(_AO, "gemlite-4-64", "dense-a", refused=True),
+    Cell(_AO, "gemlite-8-None", "dense-a", refused=True),
+    Cell(_Q, "bitsandbytes", "dense-a", refused=True),
     Cell(_AO, "int8wo", "dense-gptq", refused=True),
     Cell(_Q, "modelopt_fp4", "dense-modelopt", refused=True),
     Cell(_Q, "aqlm", "dense-a", refused=True),
@@ -137,7 +133,7 @@ def look(host: Host, truth: dict[str, ask.Said], rows: list[dict[str, object]], 
     model = host.model(cell.model)
     typed = ["launch", "--backend", "sglang", *host.target, "--model", str(model)]
     typed += [cell.option, cell.value]
-    extra = (*host.extra("sglang"), *cell.extra)
+    extra = host.extra("sglang")
     with host.leg.step(f"{cell.option} {cell.value}, {cell.model}") as seen:
         row["result"] = "not looked at"
         dry = host.answer(*typed, "--dry-run", "--", *extra, limit=60)
