@@ -25,6 +25,7 @@ _KINDS: Mapping[str, type[Fp8ctlError]] = {
     "FP8-WIRE": UnsupportedError,
     "FP8-CARRIER": CarrierError,
     "FP8-BUSY": BusyError,
+    "FP8-RELEASED": BusyError,
     "FP8-DRAIN": BusyError,
     "FP8-MANIFEST": ConflictError,
     "FP8-CONNECTION": ConflictError,
@@ -75,7 +76,7 @@ def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> F
         )
     reply = str(told.get("id") or "")
     message = str(told.get("message") or f"it answers {status}")
-    hint = _OURS.get(reply) or str(told.get("hint") or "")
+    hint = _OURS.get(reply) or str(told.get("hint") or "").replace("URL", url)
     hint = hint or _HINTS.get(reply, "").format(url=url, backend=backend)
     more = told.get("data")
     data: dict[str, object] = dict(more) if isinstance(more, dict) else {}

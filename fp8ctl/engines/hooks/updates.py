@@ -33,6 +33,7 @@ from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.openpush import OpenPush
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -71,6 +72,7 @@ class Updates:
     Attributes:
         log: what they brought.
         plan: the manifest of what they must bring; {} without one.
+        memory: what the engine's own routes have released of it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Updates:
         """
         self.log = PushLog(folder)
         self.plan = plan
+        self.memory = Memory(gate.engine)
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
@@ -363,6 +366,7 @@ class Updates:
         if self._alone:
             raise RefusedError(409, "FP8-BUSY", f"{self._alone} is on its way")
         self._without_push()
+        self.memory.require_weights()
 
     def _without_push(self) -> None:
         push = self._push
