@@ -107,7 +107,7 @@ class Receiver:
 
         Args:
             what: "connect", "disconnect", "receive", "progress", "forget", "digests",
-                "trust" or "refittable".
+                "names", "trust" or "refittable".
             details: of the question, as the method of that name takes them.
 
         Raises:
@@ -128,6 +128,8 @@ class Receiver:
             return self.forget()
         if what == "digests":
             return self.digests()
+        if what == "names":
+            return self.names()
         if what == "trust":
             return self.trust(details["names"])
         if what == "refittable":
@@ -249,6 +251,19 @@ class Receiver:
             "format": "engine" if form is None else "checkpoint",
             "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
         }
+
+    def names(self) -> dict[str, Any]:
+        """Return the checkpoint tensors that this rank holds: names, and those tied to others."""
+        where: dict[tuple[int, torch.Size], str] = {}
+        same: dict[str, str] = {}
+        names: dict[str, None] = {}
+        for held in shards.shards(self.model, self._tp_rank, self._engine.form(self.model)):
+            names[held.name] = None
+            if held.tensor.numel():
+                first = where.setdefault((held.tensor.data_ptr(), held.tensor.shape), held.name)
+                if first != held.name:
+                    same[held.name] = first
+        return {"names": [*names], "same": same}
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
         """Let tensors be copied from now on, as `rectangles` says.

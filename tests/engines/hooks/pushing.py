@@ -63,6 +63,7 @@ class Ranks:
         held: by rank, name -> digest of the version it is of.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
         calls: what was asked, in order.
+        parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
     """
 
@@ -80,6 +81,8 @@ class Ranks:
         self.flushed = 0
         self.form = "checkpoint"
         self.unfilled: dict[str, str] = {}
+        self.parameters = list(full)
+        self.same: dict[str, str] = {}
         self.broken = False
 
     async def _maybe(self, what: str) -> None:
@@ -136,6 +139,9 @@ class Ranks:
             "missing": missing[:20],
             "missing_count": len(missing),
         }
+
+    def _names(self, rank: int) -> dict[str, Any]:
+        return {"names": self.parameters, "same": self.same}
 
     def _digests(self, rank: int) -> dict[str, Any]:
         shards = []

@@ -451,3 +451,16 @@ def test_a_question_that_nobody_knows_is_an_error(servers: list[Server]) -> None
     server = serve(servers, checkpoint("bf16"))
     with pytest.raises(ValueError, match="'nonsense'"):
         server.ranks[0].answer("nonsense", {})
+
+
+def test_names_are_those_of_the_checkpoint_and_say_what_is_one_memory() -> None:
+    whole = checkpoint("block")
+    rank = Loading(whole, 0, 2)
+    receiver = Receiver(rank.model, 0, Settled().engine())
+    told = receiver.answer("names", {})
+    assert sorted(told["names"]) == sorted({held["name"] for held in receiver.digests()["tensors"]})
+    assert told["same"] == {}
+    rank.model.other = torch.nn.Module()
+    rank.model.other.weight = rank.model.get_parameter(NORM)
+    assert receiver.names()["same"] == {"other.weight": NORM}
+    assert receiver.names()["names"] == [*told["names"], "other.weight"]

@@ -998,11 +998,56 @@ def test_an_engine_that_quantises_itself_takes_floats_under_any_name() -> None:
     async def test() -> None:
         server = Server(plan={})
         server.workers.form = "engine"
+        # Names that no parameter has: the engine calls its own otherwise.
         status, ended = await _push_16_bits(server, ["embed.weight", "new.weight"], "B")
         assert (status, ended["verified"], ended["state"]) == (200, None, "ready")
         await server.begin("C")
         answer = await server.bucket(0, ["a.weight"], "C")
         assert error(answer) == (422, "FP8-TENSOR", "ready")
+
+    run(test())
+
+
+@pytest.mark.parametrize("skipped", ["embed.weight", "a.weight", "norm.weight"])
+def test_without_a_plan_a_complete_update_brings_what_the_ranks_hold(skipped: str) -> None:
+    """A server that is ready as well: a tensor that a trainer forgot would be of another step."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        some = [name for name in _sixteen() if name != skipped]
+        status, answer = await _push_16_bits(server, some, "B")
+        assert (status, answer["error"]["id"]) == (422, "FP8-INCOMPLETE")
+        assert answer["error"]["data"]["names"] == [skipped]
+        assert server.state == "failed", "some of it is in place"
+        status, ended = await _push_16_bits(server, _sixteen(), "A")
+        assert (status, ended["state"]) == (200, "ready")
+        # Who says that it is a part may send one.
+        await server.begin("B", push="part", complete=False)
+        server.workers.calls.clear()
+        assert (await server.end(0, "B", push="part"))[0] == 200
+        assert "names" not in server.workers.calls
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("held", "sent"),
+    [
+        ("layer.q_proj.weight", "layer.qkv_proj.weight"),  # one tensor in the checkpoint
+        ("lm_head.weight", ""),  # in the memory of the embedding
+    ],
+)
+def test_what_comes_under_another_name_is_not_missing(held: str, sent: str) -> None:
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        server.workers.same = {"lm_head.weight": NAMES[0]}
+        server.workers.parameters.append(held)
+        names = [*_sixteen(), *filter(None, [sent])]
+        status, answer = await _push_16_bits(server, names, "B")
+        assert (status, answer["state"]) == (200, "ready")
+        assert server.workers.calls.count("digests") == 1, "it is verified, and no more"
 
     run(test())
 
@@ -1030,6 +1075,8 @@ def test_a_tied_head_need_not_be_sent_to_lead_out_of_a_failure(tied: bool) -> No
     async def test() -> None:
         server = Server(plan={})
         server.workers.form = "engine"
+
+        server.workers.parameters.append("lm_head.weight")
 
         def embed(version: str) -> None:
             for held in server.workers.held:
