@@ -161,7 +161,7 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
 
 def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str, Any]:
     if what == "hold":
-        return sglang_holding.this().hold(abort=details["abort"])
+        return sglang_holding.this().hold(details["how"])
     if what == "resume":
         return sglang_holding.this().resume()
     if what == "flush":

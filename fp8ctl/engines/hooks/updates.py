@@ -144,13 +144,14 @@ class Updates:
             what: the route, for messages.
 
         Raises:
-            RefusedError: a push is open.
+            RefusedError: a push is open, or the engine rests and cannot be woken.
         """
         self._without_push()
         async with self._engines_turn:
             async with self._turn:
                 await self._expire()
                 self._without_push()
+                await self._rest.let_go()
                 self._alone = what
             before = self._gate.updates
             try:

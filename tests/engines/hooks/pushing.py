@@ -175,7 +175,7 @@ class Ranks:
             self.paused += self.running
         if in_flight == "abort":
             self.paused = 0
-        if in_flight == "finish" and self.running:
+        if in_flight == "finish" and (self.running or self.paused):
             await asyncio.sleep(within)
             raise TimeoutError
         self.running = 0

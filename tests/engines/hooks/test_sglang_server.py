@@ -582,6 +582,34 @@ def test_a_rank_that_stays_silent_is_named(
     assert list((run_dir / "reports").iterdir()) == [], "the other's answer is left behind"
 
 
+def test_schedulers_that_hang_do_not_keep_the_server_waiting_for_ever(
+    run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_ranks, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(sglang_ranks, "GRACE", 0.05)
+    stock = engine.update_weights_from_tensor_communicator
+
+    async def test() -> None:
+        asked, go_on = workers(engine), asyncio.Event()
+
+        async def hang(request: Any) -> list[Any]:
+            await go_on.wait()
+            return await stock(request)
+
+        monkeypatch.setattr(engine, "update_weights_from_tensor_communicator", hang)
+        with pytest.raises(RuntimeError, match="did not answer within"):
+            await asked.ask("digests")
+        # The communicator takes one at a time, so that another would never be sent.
+        with pytest.raises(RuntimeError, match="have not answered the question before"):
+            await asked.ask("digests")
+        assert engine.requests == []
+        go_on.set()
+        assert len(await asked.ask("digests")) == 2
+        assert list((run_dir / "reports").iterdir()) == [], "the late answer is left behind"
+
+    asyncio.run(test())
+
+
 def test_without_a_run_folder_nothing_is_asked(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

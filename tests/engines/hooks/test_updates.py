@@ -585,10 +585,33 @@ def test_what_was_paused_is_ended_after_a_failure_or_stays_at_rest(ends: bool) -
         await server.abort()
         assert server.state == "failed"
         assert server.workers.at_rest is not ends
-        # A whole push lets go on what could not be ended.
+        # The next push does not wait for what waits for it.
         server.workers.faults.clear()
-        assert (await server.push("C", in_flight="pause"))[0] == 200
-        assert server.workers.running == (0 if ends else 2)
+        assert (await server.push("C", in_flight="finish"))[0] == 200
+        assert (server.workers.running, server.workers.paused) == (0, 0)
+
+    run(test())
+
+
+def test_an_engine_that_was_left_at_rest_does_not_keep_its_own_routes_waiting() -> None:
+    """SGLang's wait for requests that run, and those that were paused do so for ever."""
+
+    async def test() -> None:
+        server = Server()
+        server.workers.running = 1
+        await server.begin(in_flight="pause")
+        await server.bucket(0, NAMES[:1])
+        server.workers.faults["hold abort"] = BOOM
+        await server.abort()
+        with pytest.raises(RuntimeError):
+            async with server.updates.alone("/update_weights_from_disk"):
+                raise AssertionError("it would wait for ever")
+        assert server.workers.at_rest
+        assert server.state == "failed"
+        server.workers.faults.clear()
+        server.workers.held = [{n: digest("A", n) for n in NAMES} for _ in server.workers.held]
+        async with server.updates.alone("/update_weights_from_disk"):
+            assert (server.workers.paused, server.workers.at_rest) == (0, False)
 
     run(test())
 
