@@ -15,6 +15,7 @@ import os
 import shutil
 import struct
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from fp8ctl.wire import Entry
 
 PREFIX = "fp8ctl-push-"
+_NEW = ".new-"
 _LOCK = ".lock"
+#: Seconds after which a folder that has not got its name is nobody's any more.
+_UNNAMED = 60.0
 #: As safetensors spells them.
 _SPELLED = {
     "float8_e4m3fn": "F8_E4M3",
@@ -190,14 +194,19 @@ class ByFolder:
 
 def _locked(where: Path) -> tuple[Path, int]:
     """Return a new folder and the lock on it, which it has before it gets its name."""
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=where)).absolute()
+    new = Path(tempfile.mkdtemp(prefix=_NEW, dir=where)).absolute()
     lock = os.open(new / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return new.rename(new.with_name(PREFIX + new.name.removeprefix(".new-"))), lock
+    return new.rename(new.with_name(PREFIX + new.name.removeprefix(_NEW))), lock
 
 
 def sweep(where: Path) -> None:
     """Remove folders whose trainer has ended without a chance to do so."""
+    for folder in where.glob(f"{_NEW}*"):
+        # Killed before it had its name, perhaps before its lock.
+        with contextlib.suppress(OSError):
+            if time.time() - folder.lstat().st_mtime > _UNNAMED and not _foreign(folder):
+                shutil.rmtree(folder, ignore_errors=True)
     for folder in where.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
@@ -206,6 +215,11 @@ def sweep(where: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _foreign(folder: Path) -> bool:
+    """Say whether a folder holds anything that is not ours: `--folder` may be anyone's."""
+    return bool({*os.listdir(folder)} - {_LOCK})
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:

@@ -83,9 +83,20 @@ def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> F
     state = body.get("state") if isinstance(body, dict) else None
     data |= {"server": url, "status": status, "reply": reply, "state": state}
     if secret:
-        message, hint = message.replace(secret, "***"), hint.replace(secret, "***")
+        message, hint, data = _without(secret, (message, hint, data))
     kind = _KINDS.get(reply, EngineFailedError)
     return kind(f"{url}: {message}", hint=hint or "fp8ctl ps; fp8ctl logs NAME", data=data)
+
+
+def _without(secret: str, said: Any) -> Any:
+    """Return what was said, of JSON types, with the secret blotted out wherever it stands."""
+    if isinstance(said, str):
+        return said.replace(secret, "***")
+    if isinstance(said, dict):
+        return {_without(secret, k): _without(secret, v) for k, v in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [_without(secret, one) for one in said]
+    return said
 
 
 def stock(url: str, backend: str) -> UnsupportedError:
