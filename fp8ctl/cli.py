@@ -537,6 +537,15 @@ def push(
     bucket_size: Annotated[
         int, typer.Option("--bucket-size", min=1, help="MB of a transfer buffer; two are held.")
     ] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds of a request, and for running requests.")
+    ] = 600.0,
+    master: Annotated[
+        str | None, typer.Option("--master", help="This host's address; for --via nccl.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where --via disk writes, for the servers.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
     dry_run: DryRun = False,
     python: Python = None,
@@ -558,6 +567,9 @@ def push(
             record=record,
             in_flight=in_flight,
             bucket_size=bucket_size,
+            timeout=timeout,
+            master=master,
+            folder=folder,
             check=check,
             dry_run=dry_run,
             python=python,

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 VIA: Final = ("ipc", "nccl", "disk")
 BUCKET: Final = 512
 """MB of a bucket where nobody says otherwise."""
+TIMEOUT: Final = 600.0
+"""Seconds of a request where nobody says otherwise."""
 # What a trainer's checkpoint may hold besides: `Rollout` drops it.
 _UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
 _ASK: Final = 60.0
@@ -58,14 +60,15 @@ def _megabytes(found: re.Match[str]) -> str:
 # What `Rollout` calls what, and the command.
 _SPELLED: Final[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]] = (
     (r", or Rollout\(urls, plan, api_key=KEY\)", ""),
-    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\), .*', "--via disk"),
-    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "export XDG_CACHE_HOME=PATH"),
+    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\)', "--via nccl --master ADDRESS"),
+    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "--via disk --folder PATH"),
     (r"Rollout\(urls, plan, (.*?)\)", r"\1"),
     (r'via="(\w+)"', r"--via \1"),
     (r'in_flight="(\w+)"', r"--in-flight \1"),
     (r"bucket_bytes=(\d+)", _megabytes),
     (r"bucket_bytes", "--bucket-size"),
     (r"record=PATH", "--record FILE"),
+    (r"timeout=([\d.]+)", r"--timeout \1"),
 )
 
 
@@ -80,6 +83,9 @@ def run(
     record: Path | None = None,
     in_flight: str = "finish",
     bucket_size: int = BUCKET,
+    timeout: float = TIMEOUT,
+    master: str | None = None,
+    folder: Path | None = None,
     check: bool = True,
     dry_run: bool = False,
     python: Path | None = None,
@@ -88,6 +94,9 @@ def run(
 
     Args:
         bucket_size: in MB.
+        timeout: seconds that any request, or waiting for requests in flight, may take.
+        master: address of this host that the servers reach, for a process group.
+        folder: where `disk` writes, and the servers read.
         check: end with the live check of every server.
 
     Raises:
@@ -98,12 +107,13 @@ def run(
         Fp8ctlError: what `push.Rollout` raises.
     """
     _require_sense(urls, via, in_flight, delta)
+    _require_fitting(via, timeout, master, folder)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
     states = {url: _state(url) for url in addresses}
     plan = _plan_of(addresses)
     local = _local(addresses)
-    folder = resolve_model(report, model, python or local, fetch=not dry_run)
-    source = models.read_checkpoint(folder)
+    where = resolve_model(report, model, python or local, fetch=not dry_run)
+    source = models.read_checkpoint(where)
     _require_alike(source, plan)
     version = version or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for url, state in states.items():
@@ -111,7 +121,7 @@ def run(
     report.say(_planned(source, plan, via))
     data: dict[str, object] = {
         "servers": addresses,
-        "model": str(folder),
+        "model": str(where),
         "version": version,
         "via": via,
         "plan_digest": None if plan is None else plan.digest,
@@ -124,13 +134,16 @@ def run(
     arguments = {
         "urls": addresses,
         "plan": None if plan is None else plan.to_json(),
-        "model": str(folder.absolute()),
+        "model": str(where.absolute()),
         "via": via,
         "version": version,
         "delta": delta,
         "in_flight": in_flight,
         "bucket_bytes": bucket_size * 1_000_000,
-        "record": None if record is None else str(record.expanduser().absolute()),
+        "timeout": timeout,
+        "master": master,
+        "record": _spelled(record),
+        "folder": _spelled(folder),
     }
     update = _pushed(report, _python(python, local), arguments)
     data |= {"update": update} | _evidence(plan, update)
@@ -156,6 +169,20 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -
             "--delta with --via disk: an engine's own reload takes whole checkpoints",
             hint="--via ipc or --via nccl",
         )
+
+
+def _require_fitting(via: str, timeout: float, master: str | None, folder: Path | None) -> None:
+    if not 0 < timeout < 1e6:
+        raise UsageError(f"--timeout {timeout:g}; expected seconds", hint="--timeout 600")
+    for option, said, of in (("--master", master, "nccl"), ("--folder", folder, "disk")):
+        if said is not None and via != of:
+            raise UsageError(
+                f"{option} {said} with --via {via}: it is for --via {of}", hint=f"--via {of}"
+            )
+
+
+def _spelled(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())
 
 
 def _state(url: str) -> dict[str, Any]:

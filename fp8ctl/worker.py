@@ -121,7 +121,6 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from fp8ctl.push import Rollout
 
     folder = Path(arguments["model"])
-    record = arguments.get("record")
     rollout = Rollout(
         arguments["urls"],
         arguments["plan"],
@@ -129,7 +128,10 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         bucket_bytes=arguments["bucket_bytes"],
         in_flight=arguments["in_flight"],
         delta=arguments["delta"],
-        record=None if record is None else Path(record),
+        record=arguments["record"],
+        folder=arguments["folder"],
+        timeout=arguments["timeout"],
+        master=arguments["master"],
     )
     total = models.read_checkpoint(folder).nbytes
     with _once_interrupted(), rollout:

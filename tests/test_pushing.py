@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +34,7 @@ from fp8ctl.planning import make_plan
 from fp8ctl.render import Reporter
 from tests.e2e.conftest import free_port
 from tests.push.serving import serving
+from tests.test_render import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,6 +107,47 @@ def test_servers_hold_what_the_kernel_makes_of_the_checkpoint(
         assert log["counts"] == {"changed": 2, "unchanged": 1, "unknown": 0}
     assert "weights: 3 of 3 tensors equal in every rank of 2 servers" in out(report)
     assert "verdict: fp8-ok, version v2" in out(report)
+
+
+def test_the_librarys_options_reach_it(
+    source: Path, plan: Plan, report: Reporter, tmp_path: Path
+) -> None:
+    seen: dict[str, Any] = {}
+
+    async def note(body: dict[str, Any]) -> None:
+        seen.update(body)
+
+    with serving(plan) as server:
+        server.faults[wire.BEGIN] = server.faults[wire.BUCKET] = note
+        push(report, server.url, model=source, via="disk", folder=tmp_path / "shared", timeout=33)
+        assert seen["path"].startswith(str(tmp_path / "shared" / "fp8ctl-push-"))
+        assert seen["within"] == 33
+        assert not any((tmp_path / "shared").iterdir())
+        server.faults.clear()
+        push(report, server.url, model=source, via="nccl", master="127.0.0.2")
+        assert server.table.offers[-1]["host"] == "127.0.0.2"
+
+
+def test_a_terminal_shows_a_bar_with_a_rate_and_a_pipe_plain_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)]
+    save_file({n: torch.ones(16384, 64).bfloat16() for n in names}, folder / "model.safetensors")
+    plan = make_plan(folder, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
+    shown, plain = Terminal(), io.StringIO()
+    with serving(plan) as server, contextlib.closing(shown):
+        server.table.delay = 0.25  # as long as it takes to be drawn
+        for err in (shown.stream, plain):
+            push(Reporter(out=io.StringIO(), err=err), server.url, model=folder, bucket_size=1)
+        drawn = shown.read()
+    bars = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "\n", drawn).replace("\n", "")
+    rates = re.findall(r"push large ━[━╺╸]* +\d+% [\d.]+ [kMG]B/s", bars)
+    assert len(rates) > 1, bars
+    assert "\x1b[" not in plain.getvalue()
+    lines = re.findall(r"^push large: (\d+) % \(.* of .*\)$", plain.getvalue(), re.MULTILINE)
+    assert lines[-1] == "100"
+    assert len(lines) > 2
 
 
 def test_a_stock_server_is_refused_with_the_patch_command(
@@ -200,6 +244,12 @@ def test_nobody_there_and_options_that_cannot_be_meant(source: Path, report: Rep
         push(report, nowhere, model=source, in_flight="drop")
     with pytest.raises(UsageError, match="--delta with --via disk"):
         push(report, nowhere, model=source, via="disk", delta=True)
+    with pytest.raises(UsageError, match="--timeout 0; expected seconds"):
+        push(report, nowhere, model=source, timeout=0.0)
+    with pytest.raises(UsageError, match="--master here with --via ipc"):
+        push(report, nowhere, model=source, master="here")
+    with pytest.raises(UsageError, match="with --via nccl: it is for --via disk"):
+        push(report, nowhere, model=source, via="nccl", folder=source)
     with pytest.raises(UsageError, match="not an address"):
         push(report, "127.0.0.1", model=source)
 
@@ -227,8 +277,12 @@ def test_a_weight_that_has_no_code_is_named_and_the_old_ones_are_served(
     [
         ('Rollout(urls, plan, in_flight="abort")', "--in-flight abort"),
         ('Rollout(urls, plan, via="disk")', "--via disk"),
-        ('Rollout(urls, plan, via="disk", folder=PATH)', "export XDG_CACHE_HOME=PATH"),
-        ('Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host', "--via disk"),
+        ('Rollout(urls, plan, via="disk", folder=PATH)', "--via disk --folder PATH"),
+        (
+            'Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host',
+            "--via nccl --master ADDRESS, one of this host",
+        ),
+        ("timeout=600.0", "--timeout 600.0"),
         ("Rollout(urls, plan, record=PATH)", "--record FILE"),
         ("Rollout(urls, plan, bucket_bytes=9000001)", "--bucket-size 10"),
         ('a smaller bucket_bytes, or via="disk"', "a smaller --bucket-size, or --via disk"),
