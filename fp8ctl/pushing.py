@@ -109,12 +109,12 @@ def run(
     _require_sense(urls, via, in_flight, delta)
     _require_fitting(via, timeout, master, folder)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
-    states = {url: _state(url) for url in addresses}
-    plan = _plan_of(addresses)
-    local = _local(addresses)
+    states = {url: state_of(url) for url in addresses}
+    plan = plan_of(addresses)
+    local = local_python(addresses)
     where = resolve_model(report, model, python or local, fetch=not dry_run)
     source = models.read_checkpoint(where)
-    _require_alike(source, plan)
+    require_alike(source, plan)
     version = version or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for url, state in states.items():
         report.say(f"{url}: {_told(state)}")
@@ -145,7 +145,7 @@ def run(
         "record": _spelled(record),
         "folder": _spelled(folder),
     }
-    update = _pushed(report, _python(python, local), arguments)
+    update = _pushed(report, sending_python(python, local), arguments)
     data |= {"update": update} | _evidence(plan, update)
     _tell(report, data, update)
     if check:
@@ -185,20 +185,20 @@ def _spelled(path: Path | None) -> str | None:
     return None if path is None else str(path.expanduser().absolute())
 
 
-def _state(url: str) -> dict[str, Any]:
+def state_of(url: str) -> dict[str, Any]:
     """Return what a server says of itself.
 
     Raises:
         Fp8ctlError: it is none that could take a push.
     """
     with (
-        _hints_of_options(),
+        hints_of_options(),
         contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server,
     ):
         return server.state()
 
 
-def _plan_of(urls: Sequence[str]) -> Plan | None:
+def plan_of(urls: Sequence[str]) -> Plan | None:
     """Return the plan that all servers were started with; None where the engine quantises.
 
     Raises:
@@ -240,7 +240,7 @@ def _untold(url: str, why: str) -> EngineFailedError:
     )
 
 
-def _require_alike(source: Checkpoint, plan: Plan | None) -> None:
+def require_alike(source: Checkpoint, plan: Plan | None) -> None:
     """Refuse a model that the servers' plan is not of.
 
     Raises:
@@ -277,13 +277,13 @@ def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
 
-def _local(urls: Sequence[str]) -> Path | None:
+def local_python(urls: Sequence[str]) -> Path | None:
     """Return the interpreter of a server that fp8ctl started on this machine: it has torch."""
     records = (registry.read(name) for name in registry.names())
     return next((Path(r.python) for r in records if r and r.url.rstrip("/") in urls), None)
 
 
-def _python(asked: Path | None, local: Path | None) -> Path:
+def sending_python(asked: Path | None, local: Path | None) -> Path:
     """Return the interpreter that sends: one that sees the same devices as the server does."""
     from fp8ctl import environment
 
@@ -298,7 +298,7 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
     """Have the worker push; on a signal see to it that the servers were told."""
     title = f"push {Path(arguments['model']).name}"
     try:
-        with interruptible(), _hints_of_options():
+        with interruptible(), hints_of_options():
             return run_worker(python, "push", arguments, report, title, patience=_PATIENCE)
     except (KeyboardInterrupt, AbortedError):
         raise _interrupted(arguments["urls"]) from None
@@ -315,7 +315,7 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
 
 
 @contextlib.contextmanager
-def _hints_of_options() -> Iterator[None]:
+def hints_of_options() -> Iterator[None]:
     """Turn hints for who calls `Rollout` into such that can be typed behind `fp8ctl push`."""
     try:
         yield

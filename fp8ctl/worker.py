@@ -143,6 +143,33 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         return update.to_json()
 
 
+def bench_push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Push `model` once and `updates` times more; return what `push.Update` says of each."""
+    from fp8ctl import source
+    from fp8ctl.push import Rollout
+
+    where = arguments["device"]
+    # In memory, as a trainer has them.
+    weights = [
+        (name, tensor.clone() if where is None else tensor.to(where))
+        for name, tensor in source.read_tensors(Path(arguments["model"]))
+    ]
+    rollout = Rollout(
+        arguments["urls"],
+        arguments["plan"],
+        via=arguments["via"],
+        bucket_bytes=arguments["bucket_bytes"],
+    )
+    found: list[dict[str, Any]] = []
+    count = 1 + int(arguments["updates"])
+    with _once_interrupted(), rollout:
+        for i in range(count):
+            progress(i, count)
+            found.append(rollout.update(weights, arguments["version"]).to_json())
+    progress(count, count)
+    return {"updates": found}
+
+
 @contextlib.contextmanager
 def _once_interrupted() -> Iterator[None]:
     """Have the first signal end the work, and no other disturb what is put in order then.
@@ -173,6 +200,7 @@ TASKS: dict[str, Task] = {
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,
+    "bench-push": bench_push,
     "push": push,
 }
 

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The bodies of commands.
     (
         *("bench", "check", "doctor", "history", "install", "planning", "pushing", "quantizing"),
-        *("remedy", "server", "patching.commands"),
+        *("pushbench", "remedy", "server", "patching.commands"),
     ),
     ("settings",),
     # What they work with.

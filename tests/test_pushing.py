@@ -294,7 +294,7 @@ def test_a_weight_that_has_no_code_is_named_and_the_old_ones_are_served(
     ],
 )
 def test_a_hint_for_rollout_can_be_typed_behind_the_command(told: str, typed: str) -> None:
-    with pytest.raises(UsageError) as e, pushing._hints_of_options():
+    with pytest.raises(UsageError) as e, pushing.hints_of_options():
         raise UsageError("no", hint=told)
     assert e.value.hint == typed
 
