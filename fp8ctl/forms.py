@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: As a plan spells what weights are rounded to; other dtypes stay as they come.
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def of_push(plan: Plan | None, dtype: torch.dtype | None) -> Form:
 
     def rounded(name: str) -> torch.dtype | None:
         one = planned[name]
-        return dtype if dtype is not None and one.quantize else _FLOATS.get(one.dtype)
+        return dtype if dtype is not None and one.quantize else FLOATS.get(one.dtype)
 
     groups = _groups(plan.mode, plan.block)
     return Form(groups, plan.mode, quantized, names, rounded, plan.recipe)

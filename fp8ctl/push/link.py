@@ -16,7 +16,7 @@ from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Sender
     from fp8ctl.push.client import Server
@@ -81,8 +81,13 @@ class Link:
         cuda: Any = torch.cuda
         return torch.device("cuda" if cuda.is_initialized() else "cpu")
 
-    def open(self, fleet: Fleet, nbytes: int) -> None:
+    def open(self, fleet: Fleet, nbytes: int, meanwhile: Callable[[], None] | None = None) -> None:
         """Have every server connected, with buckets of at least `nbytes` bytes.
+
+        Args:
+            fleet: the servers.
+            nbytes: of a bucket.
+            meanwhile: is called while they connect, if they have to.
 
         Raises:
             UnsupportedError: a server that cannot take a push, with what makes it able to.
@@ -108,14 +113,20 @@ class Link:
                 timeout=self._timeout,
             )
             self._nbytes = nbytes
-        self.connect(fleet)
+        self.connect(fleet, meanwhile=meanwhile)
 
-    def connect(self, fleet: Fleet, those: Collection[int] | None = None) -> None:
+    def connect(
+        self,
+        fleet: Fleet,
+        those: Collection[int] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Offer the carrier to the servers.
 
         Args:
             fleet: the servers.
             those: by their numbers, where some were started anew; None: all.
+            meanwhile: is called while they connect.
         """
         sender = self.sender
         client = {"fp8ctl": __version__, "torch": torch.__version__, "pid": os.getpid()}
@@ -131,6 +142,8 @@ class Link:
                 try:
                     if sender is not None:
                         futures.append(joining.submit(sender.join))
+                    if meanwhile is not None:
+                        meanwhile()
                     found = answers(futures)
                 except BaseException:
                     if sender is not None:

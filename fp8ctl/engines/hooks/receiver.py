@@ -9,6 +9,7 @@ proven where they lie, by copies (`rectangles`).
 
 from __future__ import annotations
 
+import contextlib
 import time
 import traceback
 from dataclasses import dataclass
@@ -144,6 +145,10 @@ class Receiver:
         """
         self.disconnect()
         self._carrier = self._open(offer, self.rank, self.device)
+        if self.device.type == "cuda":
+            # Compiled now, and not when the gate is closed for an update's end.
+            with contextlib.suppress(Exception):
+                self.digests()
         return {"device": self.device.type}
 
     def disconnect(self) -> dict[str, Any]:
