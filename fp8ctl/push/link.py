@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from fp8ctl import __version__
+from fp8ctl import __version__, wire
 from fp8ctl.carriers import ends
 from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.push.fleet import answers
@@ -114,6 +114,19 @@ class Link:
             )
             self._nbytes = nbytes
         self.connect(fleet, meanwhile=meanwhile)
+
+    def look(self, fleet: Fleet) -> None:
+        """Leave a group of which a server knows nothing any more: `open` makes another.
+
+        Such a server was started anew, or met another client. Other carriers are offered again
+        when its update begins; a group is not joined twice.
+        """
+        if self.kind != "group" or not self.connections:
+            return
+        states = fleet.all(lambda _, server: server.state())
+        known = [str(state.get("connection")) for state in states]
+        if known != [wire.shown(connection) for connection in self.connections]:
+            self.close(fleet)
 
     def connect(
         self,

@@ -175,6 +175,7 @@ class Work:
                 tensors = (t for _, t in pairs if isinstance(t, torch.Tensor))
                 sizes = (t.numel() * t.element_size() + ALIGN for t in tensors)
                 self._slot = max([self._slot, *sizes])
+            self._link.look(self._fleet)
             self._link.open(self._fleet, self._slot, self._warm)
             if self._wish.record is not None:
                 self._recorder = Recorder(

@@ -547,14 +547,20 @@ def test_a_bucket_that_is_refused_while_the_last_one_waits_says_why(
         assert serves_again(server, rollout)
 
 
-def test_a_group_whose_server_was_started_anew_is_made_again_by_the_next_update(
-    server: Server,
+@pytest.mark.parametrize("how", ["started anew", "another client"])
+def test_a_group_that_a_server_left_is_made_again_before_anything_is_sent(
+    how: str, server: Server
 ) -> None:
-    with Rollout(server.url, PLAN, via="nccl") as rollout:
+    with serving(PLAN) as other, Rollout([server.url, other.url], PLAN, via="nccl") as rollout:
         rollout.update(CHANGED.items(), 1)
-        server.restart()
-        with pytest.raises(ConflictError, match="no connection") as e:
-            rollout.update(CHANGED.items(), 2)
-        assert e.value.hint == "update again: that connects anew"
+        if how == "started anew":
+            server.restart()
+        else:
+            with Rollout(server.url, PLAN) as stranger:
+                stranger.update(CHANGED.items(), "theirs")
+        rollout.update(WEIGHTS.items(), 2)
         rollout.update(WEIGHTS.items(), 3)
-        assert holds(server, wanted())
+        for one in (server, other):
+            assert holds(one, wanted())
+        assert other.asked.count(wire.CONNECT) == 2, "once for all updates, and once again"
+        assert wire.ABORT not in [*server.asked, *other.asked]

@@ -110,7 +110,7 @@ class Updates:
         self._push: OpenPush | None = None
         self._ended: dict[str, _Ended] = {}
         self._watching: asyncio.Future[None] | None = None
-        gate.about.update(device=device, version=None, push=wire.PROTOCOL)
+        gate.about.update(device=device, version=None, push=wire.PROTOCOL, connection="")
 
     @property
     def state(self) -> str:
@@ -206,7 +206,10 @@ class Updates:
         async with self._turn:
             await self._expire()
             self._free()
-            await self._connection.open(offer)
+            try:
+                await self._connection.open(offer)
+            finally:
+                self._gate.about["connection"] = wire.shown(self._connection.id)
             return {
                 "connection": self._connection.id,
                 "ranks": self._workers.ranks,
@@ -223,6 +226,7 @@ class Updates:
             if self._push is not None:
                 await self._close(self._push, _broken(self._push, "the client disconnected"))
             await self._connection.close()
+            self._gate.about["connection"] = ""
             return {"connection": found["connection"]}
 
     # --- an update --------------------------------------------------------------------------
