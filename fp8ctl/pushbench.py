@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from typing import TYPE_CHECKING, Any, Final
 
-from fp8ctl import models, pushing
+from fp8ctl import models, pushing, sendable
 from fp8ctl.check.command import parse_url
 from fp8ctl.errors import CheckFailedError, ConflictError, UsageError
 from fp8ctl.interpreter import resolve_model, run_worker
@@ -67,7 +67,7 @@ def run(
     local = pushing.local_python([address])
     folder = resolve_model(report, _model(address, state, plan, model), python or local)
     source = models.read_checkpoint(folder)
-    pushing.require_alike(source, plan)
+    sendable.require(source, plan)
     version = state.get("version")
     arguments = {
         "urls": [address],
@@ -76,6 +76,7 @@ def run(
         "via": via,
         "version": NAME if version is None else str(version),
         "bucket_bytes": bucket_size * 1_000_000,
+        "quantized": sendable.is_quantized(source),
         "updates": updates,
         "device": device,
     }

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from fp8ctl import gate, models, registry, wire
+from fp8ctl import gate, models, registry, sendable, wire
 from fp8ctl.check import command, live
 from fp8ctl.check.command import parse_url
 from fp8ctl.errors import (
@@ -24,11 +24,10 @@ from fp8ctl.errors import (
     ConflictError,
     EngineFailedError,
     Fp8ctlError,
-    UnsupportedError,
     UsageError,
 )
 from fp8ctl.interpreter import resolve_model, run_worker, torch_python
-from fp8ctl.manifest import RECORD, Plan
+from fp8ctl.manifest import Plan
 from fp8ctl.push.client import Server
 from fp8ctl.render import human_bytes, plural
 from fp8ctl.signals import interruptible
@@ -44,8 +43,6 @@ BUCKET: Final = 512
 """MB of a bucket where nobody says otherwise."""
 TIMEOUT: Final = 600.0
 """Seconds of a request where nobody says otherwise."""
-# What a trainer's checkpoint may hold besides: `Rollout` drops it.
-_UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
 _ASK: Final = 60.0
 # Of a manifest: 70 000 tensors take 15 MB.
 _LIMIT: Final = 256 << 20
@@ -114,7 +111,7 @@ def run(
     local = local_python(addresses)
     where = resolve_model(report, model, python or local, fetch=not dry_run)
     source = models.read_checkpoint(where)
-    require_alike(source, plan)
+    sendable.require(source, plan)
     version = version or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for url, state in states.items():
         report.say(f"{url}: {_told(state)}")
@@ -135,6 +132,7 @@ def run(
         "urls": addresses,
         "plan": None if plan is None else plan.to_json(),
         "model": str(where.absolute()),
+        "quantized": sendable.is_quantized(source),
         "via": via,
         "version": version,
         "delta": delta,
@@ -238,43 +236,6 @@ def _untold(url: str, why: str) -> EngineFailedError:
         f"{url} does not tell its plan ({wire.PLAN}): {why}",
         hint="fp8ctl ps; fp8ctl logs NAME",
     )
-
-
-def require_alike(source: Checkpoint, plan: Plan | None) -> None:
-    """Refuse a model that the servers' plan is not of.
-
-    Raises:
-        UnsupportedError: it is quantised already.
-        ConflictError: a tensor is missing, too many, or of another shape.
-    """
-    if "quantization_config" in source.config or any(
-        one.dtype.startswith("F8") for one in source.tensors.values()
-    ):
-        made = "the 16-bit checkpoint that it was made from"
-        here = (source.folder / RECORD).is_file()
-        raise UnsupportedError(
-            f"{source.folder} is quantised already; a push takes {made}",
-            hint=f"--model of {made}" + (f": {RECORD} in it says which" if here else ""),
-        )
-    if plan is None:
-        return
-    planned = {tensor.name: tensor.shape for tensor in plan.tensors}
-    found = {name: one.shape for name, one in source.tensors.items()}
-    odd = [name for name in planned if planned[name] != found.get(name)]
-    odd += [n for n in found if n not in planned and not n.endswith(_UNASKED)]
-    if odd:
-        name = odd[0]
-        raise ConflictError(
-            f"{source.folder} is not the model of the servers' plan: {name} is"
-            f" {_shape(found.get(name))}, planned {_shape(planned.get(name))}"
-            + (f" ({len(odd)} such)" if odd[1:] else ""),
-            hint=f"fp8ctl launch --model {source.folder} serves this one",
-            data={"tensors": odd[:20]},
-        )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
 
 
 def local_python(urls: Sequence[str]) -> Path | None:
@@ -411,6 +372,9 @@ def _planned(source: Checkpoint, plan: Plan | None, via: str) -> str:
         return f"{human_bytes(source.nbytes)} in 16 bits, via {via}: the engine quantises them"
     block = f" in blocks of {plan.block.label}" if plan.block else ""
     count = sum(1 for _ in plan.quantized)
+    if sendable.is_quantized(source):
+        form = f"{plan.mode.value}{block}"
+        return f"{human_bytes(plan.bytes_after)} in FP8 as they are, via {via}: {form}"
     return (
         f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}, via {via}:"
         f" {count} of {len(plan.tensors)} tensors to FP8, {plan.mode.value}{block}"

@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
-        *("layout", "manifest"),
+        *("layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
     ),
@@ -64,7 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
 )
 WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
 # What the worker's tasks are made of.

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from fp8ctl import history, pushing, wire
+from fp8ctl import checkpoint, history, pushing, wire
 from fp8ctl.errors import (
     BusyError,
     CheckFailedError,
+    CheckpointError,
     ConflictError,
     NotFoundError,
     PlanDoesNotFitError,
@@ -75,6 +76,12 @@ def report() -> Reporter:
 
 def out(report: Reporter) -> str:
     stream = report._out
+    assert isinstance(stream, io.StringIO)
+    return stream.getvalue()
+
+
+def said(report: Reporter) -> str:
+    stream = report._err
     assert isinstance(stream, io.StringIO)
     return stream.getvalue()
 
@@ -214,14 +221,100 @@ def test_a_model_of_another_shape_is_refused(
         assert wire.CONNECT not in server.asked
 
 
-def test_a_checkpoint_in_fp8_is_refused(plan: Plan, report: Reporter, tmp_path: Path) -> None:
-    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
-    quantized = write(tmp_path / "fp8", quantization_config=config)
-    with (
-        serving(plan) as server,
-        pytest.raises(UnsupportedError, match="quantised already"),
-    ):
-        push(report, server.url, model=quantized)
+def made(plan: Plan, folder: Path) -> Path:
+    """Write the FP8 form of a plan, by the worker's own code."""
+    checkpoint.convert(plan, folder, lambda done, total: None)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["block", "per-tensor"])
+def test_a_checkpoint_in_fp8_is_sent_as_it_is(
+    mode: str, source: Path, report: Reporter, tmp_path: Path
+) -> None:
+    block = BlockSize(32, 32) if mode == "block" else None
+    plan = make_plan(source, "sglang", Mode(mode), 1, block)
+    fp8 = made(plan, tmp_path / "fp8")
+    scale = f"{UP}_scale_inv" if block else f"{UP}_scale"
+    if not block:  # as others write it
+        state = load_file(str(fp8 / "model.safetensors"))
+        save_file({**state, scale: state[scale].view(())}, fp8 / "model.safetensors")
+    with serving(plan, ranks=2) as one, serving(plan) as other:
+        data = push(report, one.url, model=fp8, version="made")
+        push(report, other.url, model=source)
+        for name, tensor in other.table.held[0].items():
+            for held in one.table.held:
+                assert torch.equal(held[name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert (data["verified"], data["verdict"]) == (3, "fp8-ok")
+        # Codes and their scale are there, or they are sent.
+        again = push(report, one.url, model=fp8, delta=True)
+        assert (again["update"]["sent"], again["update"]["skipped"]) == (0, 3)
+    assert "in FP8 as they are" in "".join([out(report), said(report)])
+
+
+def _spoil(fp8: Path, **changes: torch.Tensor | None) -> None:
+    state = {**load_file(str(fp8 / "model.safetensors")), **changes}
+    save_file({n: t for n, t in state.items() if t is not None}, fp8 / "model.safetensors")
+
+
+def _config(fp8: Path, key: str, value: object) -> None:
+    config = json.loads((fp8 / "config.json").read_text())
+    config["quantization_config"][key] = value
+    (fp8 / "config.json").write_text(json.dumps(config))
+
+
+def _recipe(fp8: Path) -> None:
+    record = json.loads((fp8 / "fp8ctl.json").read_text())
+    record["plan"]["recipe"] = "ue8m0"
+    (fp8 / "fp8ctl.json").write_text(json.dumps(record))
+
+
+SCALE = f"{UP}_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda fp8: _config(fp8, "weight_block_size", [64, 64]), "weight_block_size is .64, 64."),
+        (lambda fp8: _config(fp8, "quant_method", "awq"), "quant_method is 'awq', planned 'fp8'"),
+        (_recipe, "recipe 'ue8m0', planned 'ieee'"),
+        (lambda fp8: _spoil(fp8, **{SCALE: None}), "_scale_inv is absent"),
+        (lambda fp8: _spoil(fp8, **{SCALE: torch.ones(4, 2).bfloat16()}), "is BF16, planned F32"),
+        (lambda fp8: _spoil(fp8, **{SCALE: torch.ones(2, 2)}), r"\[2, 2\], planned \[4, 2\]"),
+        (lambda fp8: _spoil(fp8, **{UP: weight_of(1)}), "is BF16, planned F8_E4M3"),
+        (lambda fp8: _spoil(fp8, **{NORM: torch.ones(64).to(torch.float8_e4m3fn)}), "norm"),
+    ],
+)
+def test_a_checkpoint_in_another_fp8_is_refused_with_the_reason(
+    spoil: Callable[[Path], None],
+    why: str,
+    source: Path,
+    plan: Plan,
+    report: Reporter,
+    tmp_path: Path,
+) -> None:
+    fp8 = made(plan, tmp_path / "fp8")
+    spoil(fp8)
+    with serving(plan) as server:
+        with pytest.raises(UnsupportedError, match=why) as e:
+            push(report, server.url, model=fp8)
+        assert "16-bit" in str(e.value.hint)
+        assert wire.CONNECT not in server.asked
+    with serving(None) as online, pytest.raises(UnsupportedError, match="by themselves"):
+        push(report, online.url, model=fp8)
+
+
+def test_a_code_that_is_no_number_is_not_served(
+    source: Path, plan: Plan, report: Reporter, tmp_path: Path
+) -> None:
+    fp8 = made(plan, tmp_path / "fp8")
+    codes = load_file(str(fp8 / "model.safetensors"))[UP].view(torch.uint8)
+    codes[3, 5] = 0xFF
+    _spoil(fp8, **{UP: codes.view(torch.float8_e4m3fn)})
+    with serving(plan) as server:
+        with pytest.raises(CheckpointError, match=f"{UP} .* element {3 * 64 + 5}"):
+            push(report, server.url, model=fp8)
+        assert server.state == "ready"
+        assert not server.table.buckets
 
 
 def test_a_dry_run_says_what_would_be_sent_and_sends_nothing(

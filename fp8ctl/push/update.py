@@ -79,10 +79,11 @@ class Work:
         complete: bool,
         ranks: Ranks | None,
         on_progress: Callable[[Progress], None] | None,
+        quantized: bool = False,
     ) -> None:
         self.push = uuid.uuid4().hex
         self._wish, self._link, self._version = wish, link, version
-        self._complete, self._ranks = complete, ranks
+        self._complete, self._ranks, self._quantized = complete, ranks, quantized
         self._gives = ranks is None or ranks.is_source
         self._clock = Clock()
         self._fleet = Fleet(servers)
@@ -159,6 +160,7 @@ class Work:
             dtype=wish.dtype,
             complete=self._complete,
             ranks=self._ranks,
+            quantized=self._quantized,
         )
 
     def _prepare(self, named_tensors: object) -> None:

@@ -27,6 +27,7 @@ from fp8ctl.errors import (
     UnsupportedError,
 )
 from fp8ctl.push import Rollout
+from fp8ctl.wire import Slot, place
 from tests.push.serving import CutOffError, Server, serving
 from tests.push.test_rollout import CHANGED, HOW, holds, update
 from tests.test_stream import PLAN, WEIGHTS, Source, planned, wanted
@@ -564,3 +565,20 @@ def test_a_group_that_a_server_left_is_made_again_before_anything_is_sent(
             assert holds(one, wanted())
         assert other.asked.count(wire.CONNECT) == 2, "once for all updates, and once again"
         assert wire.ABORT not in [*server.asked, *other.asked]
+
+
+@each_way
+def test_what_is_in_fp8_already_comes_as_pairs(how: str, server: Server) -> None:
+    """Of a size that ends between a pair: both are in one bucket all the same."""
+    made = dict(wanted())
+    slots = [Slot("", str(t.dtype)[6:], tuple(t.shape)) for t in made.values()]
+    ends = [*place(slots)[0][1:], place(slots)[1]]
+    codes = next(end for end, slot in zip(ends, slots, strict=True) if slot.dtype[:6] == "float8")
+    with Rollout(server.url, PLAN, bucket_bytes=codes, delta=True) as rollout:
+        update(rollout, Source(made.items()), how, "1", quantized=True)
+        assert holds(server, wanted())
+        scale = next(name for name in made if "_scale" in name)
+        alone = {n: t for n, t in made.items() if n != scale} | {scale: made[scale]}
+        with pytest.raises(ConflictError, match=f"{scale} does not come right after"):
+            update(rollout, Source(alone.items()), how, "2", quantized=True)
+        assert serves_again(server, rollout)

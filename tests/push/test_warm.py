@@ -99,7 +99,7 @@ def test_it_is_done_once_while_the_servers_connect_and_spoils_nothing(
             patched.setattr(Link, "device", property(lambda _: torch.device("cuda")))
             link = rollout._link
             told: list[str] = []
-            work = rollout._work("2", True, None, None)
+            work = rollout._work("2", True, None, None, False)
 
             def first() -> None:
                 told.append(link.device.type)
