@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8ctl import models
+from fp8ctl.dtypes import DTYPES
 from fp8ctl.errors import CheckpointError
-from fp8ctl.pipeline import DTYPES
 from fp8ctl.sendable import made_of
 
 if TYPE_CHECKING:

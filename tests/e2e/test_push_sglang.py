@@ -488,7 +488,7 @@ def test_without_a_tensor_no_complete_update_is_served(
 
 # --- ends of processes ----------------------------------------------------------------------------
 
-# A trainer that stops for ever when the servers have been given so many buckets.
+# A trainer that stops for ever when the servers have been given so many buckets; 0: none yet.
 _TRAINER = """
 import json, sys, time
 from pathlib import Path
@@ -499,12 +499,21 @@ session.LEASE = 1.0
 url, plan, model, stop = sys.argv[1:]
 
 def told(progress):
-    if progress.buckets >= int(stop):
-        print(progress.buckets, flush=True)
-        time.sleep(600)
+    if 0 < int(stop) <= progress.buckets:
+        hang()
+
+def hang():
+    print("stopped", flush=True)
+    time.sleep(600)
+
+def tensors():
+    for i, pair in enumerate(read_tensors(Path(model))):
+        if stop == "0" and i == 3:
+            hang()
+        yield pair
 
 rollout = Rollout(url, Plan.read(Path(plan)), bucket_bytes=8 << 20)
-rollout.update(read_tensors(Path(model)), "B", on_progress=told)
+rollout.update(tensors(), "B", on_progress=told)
 """
 
 
@@ -545,8 +554,8 @@ def test_a_trainer_that_is_killed_at_any_bucket_leaves_the_old_weights_or_none(
             again.update("A", served.a)
         assert served.logprobs == served.fresh, stop
     assert len(found) >= 4, found
-    assert set([*found.values()][2:]) == {"failed"}, "weights were written"
-    assert found[0] == "ready"
+    assert found.pop(0) == "ready"
+    assert "failed" in found.values(), "weights were written"
 
 
 @pytest.mark.long

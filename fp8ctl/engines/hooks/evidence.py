@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks.expected import CODES
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -10,7 +10,7 @@ from fp8ctl.engines.hooks.shards import FUSED
 from fp8ctl.held import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.engines.hooks.expected import Expected
     from fp8ctl.engines.hooks.openpush import OpenPush
@@ -73,9 +73,7 @@ class Evidence:
         answers = await self._workers.ask("progress", expected=expected)
         if any(a["broken"] for a in answers):
             raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
-        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-        count = int(worst["missing_count"]) + len(worst["unfilled"])
-        return count, [*worst["missing"], *worst["unfilled"]]
+        return worst(answers)
 
     async def _not_sent(self, push: OpenPush) -> list[str]:
         """Return the names that a complete update should have brought, or skipped, and did not."""
@@ -143,6 +141,17 @@ class Evidence:
             data: dict[str, object] = {"names": unequal[:20], "count": len(unequal)}
             raise RefusedError(500, "FP8-UNEQUAL", told, data=data)
         return equal
+
+
+def worst(answers: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:
+    """Return how much the rank that lacks most of its weights misses, and some names.
+
+    Args:
+        answers: of all ranks, to "progress".
+    """
+    told = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
+    count = int(told["missing_count"]) + len(told["unfilled"])
+    return count, [*told["missing"], *told["unfilled"]]
 
 
 def _fused(name: str) -> set[str]:

@@ -21,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, manifest, ranklog, sglang_worker
+from fp8ctl.engines.hooks.evidence import worst
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -123,11 +124,9 @@ class UpdateWatch:
             return Outcome("failed", message=said)
         if not taken:
             return Outcome("rejected", message=said)
-        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-        missing = int(worst["missing_count"]) + len(worst["unfilled"])
+        missing, names = worst(answers)
         if missing:
-            first = [*worst["missing"], *worst["unfilled"]][0]
-            told = f"{missing} tensors have not arrived, such as {first}"
+            told = f"{missing} tensors have not arrived, such as {names[0]}"
             return Outcome("applied", missing=missing, message=told)
         if not self._expected and self._gate.settled != "ready" and path != FROM_DISK:
             # Without a plan nobody knows what a whole set is, but a checkpoint is one.
