@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl import __version__, formats, models, partial
+from fp8ctl.dtypes import DTYPES
 from fp8ctl.errors import (
     CheckpointError,
     ConflictError,
@@ -34,7 +35,7 @@ from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.layout import PART, Layout, layouts
 from fp8ctl.manifest import RECORD, dumps
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
-from fp8ctl.pipeline import DTYPES, Bad, Pipeline, Shard, bytes_of, groups_of, writing
+from fp8ctl.pipeline import Bad, Pipeline, Shard, bytes_of, groups_of, writing
 
 if TYPE_CHECKING:
     from fp8ctl.layout import Part

@@ -537,6 +537,15 @@ def push(
     bucket_size: Annotated[
         int, typer.Option("--bucket-size", min=1, help="MB of a transfer buffer; two are held.")
     ] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds of a request, and for running requests.")
+    ] = 600.0,
+    master: Annotated[
+        str | None, typer.Option("--master", help="This host's address; for --via nccl.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where --via disk writes, for the servers.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
     dry_run: DryRun = False,
     python: Python = None,
@@ -558,6 +567,9 @@ def push(
             record=record,
             in_flight=in_flight,
             bucket_size=bucket_size,
+            timeout=timeout,
+            master=master,
+            folder=folder,
             check=check,
             dry_run=dry_run,
             python=python,
@@ -617,9 +629,12 @@ def stop(
 
 @command()
 def bench(
-    what: Annotated[str, typer.Argument(help="kernel: quantisation, the bundled kernels.")],
+    what: Annotated[
+        str, typer.Argument(help="kernel: the bundled kernels; push: updates of a server.")
+    ],
+    url: Annotated[str | None, typer.Argument(metavar="URL", help="Of push: the server.")] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; CUDA where there is one.")
+        str | None, typer.Option("--device", help="cpu or cuda; of a push, where weights lie.")
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="ieee, reciprocal, inverse-scale or ue8m0.")
@@ -627,16 +642,35 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and smaller tensors, less often.")
     ] = False,
+    updates: Annotated[
+        int, typer.Option("--updates", min=1, help="Of push: how many, behind the first.")
+    ] = 3,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Of push: the weights that it serves.")
+    ] = None,
+    via: Annotated[str, typer.Option("--via", help="Of push: ipc, nccl or disk.")] = "ipc",
+    bucket_size: Annotated[
+        int, typer.Option("--bucket-size", min=1, help="Of push: MB of a transfer buffer.")
+    ] = 512,
     python: Python = None,
     json_: Json = False,
 ) -> None:
-    """Measure the kernels beside a copy of as many bytes."""
+    """Measure the kernels beside a copy of as many bytes, or updates of a server."""
     from fp8ctl import bench as m
 
     _run(
         "bench",
         json_,
-        lambda r: m.run(r, what=what, device=device, recipe=recipe, quick=quick, python=python),
+        lambda r: m.run(
+            r,
+            what=what,
+            device=device,
+            recipe=recipe,
+            quick=quick,
+            python=python,
+            url=url,
+            push={"updates": updates, "model": model, "via": via, "bucket_size": bucket_size},
+        ),
     )
 
 

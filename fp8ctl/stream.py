@@ -134,6 +134,7 @@ def placed_weights(
     dtype: torch.dtype | None = None,
     complete: bool = True,
     ranks: Ranks | None = None,
+    quantized: bool = False,
 ) -> Stream:
     """Return the stream of a push: its tensors lie where `placing` put them.
 
@@ -146,12 +147,13 @@ def placed_weights(
         plan: None: all is kept.
         placing: gives the memory.
         dtype: what weights are rounded to before they are quantised, instead of the plan's.
+        quantized: what comes is the plan's FP8 form already: codes, each before its scale.
 
     Returns:
         As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
         tied head is a ConflictError.
     """
-    form = forms.of_push(plan, dtype)
+    form = forms.of_made(plan) if quantized and plan is not None else forms.of_push(plan, dtype)
     taker = _Taker(form, placing.limit, None, None, complete, ranks, placing)
     return Stream(named_tensors, taker)
 
@@ -304,6 +306,13 @@ class _Taker:
         if name in self._came:
             raise ConflictError(f"{name} comes a second time", data={"tensor": name})
         self._came.add(name)
+        codes = self._form.codes(name)
+        if codes and (not self._held or self._held[-1][0] != codes):
+            raise ConflictError(
+                f"{name} does not come right after {codes}, whose scale it is",
+                hint="give codes, each followed by its scale",
+                data={"tensor": name},
+            )
         becomes_fp8 = self._form.quantized(name, tensor.shape)
         slots: Sequence[Slot] = ()
         full: Iterable[Named] = ()
@@ -313,6 +322,7 @@ class _Taker:
             # A place is as large as it is: what would not fit any more is the next one's.
             slots = self._slots(name, tensor, becomes_fp8)
             size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in slots)
+            size += self._form.ahead(name)
             if self._held and self._bytes + size > self._limit:
                 full = self._bucket(self._taken())
         self._held.append((name, tensor, becomes_fp8, slots))

@@ -7,6 +7,7 @@ a trainer, in an engine and in the command: standard library, Python 3.10.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -233,6 +234,11 @@ class Begin:
             known = ", ".join(get_args(InFlight))
             raise WireError(f"in_flight {begin.in_flight!r}; expected one of {known}")
         return begin
+
+
+def shown(connection: str) -> str:
+    """Return how a state tells a connection: whoever reads it cannot use it."""
+    return hashlib.sha256(connection.encode()).hexdigest()[:16] if connection else ""
 
 
 def check_protocol(found: Mapping[str, Any]) -> None:

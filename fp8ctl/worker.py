@@ -117,11 +117,10 @@ def bench_kernel(arguments: dict[str, Any], progress: Progress) -> dict[str, Any
 
 def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Send the checkpoint `model` to the servers `urls`; return what `push.Update` says."""
-    from fp8ctl import models, source
+    from fp8ctl import models
     from fp8ctl.push import Rollout
 
     folder = Path(arguments["model"])
-    record = arguments.get("record")
     rollout = Rollout(
         arguments["urls"],
         arguments["plan"],
@@ -129,16 +128,58 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         bucket_bytes=arguments["bucket_bytes"],
         in_flight=arguments["in_flight"],
         delta=arguments["delta"],
-        record=None if record is None else Path(record),
+        record=arguments["record"],
+        folder=arguments["folder"],
+        timeout=arguments["timeout"],
+        master=arguments["master"],
     )
     total = models.read_checkpoint(folder).nbytes
     with _once_interrupted(), rollout:
         update = rollout.update(
-            source.read_tensors(folder),
+            _weights(arguments),
             arguments["version"],
             on_progress=lambda told: progress(told.nbytes, told.total_bytes or total),
+            quantized=arguments["quantized"],
         )
         return update.to_json()
+
+
+def _weights(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return what is pushed: the tensors of `model`, or its codes and scales."""
+    from fp8ctl import source
+    from fp8ctl.manifest import Plan
+
+    folder = Path(arguments["model"])
+    if arguments["quantized"]:
+        return source.read_made(folder, Plan.from_json(arguments["plan"]))
+    return source.read_tensors(folder)
+
+
+def bench_push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Push `model` once and `updates` times more; return what `push.Update` says of each."""
+    from fp8ctl.push import Rollout
+
+    where = arguments["device"]
+    # In memory, as a trainer has them.
+    weights = [
+        (name, tensor.clone() if where is None else tensor.to(where))
+        for name, tensor in _weights(arguments)
+    ]
+    rollout = Rollout(
+        arguments["urls"],
+        arguments["plan"],
+        via=arguments["via"],
+        bucket_bytes=arguments["bucket_bytes"],
+    )
+    found: list[dict[str, Any]] = []
+    count = 1 + int(arguments["updates"])
+    with _once_interrupted(), rollout:
+        for i in range(count):
+            progress(i, count)
+            done = rollout.update(weights, arguments["version"], quantized=arguments["quantized"])
+            found.append(done.to_json())
+    progress(count, count)
+    return {"updates": found}
 
 
 @contextlib.contextmanager
@@ -171,6 +212,7 @@ TASKS: dict[str, Task] = {
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,
+    "bench-push": bench_push,
     "push": push,
 }
 

@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The bodies of commands.
     (
         *("bench", "check", "doctor", "history", "install", "planning", "pushing", "quantizing"),
-        *("remedy", "server", "patching.commands"),
+        *("pushbench", "remedy", "server", "patching.commands"),
     ),
     ("settings",),
     # What they work with.
@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
-        *("layout", "manifest"),
+        *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
     ),
@@ -64,9 +64,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
+    "dtypes",
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
+WITH_TORCH = ("checkpoint", "checksum", "dtypes", "pipeline", "source")
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

@@ -403,7 +403,7 @@ MODULES = {
     "ps": ["server.py"],
     "logs": ["server.py"],
     "stop": ["server.py"],
-    "bench": ["kernels/bench.py", "kernels/timing.py"],
+    "bench": ["kernels/bench.py", "kernels/timing.py", "pushbench.py", "pushing.py"],
     "demo": ["demo.py"],
 }
 

@@ -312,6 +312,38 @@ def test_a_sleep_that_drops_the_weights_closes_the_gate(
     assert (("forget", {}) in server.engine.calls) == (state == "unpushed")
 
 
+@pytest.mark.parametrize(
+    ("woken", "refused"),
+    [
+        (None, True),
+        ("tags=kv_cache", True),
+        ("tags=weights&tags=other", True),  # vLLM ignores such a list
+        ("tags=weights", False),
+        ("", False),
+    ],
+)
+def test_nothing_is_written_to_an_engine_that_sleeps(woken: str | None, refused: bool) -> None:
+    """Also where it keeps a copy and the gate stays open."""
+    server = Server(await_push=False)
+    offer = {"protocol": wire.PROTOCOL, "client": {}, "carrier": None}
+
+    async def test() -> None:
+        assert (await server.soon("POST", "/sleep", query="level=1"))[0] == 200
+        if woken is not None:
+            assert (await server.soon("POST", "/wake_up", query=woken))[0] == 200
+        status, answer = await server.soon("POST", wire.CONNECT, offer)
+        if refused:
+            assert (status, answer["error"]["id"]) == (409, "FP8-RELEASED")
+            assert "/wake_up" in answer["error"]["hint"]
+        own = (await server.soon("POST", UPDATE, {"model_path": "/b"}))[0]
+        report = (await server.soon("POST", REPORT))[0]
+        assert (own, report) == ((409, 409) if refused else (200, 200))
+        if refused:
+            assert not server.engine.calls
+
+    asyncio.run(test())
+
+
 # --- routes ---------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,8 @@ proven where they lie, by copies (`rectangles`).
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import time
 import traceback
 from dataclasses import dataclass
@@ -54,6 +56,20 @@ class Engine:
     obstacles: Callable[[torch.nn.Module], Iterable[str]]
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
+
+
+def guard_in(module: str) -> Callable[[str, torch.nn.Module], Any]:
+    """Return what calls the unscaled guard of a patched engine, as `Engine.guard` says.
+
+    Args:
+        module: of the engine, that the patch puts it in.
+    """
+
+    def guard(function: str, model: torch.nn.Module) -> Any:
+        known = getattr(importlib.import_module(module), function, None)
+        return known(model) if known is not None else {}
+
+    return guard
 
 
 class Receiver:
@@ -114,7 +130,7 @@ class Receiver:
 
         Args:
             what: "connect", "disconnect", "receive", "progress", "forget", "digests",
-                "trust" or "refittable".
+                "names", "trust" or "refittable".
             details: of the question, as the method of that name takes them.
 
         Raises:
@@ -135,6 +151,8 @@ class Receiver:
             return self.forget()
         if what == "digests":
             return self.digests()
+        if what == "names":
+            return self.names()
         if what == "trust":
             return self.trust(details["names"])
         if what == "refittable":
@@ -150,6 +168,10 @@ class Receiver:
         self.disconnect()
         self._walk.forget()
         self._carrier = self._open(offer, self.rank, self.device)
+        if self.device.type == "cuda":
+            # Compiled now, and not when the gate is closed for an update's end.
+            with contextlib.suppress(Exception):
+                self.digests()
         return {"device": self.device.type}
 
     def disconnect(self) -> dict[str, Any]:
@@ -260,6 +282,19 @@ class Receiver:
             "format": "engine" if form is None else "checkpoint",
             "tensors": shards.describe(self._walk.shards(form)),
         }
+
+    def names(self) -> dict[str, Any]:
+        """Return the checkpoint tensors that this rank holds: names, and those tied to others."""
+        where: dict[tuple[int, torch.Size], str] = {}
+        same: dict[str, str] = {}
+        names: dict[str, None] = {}
+        for held in shards.shards(self.model, self._tp_rank, self._engine.form(self.model)):
+            names[held.name] = None
+            if held.tensor.numel():
+                first = where.setdefault((held.tensor.data_ptr(), held.tensor.shape), held.name)
+                if first != held.name:
+                    same[held.name] = first
+        return {"names": [*names], "same": same}
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
         """Let tensors be copied from now on, as `rectangles` says.

@@ -20,7 +20,7 @@ import torch
 
 from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver
+from fp8ctl.engines.hooks.receiver import Engine, Receiver, guard_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from fp8ctl.engines.hooks.shards import Form
 
+#: The unscaled guard; {} where that patch is not applied.
+_guard = guard_in("sglang.srt.layers.quantization.fp8")
 LOADER = "fp8ctl.engines.hooks.sglang_worker.load"
 #: Name of the one "tensor" that a question is.
 QUESTION = "fp8ctl.question"
@@ -161,7 +163,7 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
 
 def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str, Any]:
     if what == "hold":
-        return sglang_holding.this().hold(abort=details["abort"])
+        return sglang_holding.this().hold(details["how"])
     if what == "resume":
         return sglang_holding.this().resume()
     if what == "flush":
@@ -291,14 +293,6 @@ def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None
         return t
     serialized = method.quant_config.is_checkpoint_fp8_serialized
     return t if serialized and attribute.endswith("weight") else None
-
-
-def _guard(function: str, model: torch.nn.Module) -> Any:
-    """Call the unscaled guard of the patched engine; {} where that patch is not applied."""
-    from sglang.srt.layers.quantization import fp8
-
-    known = getattr(fp8, function, None)
-    return known(model) if known is not None else {}
 
 
 def _copies(model: torch.nn.Module) -> Form | None:

@@ -35,6 +35,7 @@ from fp8ctl.engines.hooks.gate import (
     answer_json,
     below_root,
 )
+from fp8ctl.engines.hooks.memory import ALL
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.resting import quietly
 from fp8ctl.engines.hooks.routes import PushRoutes, read_body
@@ -109,7 +110,10 @@ class Control:
 
     async def _report(self, _receive: Receive) -> tuple[int, object]:
         try:
+            self._updates.memory.require_weights()
             ranks = await self._workers.report()
+        except RefusedError as e:
+            return e.status, {"error": e.message}
         except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
             return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
         return 200, {"state": self._gate.describe(), "manifest": self._plan, "ranks": ranks}
@@ -129,15 +133,22 @@ class Control:
         try:
             outcome = await asyncio.shield(task)
         except RefusedError as e:
-            status = 409 if e.id == "FP8-BUSY" else 400
+            status = 409 if e.id in ("FP8-BUSY", "FP8-RELEASED") else 400
             return status, {"success": False, "message": e.message, "missing": 0}
         return 200, {"success": True, "message": outcome.message, "missing": outcome.missing}
 
     async def _sleep(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        memory = self._updates.memory
+
         async def look(message: Any) -> None:
-            if message.get("status") == 200 and drops(path, scope) and self._workers.can_release:
-                self._gate.lose("the weights were dropped for a sleep: push them again")
-                await quietly(self._workers.ask("forget"))
+            if message.get("status") == 200 and self._workers.can_release:
+                if path == "/sleep":
+                    memory.give_up(ALL)
+                else:
+                    memory.bring_back(_woken(scope, memory.released))
+                if drops(path, scope):
+                    self._gate.lose("the weights were dropped for a sleep: push them again")
+                    await quietly(self._workers.ask("forget"))
             await send(message)
 
         try:
@@ -147,9 +158,19 @@ class Control:
             await answer_json(send, e.status, e.body(self._gate.state))
 
 
+def _woken(scope: Scope, released: frozenset[str]) -> frozenset[str]:
+    """Return the parts that /wake_up brings back: vLLM ignores a list with one that is there."""
+    tags = frozenset(_query(scope).get("tags", ()))
+    return ALL if not tags else tags if tags <= released else frozenset()
+
+
+def _query(scope: Scope) -> dict[str, list[str]]:
+    return parse_qs(scope.get("query_string", b"").decode("latin-1"))
+
+
 def drops(path: str, scope: Scope) -> bool:
     """Say whether a request gives the weights up: every sleep does that does not keep a copy."""
-    asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("level", ["1"])
+    asked = _query(scope).get("level", ["1"])
     return path == "/sleep" and asked[-1].strip() != "1"
 
 

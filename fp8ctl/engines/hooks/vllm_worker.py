@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver, wait_for
+from fp8ctl.engines.hooks.receiver import Engine, Receiver, guard_in, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from fp8ctl.engines.hooks.shards import Form
 
+#: The unscaled guard; {} where that patch is not applied.
+_guard = guard_in("vllm.model_executor.layers.quantization.fp8")
 EXTENSION = "fp8ctl.engines.hooks.vllm_worker.Extension"
 
 
@@ -203,14 +205,6 @@ def _derived(model: torch.nn.Module) -> Iterator[tuple[Any, Callable[[torch.dtyp
         process = getattr(module, "process_weights_after_loading", None)
         if callable(process) and hasattr(impl, "process_weights_after_loading"):
             yield impl, process
-
-
-def _guard(function: str, model: torch.nn.Module) -> Any:
-    """Call the unscaled guard of the patched engine; {} where that patch is not applied."""
-    from vllm.model_executor.layers.quantization import fp8
-
-    known = getattr(fp8, function, None)
-    return known(model) if known is not None else {}
 
 
 # --- what is there ------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ class Workers(Protocol):
           the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
           nothing.
+        - "names" {}: `names` of the checkpoint tensors that the rank holds something of, as far as
+          the engine's own names say it, and `same` {name: another one in the same memory}.
         - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
 
         Raises:
