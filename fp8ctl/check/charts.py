@@ -188,15 +188,19 @@ def legend(low: float, high: float) -> Html:
     return tag("ul", *items, class_="legend", aria_label="Shades of the heat map, SQNR in dB")
 
 
-def histogram(edges: Sequence[float], counts: Sequence[float], title: str) -> Html:
+def histogram(
+    edges: Sequence[float], counts: Sequence[float], title: str, most: float = 0.0
+) -> Html:
     """Return a histogram, its numbers in a table below.
 
     Args:
         edges: of the bins, one more than there are counts.
         counts: of the bins.
         title: what is counted.
+        most: what the height stands for at least, so that several can be compared.
     """
-    most = max([*counts, 1])
+    fullest = max([*counts, 0])
+    most = max(fullest, most, 1)
     total = sum(counts)
     wide = (_WIDTH - _LEFT) / max(1, len(counts))
     high = _HEIGHT - _BOTTOM
@@ -224,7 +228,7 @@ def histogram(edges: Sequence[float], counts: Sequence[float], title: str) -> Ht
         for part in (0.5, 1)
     ]  # fmt: skip
     axis = tag("line", x1=_LEFT, x2=_WIDTH, y1=high, y2=high, class_="axis")
-    label = f"Histogram, {title}: {total:g} in {len(counts)} bins, the fullest has {most:g}"
+    label = f"Histogram, {title}: {total:g} in {len(counts)} bins, the fullest has {fullest:g}"
     picture = tag(
         "svg",
         *bars,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-#: They have no closing tag.
-_VOID = frozenset({"br", "hr", "img", "line", "link", "meta", "wbr"})
+#: They have no closing tag; what is inside of an SVG has always one.
+_VOID = frozenset({"br", "hr", "img", "link", "meta", "wbr"})
 _SHOWN_SPACES = "\n\t"
 
 

@@ -291,15 +291,25 @@ def _logprobs(told: Mapping[str, Any]) -> Html:
         parts.append(
             table(columns, rows, caption="Log-probabilities of the server against what each gives")
         )
-    drawn = told.get("histogram")
-    if isinstance(drawn, dict) and isinstance(drawn.get("counts"), dict):
-        edges = [charts.number(one) or 0.0 for one in drawn.get("edges") or ()]
-        for name, counts in drawn["counts"].items():
-            heights = [charts.number(one) or 0.0 for one in counts]
-            if heights and len(edges) == len(heights) + 1:
-                title = f"Differences of log-probabilities from {name}"
-                parts.append(charts.histogram(edges, heights, title))
+    parts += _spreads(told.get("histogram"), fits)
     return join(parts)
+
+
+def _spreads(drawn: Any, fits: object) -> list[Html]:
+    """Return a histogram for each hypothesis, the one that fits first, all of one scale."""
+    if not isinstance(drawn, dict) or not isinstance(drawn.get("counts"), dict):
+        return []
+    edges = [charts.number(one) or 0.0 for one in drawn.get("edges") or ()]
+    found = {
+        str(name): [charts.number(one) or 0.0 for one in counts]
+        for name, counts in sorted(drawn["counts"].items(), key=lambda item: item[0] != fits)
+        if isinstance(counts, list | tuple) and len(edges) == len(counts) + 1 > 1
+    }
+    most = max((one for counts in found.values() for one in counts), default=0.0)
+    return [
+        charts.histogram(edges, counts, f"Differences of log-probabilities from {name}", most)
+        for name, counts in found.items()
+    ]
 
 
 def _code(told: Mapping[str, Any]) -> Html:

@@ -357,6 +357,17 @@ def test_on_a_phone_tables_are_still_tables_for_a_screen_reader(
     assert "SQNR in dB, model.layers" in names
 
 
+def test_every_word_and_bar_of_a_histogram_is_seen(
+    chromium: browser.Browser, tmp_path: Path
+) -> None:
+    shown(chromium, tmp_path, document(), 1100)
+    boxes = "[...document.querySelectorAll('svg %s')].map(one => one.getBoundingClientRect().width)"
+    for name, least in (("text", 2 * 7), ("rect", 2 * 10), ("line", 2)):
+        widths = chromium.ask(boxes % name)
+        assert len(widths) >= least, name
+        assert min(widths) > 0, name
+
+
 def test_thousands_of_tensors_open_in_a_moment(chromium: browser.Browser, tmp_path: Path) -> None:
     data = document(unequal=page.SHOWN, quality=quality(61, experts=128))
     assert shown(chromium, tmp_path, data) < 5
