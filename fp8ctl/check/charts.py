@@ -26,8 +26,8 @@ _ORDER: Final = (
 )
 #: Shades of the heat map, from the least SQNR to the most; page.html has their colours.
 SHADES: Final = 7
-#: dB that the scale spans at least: less is no difference.
-_SPAN: Final = 3.0
+#: dB that the scale spans at least: less is hardly a difference.
+_SPAN: Final = 1.0
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 170, 44, 26
 _TICKS: Final = 4
 

@@ -239,8 +239,8 @@ def _difference(one: Mapping[str, Any]) -> str:
     if isinstance(codes, dict):
         said.append(f"{codes.get('different')} of {codes.get('of')} codes")
     if rows:
-        ends = [rows] if isinstance(rows, str) else list(dict.fromkeys(map(str, rows)))
-        said.append(f"rows {' to '.join(ends)}" if len(ends) > 1 else f"rows {ends[0]}")
+        told = rows if isinstance(rows, str) else " to ".join(dict.fromkeys(map(str, rows)))
+        said.append(f"row {told}" if told.isdigit() else f"rows {told}")
     if looks := one.get("looks"):
         of = one.get("version") or one.get("with")
         said.append(f"looks {looks}" + (f" ({of})" if of else ""))

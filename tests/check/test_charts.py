@@ -79,7 +79,7 @@ def test_alike_values_are_not_made_to_look_different() -> None:
     [stack] = charts.stacks(quality(layers__0__a__weight=31.50, layers__1__a__weight=31.51))
     ends = charts.scale([stack])
     assert ends is not None
-    assert ends[1] - ends[0] == pytest.approx(3.0)
+    assert ends[1] - ends[0] == pytest.approx(1.0)
     assert len(set(re.findall(r'<td class="(q\d)"', charts.heat_map(stack, *ends)))) == 1
 
 

@@ -161,7 +161,7 @@ def test_the_page_tells_what_the_document_tells() -> None:
     data = document()
     text = page.render(data)
     assert '<span class="verdict failed">wrong-weights</span>' in text
-    for told in ("SmolLM2", "HTTP 200", "1 of 4096 codes", "rows 3", "looks stale (SmolLM2)"):
+    for told in ("SmolLM2", "HTTP 200", "1 of 4096 codes; row 3;", "looks stale (SmolLM2)"):
         assert told in text
     assert text.index("Tensors that are not equal") < text.index("Error of quantisation")
     # The cell of the tensor that differs is marked in the map.
