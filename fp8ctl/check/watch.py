@@ -120,9 +120,10 @@ def _line(found: Found, number: int, result: str) -> str:
     """Return a round in one line: when, the verdict, why, how quick the server was."""
     at = time.strftime("%H:%M:%S")
     end = found.conclusion
-    word = (
-        "updating" if result == "skipped" else end.verdict or ("ok" if result == "ok" else result)
-    )
+    word = end.verdict or ("ok" if result == "ok" else result)
+    why = end.message
+    if result == "skipped":
+        word, why = "updating", "the weights changed beside this round, which judges nothing"
     latency = found.live.facts.get("latency_s")
     quick = f"; chat {latency:.2f} s" if isinstance(latency, float) else ""
-    return f"{at}  {number}  {word}  {end.message}{quick}; took {found.data['seconds']:.1f} s"
+    return f"{at}  {number}  {word}  {why}{quick}; took {found.data['seconds']:.1f} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import io
 import json
 import os
 import re
@@ -22,6 +23,10 @@ import torch
 from safetensors.torch import save_file
 
 from fp8ctl import checkpoint, gate, interpreter
+from fp8ctl.check import command, levels, watch
+from fp8ctl.check.levels import Request
+from fp8ctl.check.verdict import Evidence, LevelReport
+from fp8ctl.errors import CheckFailedError
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels.digest import to_text
 from fp8ctl.planning import make_plan
@@ -96,15 +101,15 @@ class Watch:
 
 def test_a_round_is_a_line_and_a_bad_verdict_is_the_end(tmp_path: Path) -> None:
     turn = tmp_path / "state"
-    with served("--turn", str(turn)) as (url, _), Watch(url) as watch:
+    with served("--turn", str(turn)) as (url, _), Watch(url) as seen:
         for number in (1, 2):
             assert re.fullmatch(
                 rf"\d\d:\d\d:\d\d  {number}  ok  the live level proves no FP8; "
                 r"chat \d+\.\d\d s; took \d+\.\d s",
-                watch.line(),
+                seen.line(),
             )
         turn.write_text("failed")
-        code, out, err = watch.end()
+        code, out, err = seen.end()
     assert code == 8
     assert "wrong-weights" in out.splitlines()[-1]
     assert f"error: {url} is wrong-weights: state: failed" in err
@@ -112,10 +117,10 @@ def test_a_round_is_a_line_and_a_bad_verdict_is_the_end(tmp_path: Path) -> None:
 
 def test_with_json_a_round_is_a_document_and_the_last_is_the_error(tmp_path: Path) -> None:
     turn = tmp_path / "state"
-    with served("--turn", str(turn)) as (url, _), Watch(url, "--json") as watch:
-        first, second = watch.document(), watch.document()
+    with served("--turn", str(turn)) as (url, _), Watch(url, "--json") as seen:
+        first, second = seen.document(), seen.document()
         turn.write_text("unpushed")
-        code, out, err = watch.end()
+        code, out, err = seen.end()
     assert (first["ok"], first["command"]) == (True, "check")
     assert [one["data"]["round"] for one in (first, second)] == [1, 2]
     *_, last = [json.loads(line) for line in out.splitlines()]
@@ -128,24 +133,43 @@ def test_with_json_a_round_is_a_document_and_the_last_is_the_error(tmp_path: Pat
 def test_an_update_on_its_way_is_no_verdict(tmp_path: Path) -> None:
     turn = tmp_path / "state"
     turn.write_text("updating")
-    with served("--turn", str(turn)) as (url, _), Watch(url, "--json") as watch:
-        first = watch.document()
+    with served("--turn", str(turn)) as (url, _), Watch(url, "--json") as seen:
+        first = seen.document()
         assert first["ok"]
         assert first["data"]["live"]["result"] == "failed", "it is told as it was seen"
         turn.write_text("ready")
-        while watch.document()["data"]["live"]["result"] != "ok":
+        while seen.document()["data"]["live"]["result"] != "ok":
             pass
         turn.write_text("failed")
-        assert watch.end()[0] == 8
+        assert seen.end()[0] == 8
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "result"),
+    [
+        ({"state": "ready", "updates": 1}, {"updates": 1}, "failed"),
+        ({"state": "ready", "updates": 1}, {"updates": 2}, "skipped"),
+        ({"state": "updating", "updates": 1}, {"updates": 1}, "skipped"),
+        (None, {}, "failed"),
+    ],
+)
+def test_a_fault_that_an_update_ran_beside_is_not_judged(
+    before: object, now: dict[str, object], result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "ask", lambda *_: gate.Answer("ready", gated=True, data=now))
+    evidence = (Evidence("chat", "failed", "HTTP 503", "an answer"),)
+    live = LevelReport("live", "failed", None, evidence, {"server": before})
+    found = levels.assemble(Request("http://127.0.0.1:1"), live, {})
+    assert watch._result(found) == result
 
 
 def test_a_server_that_goes_away_is_the_end(tmp_path: Path) -> None:
     page = tmp_path / "check.html"
-    with served() as (url, server), Watch(url, "--report", str(page)) as watch:
-        assert "  1  ok  " in watch.line()
+    with served() as (url, server), Watch(url, "--report", str(page)) as seen:
+        assert "  1  ok  " in seen.line()
         assert ">live: ok</span>" in page.read_text()
         server.kill()
-        code, out, err = watch.end()
+        code, out, err = seen.end()
         assert ">unreachable</span>" in page.read_text(), "the page is of the last round"
     assert code == 8
     assert "unreachable" in out.splitlines()[-1]
@@ -154,17 +178,17 @@ def test_a_server_that_goes_away_is_the_end(tmp_path: Path) -> None:
 
 
 def test_metrics_are_told_beside_the_rounds() -> None:
-    with served() as (url, _), Watch(url, "--metrics", "127.0.0.1:0") as watch:
-        at = watch.said(r"metrics: (http://127\.0\.0\.1:\d+/metrics)")
-        watch.line()
-        watch.line()
+    with served() as (url, _), Watch(url, "--metrics", "127.0.0.1:0") as seen:
+        at = seen.said(r"metrics: (http://127\.0\.0\.1:\d+/metrics)")
+        seen.line()
+        seen.line()
         text = httpx.get(at, trust_env=False).text
         assert f'fp8ctl_check_ok{{server="{url}"}} 1.0' in text
         count = re.search(r'checks_total\{[^}]*result="ok"\} (\S+)', text)
         assert count
         assert float(count[1]) >= 2
-        watch.process.send_signal(signal.SIGINT)
-        assert watch.end()[0] == 130
+        seen.process.send_signal(signal.SIGINT)
+        assert seen.end()[0] == 130
 
 
 def test_a_port_for_metrics_that_is_taken_is_busy_before_any_round() -> None:
@@ -172,8 +196,8 @@ def test_a_port_for_metrics_that_is_taken_is_busy_before_any_round() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen(1)
         at = f"127.0.0.1:{other.getsockname()[1]}"
-        with Watch("http://127.0.0.1:1", "--metrics", at, "--json") as watch:
-            code, out, _ = watch.end()
+        with Watch("http://127.0.0.1:1", "--metrics", at, "--json") as seen:
+            code, out, _ = seen.end()
     assert (code, json.loads(out)["error"]["id"]) == (7, "FP8-BUSY")
 
 
@@ -186,11 +210,11 @@ def test_a_signal_ends_it_with_130_also_in_the_middle_of_a_round(number: int) ->
         listener.bind(("127.0.0.1", 0))
         listener.listen(4)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        with Watch(url, "--json") as watch:
+        with Watch(url, "--json") as seen:
             connection, _ = listener.accept()
-            watch.process.send_signal(number)
+            seen.process.send_signal(number)
             began = time.monotonic()
-            code, out, _ = watch.end()
+            code, out, _ = seen.end()
             connection.close()
     assert time.monotonic() - began < 5
     [last] = [json.loads(line) for line in out.splitlines()]
@@ -204,9 +228,10 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 
 class Weights(http.server.BaseHTTPRequestHandler):
-    """A server that is well, and reports `held` as its weights."""
+    """A server that reports `held` as its weights, three times, and then fails."""
 
     held: dict[str, Any]
+    asked: int
 
     def answer(self, body: object) -> None:
         data = json.dumps(body).encode()
@@ -216,7 +241,8 @@ class Weights(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
-        about = {"state": "ready", "message": "", "engine": "fake", "pid": 1, "updates": 0}
+        state = "ready" if Weights.asked < 3 else "failed"
+        about = {"state": state, "message": "", "engine": "fake", "pid": 1, "updates": 0}
         models = {"data": [{"id": "tiny"}]}
         info = {"quantization": "fp8", "model_path": "/nowhere"}
         self.answer(
@@ -228,6 +254,7 @@ class Weights(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         message = {"message": {"content": "Paris"}, "text": "Paris"}
+        Weights.asked += self.path == "/fp8ctl/report"
         self.answer(self.held if self.path == "/fp8ctl/report" else {"choices": [message]})
 
     def log_message(self, *_: object) -> None:
@@ -252,24 +279,34 @@ def test_what_the_source_makes_is_computed_once_for_all_rounds(
     ]  # fmt: skip
     rank = {"rank": 0, "pid": 1, "format": "checkpoint", "unfilled": {}, "tensors": shards}
     state = {"state": "ready", "message": ""}
+    state = {"state": "ready", "message": ""}
     Weights.held = {"state": state, "manifest": plan.to_json(), "ranks": [rank]}
+    Weights.asked = 0
+    runs: list[str] = []
+    really = interpreter._run_worker
+
+    def run(python: Path, task: str, *rest: Any) -> dict[str, Any]:
+        runs.append(task)
+        return really(python, task, *rest)
+
+    monkeypatch.setattr(interpreter, "_run_worker", run)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Weights)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
+    out = io.StringIO()
+    report = Reporter(out=out, err=io.StringIO())
     try:
-        with Watch(url, "--level", "weights") as watch:
-            for number in (1, 2, 3):
-                line = watch.line()
-                assert f"  {number}  fp8-ok  2 tensors of codes and scales equal" in line
-            # A wrong scale in the server, and the source is not read again to find it.
-            shards[-1]["digest"] = "0" * 16
-            code, out, err = watch.end()
-        assert code == 8
-        assert "wrong-weights" in out.splitlines()[-1]
-        assert err.count("expected weights: 100 %") == 1
+        with pytest.raises(CheckFailedError, match="wrong-weights"):
+            command.run(report, url=url, level="weights", every=0.01)
     finally:
         server.shutdown()
         server.server_close()
+    *rounds, last = out.getvalue().splitlines()
+    assert len(rounds) == 3
+    for number, line in enumerate(rounds, 1):
+        assert f"  {number}  fp8-ok  2 tensors of codes and scales equal" in line
+    assert "  4  wrong-weights  state: failed" in last
+    assert runs == ["expect"]
 
 
 def test_a_task_is_run_again_where_its_arguments_or_the_files_of_its_model_change(
