@@ -503,13 +503,47 @@ def check(
         str, typer.Argument(help="Address of a server, such as http://127.0.0.1:30000.")
     ],
     model: OptionalModel = None,
-    level: Annotated[str, typer.Option("--level", help="live or weights.")] = "live",
+    level: Annotated[
+        str | None, typer.Option("--level", help="live (default), weights or logprobs.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", help="Write this server's log-probabilities to this file."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Compare with a file of --record.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="Write all of it as one HTML page.")
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option("--watch", metavar="SECONDS", min=0.1, help="Go on, with so long a pause."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="HOST:PORT", help="With --watch: tell Prometheus."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Say what a live server really serves."""
     from fp8ctl.check import command as m
 
-    _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
+    _run(
+        "check",
+        json_,
+        lambda r: m.run(
+            r,
+            url=url,
+            model=model,
+            level=level,
+            record=record,
+            against=against,
+            page=page,
+            every=every,
+            metrics=metrics,
+        ),
+    )
 
 
 @command()

@@ -12,12 +12,14 @@ import http.client
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
 from fp8ctl import gate, models, registry, sendable, wire
-from fp8ctl.check import command, live
+from fp8ctl.check import command, levels, live, weights
 from fp8ctl.check.command import parse_url
+from fp8ctl.check.levels import Request
 from fp8ctl.errors import (
     AbortedError,
     CheckFailedError,
@@ -26,8 +28,8 @@ from fp8ctl.errors import (
     Fp8ctlError,
     UsageError,
 )
-from fp8ctl.interpreter import resolve_model, run_worker, torch_python
-from fp8ctl.manifest import Plan
+from fp8ctl.interpreter import remembering, resolve_model, run_worker, torch_python
+from fp8ctl.manifest import RECORD, Plan
 from fp8ctl.push.client import Server
 from fp8ctl.render import human_bytes, plural
 from fp8ctl.signals import interruptible
@@ -116,7 +118,7 @@ def run(
     for url, state in states.items():
         report.say(f"{url}: {_told(state)}")
     report.say(_planned(source, plan, via))
-    data: dict[str, object] = {
+    data: dict[str, Any] = {
         "servers": addresses,
         "model": str(where),
         "version": version,
@@ -146,9 +148,12 @@ def run(
     update = _pushed(report, sending_python(python, local), arguments)
     data |= {"update": update} | _evidence(plan, update)
     _tell(report, data, update)
+    proof = _proof(data)
+    message = str(proof["message"])
     if check:
-        data["checks"] = _checks(report, addresses, data)
-    report.data(f"verdict: {data['verdict'] or 'not visible'}, version {version}")
+        with remembering(*levels.OF_THE_SOURCE):
+            message = _check(report, plan, data, proof)
+    report.data(f"{command.worded(data['verdict'], message)}, version {version}")
     return data
 
 
@@ -336,27 +341,57 @@ def _tell(report: Reporter, data: Mapping[str, object], update: Mapping[str, Any
         report.data(f"weights: {data['verified']} of {data['tensors']} tensors equal in {ranks}")
 
 
-def _checks(
-    report: Reporter, urls: Sequence[str], data: dict[str, object]
-) -> dict[str, dict[str, object]]:
-    """Ask every server once whether it answers with sense.
+def _proof(data: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the servers' own digests prove, as the weights level says it."""
+    counts = {"equal": data["verified"] or 0}
+    common = {"verdict": data["verdict"], "counts": counts, "tensors": [], "model": data["model"]}
+    if data["verdict"] == "fp8-ok":
+        told = f"{data['verified']} tensors equal what was sent, in every rank"
+        return {"result": "ok", "message": told, **common}
+    if data["verified"] is None:
+        told = "nobody can compare what the engine quantised itself"
+        return {"result": "not visible", "message": told, **common}
+    told = f"{data['verified']} of {data['tensors']} tensors are known to equal what was sent"
+    return {"result": "not visible", "message": told, **common}
+
+
+def _check(
+    report: Reporter, plan: Plan | None, data: dict[str, Any], proof: Mapping[str, object]
+) -> str:
+    """Check every server once, with what it now holds; return what the verdict rests on.
+
+    The weights level is what the push itself has found: every rank digested what it holds. Where
+    that proves nothing and there is a plan, the weights are compared with the checkpoint.
 
     Raises:
-        CheckFailedError: one does not; its data is all of the push's.
+        CheckFailedError: a server does not answer well, or holds something else; its data is
+            all of the push's.
     """
-    found: dict[str, dict[str, object]] = {}
-    for url in urls:
+    data["checks"] = found = {}
+    request = Request("", "weights", str(data["model"]))
+    ends = []
+    for url in data["servers"]:
+        began = time.time()
         seen = live.check(url)
-        found[url] = command.summary(url, seen)
-        command.tell(report, seen)
-        if seen.result != "ok":
-            data |= {"checks": found, "verdict": seen.verdict}
+        levels.tell(report, seen)
+        held = proof
+        if held["result"] != "ok" and plan is not None and seen.result == "ok":
+            held = weights.verify(url, request.model, report, gate.api_key())
+        whole = levels.assemble(replace(request, url=url), seen, {"weights": held}, began)
+        found[url] = whole.data
+        if whole.conclusion.result == "failed":
+            data["verdict"] = whole.conclusion.verdict
+            what = "does not answer well" if seen.result != "ok" else "holds something else"
             raise CheckFailedError(
-                f"{url} took the weights, and does not answer well: {command.fault_text(seen)}",
+                f"{url} took the weights, and {what}: {whole.conclusion.message}",
                 hint=f"fp8ctl check {url}",
                 data=data,
             )
-    return found
+        ends.append(whole.conclusion)
+    # Of several servers the least that is proven.
+    least = min(ends, key=lambda end: end.verdict is not None)
+    data["verdict"] = least.verdict
+    return least.message
 
 
 def _told(state: Mapping[str, Any]) -> str:

@@ -27,10 +27,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+CHECK = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
 TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
     "docs/design.md": DESIGN,
+    "docs/check.md": CHECK,
     "docs/commands.md": COMMANDS,
     "docs/library.md": LIBRARY,
     "docs/trainers.md": TRAINERS,
@@ -230,7 +232,7 @@ def test_every_command_takes_json_and_help(name: str) -> None:
             "--await-push --trace --host --port --tp --detach --wait --timeout --check --no-check "
             "--dry-run",
         ),
-        ("check", "--model --level"),
+        ("check", "--model --level --record --against --report --watch"),
         ("push", "--model --via --version --delta --record --in-flight --bucket-size --no-check"),
         ("push-log", "--diff"),
         ("logs", "--rank -f"),
@@ -395,7 +397,8 @@ MODULES = {
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
     "check": [
-        *("check/code.py", "check/command.py", "check/verdict.py", "check/weights.py"),
+        *("check/code.py", "check/levels.py", "check/verdict.py", "check/weights.py"),
+        "check/watch.py",
         "engines/hooks/loaded.py",
     ],
     "push": ["pushing.py", "push/result.py"],

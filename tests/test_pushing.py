@@ -113,7 +113,8 @@ def test_servers_hold_what_the_kernel_makes_of_the_checkpoint(
         log: Any = history.run(report, source=one.url, versions=("v1", "v2"))
         assert log["counts"] == {"changed": 2, "unchanged": 1, "unknown": 0}
     assert "weights: 3 of 3 tensors equal in every rank of 2 servers" in out(report)
-    assert "verdict: fp8-ok, version v2" in out(report)
+    told = "verdict: fp8-ok, 3 tensors equal what was sent, in every rank, version v2"
+    assert told in out(report)
 
 
 def test_the_librarys_options_reach_it(
@@ -413,7 +414,9 @@ def test_a_server_that_does_not_answer_well_afterwards_fails_the_command(
             pushing.run(report, urls=[server.url], model=str(source))
         data: Any = caught.value.data
         assert (data["verified"], data["verdict"]) == (3, None)
-        assert data["checks"][server.url]["live"]["result"] == "failed"
+        one = data["checks"][server.url]
+        assert (one["live"]["result"], one["weights"]["verdict"]) == ("failed", "fp8-ok")
+        assert one["verdict"] is None
 
 
 @pytest.mark.usefixtures("interrupts_count")

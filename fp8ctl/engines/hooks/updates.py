@@ -110,7 +110,8 @@ class Updates:
         self._push: OpenPush | None = None
         self._ended: dict[str, _Ended] = {}
         self._watching: asyncio.Future[None] | None = None
-        gate.about.update(device=device, version=None, push=wire.PROTOCOL, connection="")
+        gate.about.update(device=device, version=None, push=wire.PROTOCOL, plan=_brief(plan))
+        gate.about["connection"] = ""
 
     @property
     def state(self) -> str:
@@ -485,6 +486,12 @@ class Updates:
         self._watching = None
         await asyncio.to_thread(self.log.write, list(push.lines(outcome)))
         return outcome
+
+
+def _brief(plan: Mapping[str, Any]) -> dict[str, object] | None:
+    """Return what the state tells of the plan; None where the engine quantises itself."""
+    keys = ("mode", "block_size", "recipe", "digest")
+    return {key: plan.get(key) for key in keys} if plan else None
 
 
 def _broken(push: OpenPush, why: str) -> Outcome:

@@ -106,6 +106,12 @@ def test_the_state_says_of_pushes_what_a_client_must_know() -> None:
     assert (about["device"], about["version"], about["push"]) == ("cpu", None, wire.PROTOCOL)
 
 
+def test_the_state_says_by_which_plan_the_weights_are_quantised() -> None:
+    plan: Any = Server().gate.describe()["plan"]
+    assert set(plan) == {"mode", "block_size", "recipe", "digest"}
+    assert plan["mode"] == "block"
+
+
 def test_a_server_that_waits_for_weights_is_ready_after_its_first_push() -> None:
     async def test() -> None:
         server = Server(version=None)
