@@ -29,7 +29,7 @@ from fp8ctl.errors import (
     UsageError,
 )
 from fp8ctl.interpreter import remembering, resolve_model, run_worker, torch_python
-from fp8ctl.manifest import RECORD, Plan
+from fp8ctl.manifest import Plan
 from fp8ctl.push.client import Server
 from fp8ctl.render import human_bytes, plural
 from fp8ctl.signals import interruptible
