@@ -9,24 +9,38 @@ proven where they lie, by copies (`rectangles`).
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fp8ctl import wire
-from fp8ctl.engines.hooks import shards
+from fp8ctl.engines.hooks import inspection, manifest
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
+from fp8ctl.engines.hooks.shards import Walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Receiver as Carrier
-    from fp8ctl.engines.hooks.shards import Form
+    from fp8ctl.engines.hooks.shards import Form, More
 
 Named = tuple[str, torch.Tensor]
+
+
+class Online(NamedTuple):
+    """What a model shows that its engine quantised itself: codes, and a scale for each row.
+
+    Attributes:
+        form: gives a parameter the form [out, in] that it has in a checkpoint.
+        more: yields the scales that are no parameters, as `weight_scale` [out, 1].
+    """
+
+    form: Form
+    more: More
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ class Engine:
         guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
             {} where that patch is not applied.
         settle: brings up to date what the engine derived from the weights.
+        online: returns what a model shows that the engine quantised by rows; None of another.
     """
 
     form: Callable[[torch.nn.Module], Form | None]
@@ -50,6 +65,7 @@ class Engine:
     obstacles: Callable[[torch.nn.Module], Iterable[str]]
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
+    online: Callable[[torch.nn.Module], Online | None] = lambda _model: None
 
 
 class Receiver:
@@ -107,7 +123,7 @@ class Receiver:
 
         Args:
             what: "connect", "disconnect", "receive", "progress", "forget", "digests",
-                "trust" or "refittable".
+                "inspect", "trust" or "refittable".
             details: of the question, as the method of that name takes them.
 
         Raises:
@@ -127,7 +143,10 @@ class Receiver:
         if what == "forget":
             return self.forget()
         if what == "digests":
-            return self.digests()
+            starts = details.get("starts")
+            return self.digests(starts[self.rank] if starts else 0, details.get("most"))
+        if what == "inspect":
+            return self.inspect(details["names"], details["rows"], details["most"])
         if what == "trust":
             return self.trust(details["names"])
         if what == "refittable":
@@ -241,14 +260,45 @@ class Receiver:
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
 
-    def digests(self) -> dict[str, Any]:
-        """Return place, type and digest of everything that this rank holds."""
+    def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
+        """Return place, type and digest of what this rank holds.
+
+        Args:
+            start, most: of a slice, as `inspection.digests` takes them; None for a start asks
+                for nothing.
+
+        Returns:
+            rank; format: "checkpoint", "online" (the engine quantised it by rows) or "engine" (a
+            kernel's own); unfilled: what the unscaled guard saw nobody load; tensors, next and
+            seconds as `inspection.digests`.
+        """
+        word, walk = self._walk()
+        told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
+        if start is not None:
+            told = inspection.digests(walk, start, most)
+        unfilled = self._engine.guard("fp8ctl_unfilled", self.model)
+        return {"rank": self.rank, "format": word, "unfilled": unfilled, **told}
+
+    def inspect(
+        self, names: Sequence[str], rows: Mapping[str, Sequence[int]], most: int
+    ) -> dict[str, Any]:
+        """Return more of a few tensors: `tensors`, as `inspection.inspect` has them."""
+        told = inspection.inspect(self._walk()[1], names, rows, most)
+        return {"rank": self.rank, "tensors": told}
+
+    def _walk(self) -> tuple[str, Walk]:
+        """Return the word for the form that weights are shown in, and the way to them."""
         form = self._engine.form(self.model)
-        return {
-            "rank": self.rank,
-            "format": "engine" if form is None else "checkpoint",
-            "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
-        }
+        online = None if form is not None else self._engine.online(self.model)
+        if online is not None:
+            return "online", Walk(self.model, self._tp_rank, online.form, online.more)
+        word = "engine" if form is None else "checkpoint"
+        return word, Walk(self.model, self._tp_rank, form, on_disk=self._on_disk)
+
+    @functools.cached_property
+    def _on_disk(self) -> frozenset[str]:
+        """Names of the tensors of the plan's checkpoint."""
+        return frozenset(tensor["name"] for tensor in manifest.read().get("tensors", []))
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
         """Let tensors be copied from now on, as `rectangles` says.

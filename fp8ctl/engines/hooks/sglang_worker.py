@@ -20,7 +20,7 @@ import torch
 
 from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver
+from fp8ctl.engines.hooks.receiver import Engine, Online, Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -269,6 +269,30 @@ def _as_in_checkpoint(module: Any, attribute: str, t: torch.Tensor) -> torch.Ten
     return shards.collapse(channels.reshape(t.numel(), -1).unbind()).view(t.shape)
 
 
+def _online(model: torch.nn.Module) -> Online | None:
+    """Return what the model shows where SGLang quantised all its FP8 layers by rows, else None."""
+    kinds = [(kind, method) for _, _, kind, method in _methods(model)]
+    ours = [m for kind, m in kinds if kind in ("Fp8LinearMethod", "Fp8MoEMethod")]
+    rows = all(
+        getattr(m, "refittable", False)
+        and not (m.block_quant or m.quant_config.is_checkpoint_fp8_serialized)
+        for m in ours
+    )
+    other = any(kind == "Fp8EPMoEMethod" for kind, _ in kinds)
+    return Online(_without_activations, _row_scales) if ours and rows and not other else None
+
+
+def _without_activations(_module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    return None if attribute.endswith("input_scale") else t
+
+
+def _row_scales(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the kernels multiply with, which stands beside the parameters."""
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if attribute.endswith("weight_scale_channel"):
+            yield attribute.removesuffix("_channel"), buffer
+
+
 def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
     """Return a parameter that is in memory as in the checkpoint, and whose loader only copies.
 
@@ -306,7 +330,7 @@ def _copies(model: torch.nn.Module) -> Form | None:
     return None if hasattr(model, "post_load_weights") else _copied
 
 
-ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard)
+ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard, online=_online)
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver, wait_for
+from fp8ctl.engines.hooks.receiver import Engine, Online, Receiver, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -113,18 +113,6 @@ class Extension:
                 # The scheduler may have the same object.
                 state.sampling_params = copy.copy(state.sampling_params)
                 state.sampling_params.prompt_logprobs = None
-
-    def fp8ctl_report(self) -> dict[str, Any]:
-        """Return place, type and digest of everything that this worker holds."""
-        answer: dict[str, Any] = {"rank": self.rank, "pid": os.getpid()}
-        try:
-            receiver = self._fp8ctl_receiver()
-            answer["unfilled"] = _guard("fp8ctl_unfilled", receiver.model)
-            answer |= receiver.digests()
-        except Exception as e:  # noqa: BLE001 - the answer says it
-            traceback.print_exc()
-            answer["error"] = f"{type(e).__name__}: {e}"
-        return answer
 
     def _fp8ctl_receiver(self) -> Receiver:
         """Return what receives weights for this worker's model."""
@@ -272,6 +260,36 @@ def _as_in_checkpoint(
     return t
 
 
+def _online(model: torch.nn.Module) -> Online | None:
+    """Return what the model shows where vLLM quantised all its FP8 layers by rows, else None."""
+    methods = [found for module in model.modules() if (found := _method(module))[1] is not None]
+    rows = all(
+        not method.quant_config.is_checkpoint_fp8_serialized
+        and (
+            hasattr(method, "_can_refit") and method._can_refit()
+            if name == "Fp8LinearMethod"
+            else getattr(method, "can_refit", False)
+        )
+        for name, method in methods
+    )
+    return Online(_online_form, _row_scales) if methods and rows else None
+
+
+def _online_form(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter in the checkpoint's form; codes of a Linear lie as [in, out]."""
+    if attribute.endswith("input_scale"):
+        return None
+    transposed = _method(module)[0] == "Fp8LinearMethod" and attribute == "weight"
+    return t.t() if transposed else t
+
+
+def _row_scales(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the scales of experts, which stand beside the parameters."""
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if attribute.endswith("weight_scale_expanded") and not hasattr(module, attribute[:-9]):
+            yield attribute.removesuffix("_expanded"), buffer
+
+
 def _widths(module: Any) -> list[int]:
     return [int(width) for width in module.logical_widths]
 
@@ -346,4 +364,5 @@ def engine(dtype: torch.dtype) -> Engine:
         obstacles=_obstacles,
         guard=_guard,
         settle=functools.partial(_rederive, dtype=dtype),
+        online=_online,
     )

@@ -59,7 +59,9 @@ class Workers(Protocol):
           the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
           nothing.
-        - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
+        - "digests" {} or {starts: by rank, most}: `rank`, `format` ("checkpoint", "online" or
+          "engine"), `unfilled`, `tensors` (`shards.describe`), `next` and `seconds`.
+        - "inspect" {names, rows, most}: `rank`, `tensors` (`inspection.inspect`).
 
         Raises:
             RuntimeError: a rank failed or did not answer; the message names it.

@@ -441,7 +441,7 @@ def quantised(kind: str, **facts: object) -> nn.Module:
                 refittable=True,
                 quant_config=SimpleNamespace(is_checkpoint_fp8_serialized=False),
             ),
-            "engine",
+            "online",  # a scale for every row
         ),
         (quantised("Fp8EPMoEMethod", block_quant=True), "engine"),
     ],
