@@ -51,7 +51,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
+        *("carriers", "checkpoint", "checksum", "difference", "fitting", "fusing", "gguf"),
+        *("hfconfig", "online", "quality"),
         *("layout", "manifest"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
@@ -65,8 +66,9 @@ IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
     *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
+    *("difference", "online", "quality"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
+WITH_TORCH = ("checkpoint", "checksum", "difference", "online", "pipeline", "quality", "source")
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

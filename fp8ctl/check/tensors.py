@@ -18,7 +18,7 @@ from fp8ctl.policy import Reason
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fp8ctl.check.verdict import Verdict
     from fp8ctl.held import Held
@@ -207,14 +207,13 @@ def explain(
     """
     shapes = {**_shapes(plan), **(shapes or {})}
     owners = _owners(expected)
-    sixteen = {line.name for line in lines if line.quantize and "float8" not in line.dtype}
     seen: list[Line] = []
     for line in lines:
         one = held.get(line.name)
         if line.bad and line.name in shapes:
             right = expected.get(line.name, ())
             line = _explained(line, one, shapes[line.name], right, owners, versions)
-            line = _without_scales(line, sixteen)
+            line = _without_scales(line, held)
         elif line.bad and one is not None:
             line = _of_version(line, one, expected.get(line.name, ()), versions)
         seen.append(line)
@@ -264,12 +263,12 @@ def _of_version(line: Line, one: Held, right: Sequence[int], versions: Sequence[
     return replace(line, looks="stale", version=version)
 
 
-def _without_scales(line: Line, sixteen: Container[str]) -> Line:
-    """Tell codes that have no scales from a layer that was left in 16 bits as a whole."""
-    weight = line.name.removesuffix("_inv").removesuffix("_scale")
-    if line.found != "missing" or weight == line.name:
+def _without_scales(line: Line, held: Mapping[str, Held]) -> Line:
+    """Tell codes that have no scales from a layer that was left in 16 bits, or out, as a whole."""
+    weight = held.get(line.name.removesuffix("_inv").removesuffix("_scale"))
+    if line.name in held or weight is None:
         return line
-    looks: Looks = "bf16" if weight in sixteen else "unscaled"
+    looks: Looks = "unscaled" if "float8" in weight.dtype else "bf16"
     return replace(line, looks=looks, detail=line.detail or "there is none")
 
 

@@ -1,4 +1,4 @@
-"""The weights level: sums over ranks, what differs, the word for it, and a server's answers."""
+"""The weights level beside a server's answers: what is asked, and what is told of it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from fp8ctl import checkpoint
 from fp8ctl.check import weights
-from fp8ctl.check.weights import compare, judge
+from fp8ctl.check.tensors import compare
 from fp8ctl.errors import CheckFailedError, NotFoundError, UsageError
-from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.held import Held, gather
-from fp8ctl.kernels.digest import to_text
-from fp8ctl.planning import make_plan
+from fp8ctl.held import Held
 from fp8ctl.render import Reporter
+from tests.check.reports import SCALE, Q, held_of, rank, shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,65 +27,6 @@ if TYPE_CHECKING:
     from fp8ctl.manifest import Plan
 
     Serve = Callable[[int, object], str]
-
-LAYER = "model.layers.0"
-Q, SCALE = f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.self_attn.q_proj.weight_scale_inv"
-NORM, ROUTER, HEAD = f"{LAYER}.input_layernorm.weight", f"{LAYER}.mlp.gate.weight", "lm_head.weight"
-SHAPES = {
-    "model.embed_tokens.weight": (40, 64),
-    Q: (64, 64),
-    f"{LAYER}.self_attn.o_proj.weight": (64, 64),
-    NORM: (64,),
-    ROUTER: (2, 64),
-    HEAD: (40, 64),
-}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of a mixture of experts, without its experts."""
-    folder = tmp_path_factory.mktemp("model")
-    generator = torch.Generator().manual_seed(1)
-    tensors = {n: torch.randn(s, generator=generator).bfloat16() for n, s in SHAPES.items()}
-    save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": "qwen3_moe", "num_attention_heads": 4, "num_key_value_heads": 4}
-    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 16}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plan(model: Path) -> Plan:
-    return make_plan(model, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
-
-
-@pytest.fixture(scope="module")
-def expected(plan: Plan) -> dict[str, int]:
-    return checkpoint.expected_digests(plan.model, plan)
-
-
-def shard(name: str, value: int, **changes: object) -> dict[str, object]:
-    dtype = "float32" if name.endswith("scale_inv") else "bfloat16"
-    if "_proj.weight" in name and not name.endswith("scale_inv"):
-        dtype = "float8_e4m3fn"
-    plain = {"name": name, "row": 0, "column": 0, "shape": [1], "dtype": dtype, "primary": True}
-    return {**plain, "digest": to_text(value), **changes}
-
-
-def rank(shards: list[dict[str, object]], number: int = 0) -> dict[str, Any]:
-    return {"rank": number, "pid": 1, "format": "checkpoint", "unfilled": {}, "tensors": shards}
-
-
-def held_of(expected: dict[str, int]) -> dict[str, Held]:
-    return gather([rank([shard(name, value) for name, value in expected.items()])])
-
-
-def word(plan: Plan, expected: dict[str, int], held: dict[str, Held]) -> tuple[str, str]:
-    return judge(plan, compare(plan, expected, held), held)
-
-
-def unequal(plan: Plan, expected: dict[str, int], held: dict[str, Held]) -> list[tuple[str, str]]:
-    return [(x.name, x.found) for x in compare(plan, expected, held) if x.found != "equal"]
-
 
 # --- verify -------------------------------------------------------------------------------------
 
@@ -170,7 +107,8 @@ def test_the_expectation_is_made_under_the_plan_s_recipe(
 def test_a_bit_that_differs_is_told_with_its_place(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_expect", lambda *_: expected)
+    given = {name: [value] for name, value in expected.items()}
+    monkeypatch.setattr(weights, "_expect", lambda *_: (given, {}))
     shards = [shard(n, value ^ (n == Q)) for n, value in expected.items()]
     report, out = reporter()
     url = serve(200, answer(plan, shards))
@@ -218,7 +156,8 @@ def test_a_server_that_is_not_ready_is_judged_by_its_state(
 def test_weights_under_names_that_are_not_mapped_are_not_visible(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_expect", lambda *_: expected)
+    given = {name: [value] for name, value in expected.items()}
+    monkeypatch.setattr(weights, "_expect", lambda *_: (given, {}))
     shards = [shard(n.replace("q_proj", "qkv_proj"), value) for n, value in expected.items()]
     found = weights.verify(serve(200, answer(plan, shards)), None, reporter()[0], None)
     assert (found["result"], found["verdict"]) == ("not visible", None)
@@ -265,9 +204,11 @@ def test_a_long_list_of_faults_is_cut_on_the_screen_and_whole_in_the_data(
     plan: Plan, expected: dict[str, int]
 ) -> None:
     strays = {f"stray.{i}.weight": Held("float8_e4m3fn", i, True, (0, 1)) for i in range(20)}
-    lines = compare(plan, expected, held_of(expected) | strays)
+    given = {name: [value] for name, value in expected.items()}
+    lines = compare(plan, given, held_of(expected) | strays)
     report, out = reporter()
-    found = weights._tell(report, plan, lines, "wrong-weights", "why", 2)
+    ranks = [{"rank": 0}, {"rank": 1}]
+    found = weights._tell(report, plan, lines, "wrong-weights", "why", ranks)
     assert len(found["tensors"]) == 20  # type: ignore[arg-type]
     assert "and 12 more (--json lists them)" in out.getvalue()
     assert "stray.7.weight" in out.getvalue()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from fp8ctl.check import weights
 from fp8ctl.render import Reporter
@@ -25,7 +25,7 @@ from tests.e2e.pushing import Bucket, Pusher, bucket
 from tests.e2e.test_push_sglang import Served, serving, step
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.e2e.conftest import Cli, Json
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1500)]
 
 LAYER = "model.layers.1"
-Q, O, DOWN = (
+Q, OUT, DOWN = (
     f"{LAYER}.{m}.weight" for m in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 )
 QKV = f"{LAYER}.self_attn.qkv_proj.weight"
@@ -164,7 +164,7 @@ def test_scales_that_are_not_there(dense: Patient) -> None:
     dense.heal()
     dense.plant("drop", name=f"{LAYER}.self_attn.o_proj.weight{SCALE}")
     found = dense.check()
-    assert (found["verdict"], looks(found)) == ("unscaled", {f"{O}{SCALE}": "unscaled"})
+    assert (found["verdict"], looks(found)) == ("unscaled", {f"{OUT}{SCALE}": "unscaled"})
     assert "is missing" in found["message"]
     dense.heal()
     assert dense.check()["verdict"] == "fp8-ok"
@@ -173,30 +173,30 @@ def test_scales_that_are_not_there(dense: Patient) -> None:
 @pytest.mark.long
 def test_a_transposed_weight(dense: Patient) -> None:
     """A square o_proj that was loaded as it lies in another engine's memory."""
-    dense.plant("transpose", name=O)
+    dense.plant("transpose", name=OUT)
     found = dense.check()
-    assert (found["verdict"], looks(found)) == ("wrong-weights", {O: "transposed"})
+    assert (found["verdict"], looks(found)) == ("wrong-weights", {OUT: "transposed"})
     dense.heal()
     assert dense.check()["verdict"] == "fp8-ok"
 
 
 @pytest.mark.long
 def test_another_block_size(dense: Patient) -> None:
-    dense.plant("reblock", name=O, side=32, was=64)
+    dense.plant("reblock", name=OUT, side=32, was=64)
     found = dense.check()
     assert found["verdict"] == "wrong-weights"
-    assert looks(found)[f"{O}{SCALE}"] == "other block"
-    assert "18x18 where 9x9 is expected" in told(found)[f"{O}{SCALE}"]["detail"]
+    assert looks(found)[f"{OUT}{SCALE}"] == "other block"
+    assert "18x18 where 9x9 is expected" in told(found)[f"{OUT}{SCALE}"]["detail"]
     dense.heal()
     assert dense.check()["verdict"] == "fp8-ok"
 
 
 @pytest.mark.long
 def test_sixteen_bits_somewhere_and_everywhere(dense: Patient) -> None:
-    dense.plant("widen", names=[O])
+    dense.plant("widen", names=[OUT])
     found = dense.check()
-    assert (found["verdict"], looks(found)) == ("bf16-fallback", {O: "bf16"})
-    assert f"1 of 14 tensors that the plan quantises: {O} is bfloat16" in found["message"]
+    assert (found["verdict"], looks(found)) == ("bf16-fallback", {OUT: "bf16"})
+    assert f"1 of 14 tensors that the plan quantises: {OUT} is bfloat16" in found["message"]
     dense.heal()
     assert dense.check()["verdict"] == "fp8-ok"
 

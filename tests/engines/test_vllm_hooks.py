@@ -19,9 +19,9 @@ import pytest
 from fp8ctl import wire
 from fp8ctl.engines.hooks import loaded, vllm_ranks
 from fp8ctl.engines.hooks.gate import Gate
+from fp8ctl.engines.hooks.report import INSPECT, REPORT
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.vllm_ranks import Workers
-from fp8ctl.engines.hooks.report import INSPECT, REPORT
 from fp8ctl.engines.hooks.vllm_server import CODE, STATE, UPDATE, Control
 
 if TYPE_CHECKING:
