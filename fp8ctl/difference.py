@@ -194,7 +194,7 @@ def _looks(
         unset = torch.stack([wrong == value for value in _UNSET]).any(0)
         if len(wrong) and bool(unset.all()):
             return "unscaled", "scales that nobody loaded"
-        if bool((held < 0).any()) or float(held.abs().max()) <= _DUMMY < float(want.abs().max()):
+        if bool((held < 0).any()) and float(held.abs().max()) <= _DUMMY:  # no scale is negative
             return "dummy", "small random numbers"
         return "", ""
     if want.dtype == torch.float8_e4m3fn:

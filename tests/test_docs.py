@@ -396,7 +396,7 @@ MODULES = {
     "launch": ["launching.py", "supervisor.py"],
     "check": [
         *("check/code.py", "check/command.py", "check/verdict.py", "check/weights.py"),
-        "engines/hooks/loaded.py",
+        *("check/tensors.py", "engines/hooks/loaded.py", "engines/hooks/report.py", "quality.py"),
     ],
     "push": ["pushing.py", "push/result.py"],
     "push-log": ["history.py", "engines/hooks/openpush.py"],
