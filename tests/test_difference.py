@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,12 @@ from fp8ctl import checkpoint, difference, models
 from fp8ctl.engines.hooks import inspection
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels import quantize as kernels
+from fp8ctl.kernels.digest import row_sums
 from fp8ctl.kernels.groups import PER_CHANNEL, block
 from fp8ctl.planning import make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from fp8ctl.engines.hooks.shards import Shard
     from fp8ctl.manifest import Plan
@@ -160,8 +161,8 @@ def test_a_transposed_shard_of_one_rank_is_seen(own: bool, plan: Plan) -> None:
             (want[64:, 64:], 64, 64),
         ):
             [line] = told({SQUARE: part.contiguous()})
-            sums = inspection.row_sums(part.contiguous(), column).numpy()
-            text = inspection.base64.b64encode(sums.astype("<i8").tobytes()).decode()
+            sums = row_sums(part.contiguous(), column).numpy()
+            text = base64.b64encode(sums.astype("<i8").tobytes()).decode()
             lines.append({**line, "row": row, "column": column, "sums": text})
     else:
         lines = []

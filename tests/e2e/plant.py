@@ -38,6 +38,10 @@ def body(what: str, ranks: int = 1, **details: Any) -> dict[str, object]:
 def load(model: torch.nn.Module, named_tensors: list[tuple[str, str]]) -> None:
     """Plant what was asked for; called by SGLang."""
     details = json.loads(named_tensors[0][1])
+    from sglang.srt.distributed import get_tensor_model_parallel_rank
+
+    if details.pop("rank", None) not in (None, get_tensor_model_parallel_rank()):
+        return
     with torch.no_grad():
         FAULTS[details.pop("what")](model, **details)
 

@@ -6,12 +6,17 @@ refit, after which the server is well again.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import subprocess
+import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import httpx
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,7 +25,7 @@ from fp8ctl.check import weights
 from fp8ctl.render import Reporter
 from tests.conftest import ROOT
 from tests.e2e import plant
-from tests.e2e.conftest import post, write_model
+from tests.e2e.conftest import free_port, post, write_model
 from tests.e2e.pushing import Bucket, Pusher, bucket
 from tests.e2e.test_push_sglang import Served, serving, step
 
@@ -253,8 +258,6 @@ def test_another_model_of_the_same_shape(dense: Patient, tmp_path: Path) -> None
 
 
 def _entries_of(said: list[Bucket], sent: Bucket) -> tuple[Any, ...]:
-    from dataclasses import replace
-
     digests = {entry.name: entry.digest for one in said for entry in one.entries}
     return tuple(replace(entry, digest=digests[entry.name]) for entry in sent.entries)
 
@@ -271,8 +274,57 @@ def test_dummy_weights(dense: Patient) -> None:
 
 
 @pytest.mark.long
-def test_a_server_that_was_started_in_16_bits(cli: Cli, small_model: Path) -> None:
-    """The plan says FP8; the engine was told nothing of it."""
+def test_a_server_that_was_started_in_16_bits(cli: Cli, small_model: Path, tmp_path: Path) -> None:
+    """The plan says FP8, and the engine was told nothing of it."""
+    fp8 = tmp_path / "fp8"
+    cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang")
+    plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
+    with started(cli, small_model, plan, tmp_path / "run") as url:
+        found = check(url)
+    assert found["verdict"] == "bf16-fallback"
+    assert found["message"] == "the server holds bfloat16 where the plan says FP8"
+    assert looks(found)[OUT] == looks(found)[f"{OUT}{SCALE}"] == "bf16"
+
+
+@contextmanager
+def started(cli: Cli, model: Path, plan: Json, run: Path) -> Iterator[str]:
+    """Start the engine by its entry module, with a plan that it knows nothing of."""
+    run.mkdir()
+    (run / "manifest.json").write_text(json.dumps(plan))
+    port = free_port()
+    argv = [
+        *(str(cli.python), "-m", "fp8ctl.engines.hooks.sglang_server", "--model-path", str(model)),
+        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu"),
+        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--disable-overlap-schedule"),
+        *("--sleep-on-idle", "--max-total-tokens", "2048", "--max-running-requests", "8"),
+    ]
+    environment = cli.environment() | {
+        "PYTHONPATH": str(ROOT),
+        "FP8CTL_RUN_DIR": str(run),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "SPT_NOENV": "1",
+    }
+    url = f"http://127.0.0.1:{port}"
+    with (run / "server.log").open("w") as log:
+        server = subprocess.Popen(argv, cwd=run, env=environment, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 600
+        while True:
+            assert server.poll() is None, (run / "server.log").read_text()
+            assert time.monotonic() < until
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(url + "/fp8ctl/state", trust_env=False).status_code == 200:
+                    break
+            time.sleep(0.5)
+        yield url
+    finally:
+        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=60)
+        server.wait(60)
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -394,3 +446,66 @@ def test_old_experts(sparse: Patient) -> None:
     found = sparse.check(sparse.b)
     assert found["verdict"] == "stale"
     assert f"{EXPERTS}.0.gate_proj.weight" in told(found)
+
+
+# --- servers that are well, and other modes ---------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_healthy_servers_are_well_through_ten_refits(
+    mode: str, kind: str, cli: Cli, small_model: Path, experts_model: Path, tmp_path: Path
+) -> None:
+    """No false alarm: each set beside its own checkpoint; the other one is the control."""
+    model = small_model if kind == "dense" else experts_model
+    with patient(cli, model, tmp_path, mode) as one:
+        found = one.check()
+        assert (found["verdict"], found["counts"]["different"]) == ("fp8-ok", 0)
+        assert (len(found["quality"]) > 0, "bit for bit" in found["message"]) == (True, True)
+        for i in range(10):
+            later = i % 2 == 0
+            one.push(one.served.b if later else one.served.a, f"{i}")
+            found = one.check(one.b if later else None)
+            assert (found["verdict"], found["counts"]["different"]) == ("fp8-ok", 0), i
+        wrong = one.check(one.b)
+        assert wrong["verdict"] == ("wrong-weights" if mode == "online" else "stale")
+        if mode == "online":
+            _faults_of_online(one, kind)
+        if mode == "per-tensor" and kind == "dense":
+            one.plant("fill", name=f"{LAYER}.self_attn.o_proj.weight_scale", value=1.0)
+            found = one.check()
+            assert (found["verdict"], looks(found)) == (
+                "unscaled",
+                {f"{OUT}_scale": "unscaled"},
+            )
+
+
+def _faults_of_online(one: Patient, kind: str) -> None:
+    if kind == "experts":
+        one.plant("swap", names=[f"{EXPERTS}.w13_weight"], a=0, b=1)
+        found = one.check()
+        assert found["verdict"] == "wrong-weights"
+        assert set(looks(found).values()) == {"swapped"}
+    else:
+        one.plant("flip", name=OUT, at=[3, 2])
+        found = one.check()
+        assert found["verdict"] == "wrong-weights"
+        [line] = told(found).values()
+        assert (line["name"], line["codes"]["different"], line["rows"]) == (OUT, 1, "3")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "online"])
+def test_two_ranks_with_faults_on_one(
+    mode: str, cli: Cli, even_model: Path, tmp_path: Path
+) -> None:
+    with patient(cli, even_model, tmp_path, mode, "--tp", "2") as one:
+        found = one.check()
+        assert (found["verdict"], found["ranks"], len(found["seconds"])) == ("fp8-ok", 2, 2)
+        body = plant.body("flip", 2, name=OUT, at=[3, 2], rank=1)
+        assert post(one.served.url, "/update_weights_from_tensor", body).status_code == 200
+        found = one.check()
+        [line] = told(found).values()
+        assert (found["verdict"], line["name"], line["rows"]) == ("wrong-weights", OUT, "3")
+        assert line["codes"]["different"] == 1

@@ -332,7 +332,7 @@ def test_the_key_guards_every_route_of_fp8ctl(method: str, path: str) -> None:
 
 
 def test_a_report_carries_state_plan_and_ranks() -> None:
-    held = {"format": "checkpoint", "tensors": [], "next": None, "seconds": 0.25}
+    held: dict[str, Any] = {"format": "checkpoint", "tensors": [], "next": None, "seconds": 0.25}
     server = Server(Engine(held), await_push=False)
     status, answer = server.ask("POST", REPORT)
     assert status == 200
