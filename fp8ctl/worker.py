@@ -48,13 +48,13 @@ def expect(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Say what the FP8 form of `plan`'s model is.
 
     `only`, if given, names the source's tensors to read. With `online` (`online.Kernel` as JSON)
-    it is what an engine makes of it by itself.
+    it is what an engine makes of it by itself, with `shared` what a stock one does (`requantised`).
 
     Returns:
         `digests`: name to 16 hexadecimal digits, one for each recipe that would be right;
         `quality`: `quality.measure` of each quantised tensor, where nothing is left out.
     """
-    from fp8ctl import checkpoint, online
+    from fp8ctl import checkpoint, online, requantised
     from fp8ctl.kernels.digest import to_text
     from fp8ctl.manifest import Plan
 
@@ -65,6 +65,8 @@ def expect(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     if arguments.get("online"):
         kernel = online.Kernel.from_json(arguments["online"])
         found = online.expected_digests(plan, kernel, progress, quality)
+    elif arguments.get("shared"):
+        found = requantised.expected_digests(plan, progress, quality)
     else:
         wanted = None if only is not None else quality
         told = checkpoint.expected_digests(plan.model, plan, progress, only=only, quality=wanted)

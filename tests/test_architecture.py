@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("carriers", "checkpoint", "checksum", "difference", "fitting", "fusing", "gguf"),
-        *("hfconfig", "online", "quality"),
+        *("hfconfig", "online", "quality", "requantised"),
         *("layout", "manifest"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
@@ -66,9 +66,12 @@ IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
     *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
-    *("difference", "online", "quality"),
+    *("difference", "online", "quality", "requantised"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "difference", "online", "pipeline", "quality", "source")
+WITH_TORCH = (
+    *("checkpoint", "checksum", "difference", "online", "pipeline", "quality", "requantised"),
+    "source",
+)
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

@@ -1,24 +1,17 @@
-"""What became of each tensor, what a wrong one looks like, and the word for it all. Pure.
-
-Digests alone tell much: they are keyed by position, so that one which equals that of another
-version, of another tensor or of a constant is that version, that tensor or that constant. What
-takes values to tell is `difference`'s. Called by `weights`.
-"""
+"""What became of each tensor, and the word for it all. Pure; called by `weights`."""
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from fp8ctl import formats
-from fp8ctl.held import constant_digest
 from fp8ctl.policy import Reason
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.check.verdict import Verdict
     from fp8ctl.held import Held
@@ -40,10 +33,8 @@ Looks = Literal[
     "one step",
 ]
 #: Types of kept tensors, from the spelling of safetensors to that of torch.
-_TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 CODES = "float8_e4m3fn"
-#: FP32 numbers that stand in scales which nobody loaded, and how they are written.
-_UNSET = {1.0: "1", -3.4028234663852886e38: "the lowest number of FP32", 0.0: "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +104,6 @@ class Line:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One set of weights that a server has had.
-
-    Attributes:
-        name: as it is told.
-        digests: of what it brought, by name; not always all of a model.
-    """
-
-    name: str
-    digests: Mapping[str, int] = field(default_factory=dict)
-
-
 def compare(
     plan: Plan,
     expected: Mapping[str, Sequence[int]],
@@ -143,13 +121,13 @@ def compare(
     """
     lines = []
     planned = {tensor.name: tensor for tensor in plan.tensors}
-    shapes = {**_shapes(plan), **(shapes or {})}
+    shapes = {**shapes_of(plan), **(shapes or {})}
     for name, digests in expected.items():
         tensor = planned.get(name)
         quantize = tensor is None or tensor.quantize  # scales have no entry of their own
         dtype = CODES if tensor and quantize else "float32"
         if tensor is not None and not quantize:
-            dtype = _TORCH.get(tensor.dtype, tensor.dtype)
+            dtype = TORCH.get(tensor.dtype, tensor.dtype)
         one = held.get(name)
         if one is None:
             lines.append(Line(name, "missing", "", quantize))
@@ -185,91 +163,6 @@ def unmapped(lines: Sequence[Line]) -> bool:
     gone = [line for line in lines if line.found == "missing" and line.quantize]
     wrong = [line for line in lines if line.found == "different"]
     return bool(strays and gone and not wrong)
-
-
-def explain(
-    plan: Plan,
-    lines: Sequence[Line],
-    expected: Mapping[str, Sequence[int]],
-    held: Mapping[str, Held],
-    versions: Sequence[Version] = (),
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> list[Line]:
-    """Say of what is wrong what it looks like, as far as digests and shapes tell.
-
-    Args:
-        plan: of the server's weights.
-        lines: of `compare`.
-        expected: as there.
-        held: as there.
-        versions: that the server has had, the oldest first.
-        shapes: as of `compare`.
-    """
-    shapes = {**_shapes(plan), **(shapes or {})}
-    owners = _owners(expected)
-    seen: list[Line] = []
-    for line in lines:
-        one = held.get(line.name)
-        if line.bad and line.name in shapes:
-            right = expected.get(line.name, ())
-            line = _explained(line, one, shapes[line.name], right, owners, versions)
-            line = _without_scales(line, held)
-        elif line.bad and one is not None:
-            line = _of_version(line, one, expected.get(line.name, ()), versions)
-        seen.append(line)
-    return seen
-
-
-def _explained(
-    line: Line,
-    one: Held | None,
-    shape: tuple[int, ...],
-    right: Sequence[int],
-    owners: Mapping[int, str],
-    versions: Sequence[Version],
-) -> Line:
-    """Explain codes or scales."""
-    if one is None:
-        return line
-    codes = not line.name.endswith(("_scale", "_scale_inv"))
-    if codes and one.dtype in _TORCH.values():
-        return replace(line, looks="bf16")
-    if one.shape and one.shape != shape:
-        turned = codes and one.shape == shape[::-1]
-        return replace(line, looks="transposed" if turned else "" if codes else "other block")
-    if not codes:
-        for value, text in _UNSET.items():
-            if one.digest == constant_digest(struct.pack("<f", value), shape):
-                return replace(line, looks="unscaled", detail=f"every scale is {text}")
-    line = _of_version(line, one, right, versions)
-    owner = owners.get(one.digest)
-    if not line.looks and owner is not None and owner != line.name:
-        return replace(line, looks="swapped", like=owner)
-    return line
-
-
-def _of_version(line: Line, one: Held, right: Sequence[int], versions: Sequence[Version]) -> Line:
-    """Say of which version a tensor is, if of one that came before what is expected."""
-    if not one.replicas_agree:
-        return line
-    mine = [i for i, v in enumerate(versions) if v.digests.get(line.name) == one.digest]
-    wanted = [i for i, v in enumerate(versions) if v.digests.get(line.name) in right]
-    if not mine:
-        return line
-    version = versions[mine[-1]].name
-    if wanted and mine[-1] > wanted[-1]:
-        newer = f"is that of {version}, which was brought later"
-        return replace(line, detail=", ".join(filter(None, (line.detail, newer))))
-    return replace(line, looks="stale", version=version)
-
-
-def _without_scales(line: Line, held: Mapping[str, Held]) -> Line:
-    """Tell codes that have no scales from a layer that was left in 16 bits, or out, as a whole."""
-    weight = held.get(line.name.removesuffix("_inv").removesuffix("_scale"))
-    if line.name in held or weight is None:
-        return line
-    looks: Looks = "unscaled" if "float8" in weight.dtype else "bf16"
-    return replace(line, looks=looks, detail=line.detail or "there is none")
 
 
 def judge(plan: Plan, lines: Sequence[Line], held: Mapping[str, Held]) -> tuple[Verdict, str]:
@@ -319,20 +212,13 @@ def _first(lines: Sequence[Line]) -> str:
     return f": {line.name} is {line.found}" + (f" ({told})" if told else "")
 
 
-def _shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
+def shapes_of(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all codes and scales."""
     found: dict[str, tuple[int, ...]] = {}
     for tensor in plan.quantized:
         found[tensor.name] = tensor.shape
         found[formats.scale_name(tensor.name, plan.mode)] = plan.scale_shape(tensor)
     return found
-
-
-def _owners(expected: Mapping[str, Iterable[int]]) -> dict[int, str]:
-    """Return whose a digest is; not those that several tensors share, as zeros do."""
-    every = [(digest, name) for name, digests in expected.items() for digest in set(digests)]
-    count = Counter(digest for digest, _ in every)
-    return {digest: name for digest, name in every if count[digest] == 1}
 
 
 def _ranks(held: Held) -> str:

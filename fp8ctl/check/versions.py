@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl import gate, wire
-from fp8ctl.check.tensors import Version
+from fp8ctl.check.looks import Version
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fp8ctl import checkpoint
-from fp8ctl.check.tensors import Line, Version, compare, explain, judge, unmapped
+from fp8ctl.check.looks import Version, explain
+from fp8ctl.check.tensors import Line, compare, judge, unmapped
 from fp8ctl.held import Held
 from fp8ctl.kernels.digest import digest
 from tests.check.reports import HEAD, NORM, OUT, ROUTER, SCALE, Q, held_of

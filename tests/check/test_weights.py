@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import checkpoint
-from fp8ctl.check import weights
+from fp8ctl.check import comparison, weights
 from fp8ctl.check.tensors import compare
 from fp8ctl.errors import CheckFailedError, NotFoundError, UsageError
 from fp8ctl.held import Held
@@ -108,7 +108,7 @@ def test_a_bit_that_differs_is_told_with_its_place(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {name: [value] for name, value in expected.items()}
-    monkeypatch.setattr(weights, "_expect", lambda *_: (given, {}))
+    monkeypatch.setattr(comparison, "expect", lambda *_: (given, {}))
     shards = [shard(n, value ^ (n == Q)) for n, value in expected.items()]
     report, out = reporter()
     url = serve(200, answer(plan, shards))
@@ -157,7 +157,7 @@ def test_weights_under_names_that_are_not_mapped_are_not_visible(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = {name: [value] for name, value in expected.items()}
-    monkeypatch.setattr(weights, "_expect", lambda *_: (given, {}))
+    monkeypatch.setattr(comparison, "expect", lambda *_: (given, {}))
     shards = [shard(n.replace("q_proj", "qkv_proj"), value) for n, value in expected.items()]
     found = weights.verify(serve(200, answer(plan, shards)), None, reporter()[0], None)
     assert (found["result"], found["verdict"]) == ("not visible", None)

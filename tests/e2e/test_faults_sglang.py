@@ -448,7 +448,7 @@ def test_old_experts(sparse: Patient) -> None:
     assert f"{EXPERTS}.0.gate_proj.weight" in told(found)
 
 
-# --- servers that are well, and other modes ---------------------------------------------------------
+# --- servers that are well, and other modes -------------------------------------------------------
 
 
 @pytest.mark.long
@@ -509,3 +509,32 @@ def test_two_ranks_with_faults_on_one(
         [line] = told(found).values()
         assert (found["verdict"], line["name"], line["rows"]) == ("wrong-weights", OUT, "3")
         assert line["codes"]["different"] == 1
+
+
+@pytest.mark.long
+def test_a_stock_engine_that_gives_fused_parts_one_scale(
+    cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
+    """Without `refit` it quantises per-tensor codes anew; the expectation does the same."""
+    fp8 = tmp_path / "fp8"
+    cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang",
+            "--mode", "per-tensor")  # fmt: skip
+    plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
+    target = ("--backend", "sglang", "--python", str(cli.python))
+    stock = ("--patch", "refit", "--patch", "unscaled-guard")
+    cli.run("revert", *target, *stock)
+    try:
+        with started(cli, fp8, plan, tmp_path / "run") as url:
+            found = check(url)
+            other = check(url, _scaled(small_model, tmp_path / "other"))
+    finally:
+        cli.run("patch", *target, *stock)
+    assert found["verdict"] == "fp8-ok"
+    assert found["message"].endswith("after the engine gave all that it fuses one scale")
+    assert found["counts"]["equal"] >= 28
+    assert other["verdict"] == "wrong-weights"
+
+
+def _scaled(model: Path, folder: Path) -> Path:
+    state = {n: t * 1.5 for n, t in load_file(str(model / "model.safetensors")).items()}
+    return write_model(folder, model, state, {})

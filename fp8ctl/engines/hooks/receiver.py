@@ -13,7 +13,7 @@ import functools
 import time
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
@@ -31,16 +31,19 @@ if TYPE_CHECKING:
 Named = tuple[str, torch.Tensor]
 
 
-class Online(NamedTuple):
-    """What a model shows that its engine quantised itself: codes, and a scale for each row.
+class Own(NamedTuple):
+    """What a model shows whose engine made codes and scales of its own, in a way that is known.
 
     Attributes:
+        word: "online": the engine quantised 16-bit weights, with a scale for each row; "shared": of
+            a per-tensor checkpoint, with one scale for all that it fuses.
         form: gives a parameter the form [out, in] that it has in a checkpoint.
         more: yields the scales that are no parameters, as `weight_scale` [out, 1].
     """
 
+    word: Literal["online", "shared"]
     form: Form
-    more: More
+    more: More | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ class Engine:
         guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
             {} where that patch is not applied.
         settle: brings up to date what the engine derived from the weights.
-        online: returns what a model shows that the engine quantised by rows; None of another.
+        own: returns how a model shows what its engine made itself; None where it made nothing, or
+            in a way that is not known.
     """
 
     form: Callable[[torch.nn.Module], Form | None]
@@ -65,7 +69,7 @@ class Engine:
     obstacles: Callable[[torch.nn.Module], Iterable[str]]
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
-    online: Callable[[torch.nn.Module], Online | None] = lambda _model: None
+    own: Callable[[torch.nn.Module], Own | None] = lambda _model: None
 
 
 class Receiver:
@@ -268,9 +272,9 @@ class Receiver:
                 for nothing.
 
         Returns:
-            rank; format: "checkpoint", "online" (the engine quantised it by rows) or "engine" (a
-            kernel's own); unfilled: what the unscaled guard saw nobody load; tensors, next and
-            seconds as `inspection.digests`.
+            rank; format: "checkpoint", the word of an `Own`, or "engine" (a kernel's own form);
+            unfilled: what the unscaled guard saw nobody load; tensors, next and seconds as
+            `inspection.digests`.
         """
         word, walk = self._walk()
         told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
@@ -289,9 +293,10 @@ class Receiver:
     def _walk(self) -> tuple[str, Walk]:
         """Return the word for the form that weights are shown in, and the way to them."""
         form = self._engine.form(self.model)
-        online = None if form is not None else self._engine.online(self.model)
-        if online is not None:
-            return "online", Walk(self.model, self._tp_rank, online.form, online.more)
+        own = None if form is not None else self._engine.own(self.model)
+        if own is not None:
+            walk = Walk(self.model, self._tp_rank, own.form, own.more, self._on_disk)
+            return own.word, walk
         word = "engine" if form is None else "checkpoint"
         return word, Walk(self.model, self._tp_rank, form, on_disk=self._on_disk)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Online, Receiver, wait_for
+from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -260,19 +260,34 @@ def _as_in_checkpoint(
     return t
 
 
-def _online(model: torch.nn.Module) -> Online | None:
-    """Return what the model shows where vLLM quantised all its FP8 layers by rows, else None."""
+def _own(model: torch.nn.Module) -> Own | None:
+    """Return how the model shows what vLLM made of all its FP8 layers; None where unknown."""
     methods = [found for module in model.modules() if (found := _method(module))[1] is not None]
-    rows = all(
-        not method.quant_config.is_checkpoint_fp8_serialized
-        and (
-            hasattr(method, "_can_refit") and method._can_refit()
-            if name == "Fp8LinearMethod"
-            else getattr(method, "can_refit", False)
-        )
+    if not methods or any(method.block_quant for _, method in methods):
+        return None
+    serialized = {bool(m.quant_config.is_checkpoint_fp8_serialized) for _, m in methods}
+    refit = [
+        hasattr(method, "_can_refit") and method._can_refit()
+        if name == "Fp8LinearMethod"
+        else getattr(method, "can_refit", False)
         for name, method in methods
-    )
-    return Online(_online_form, _row_scales) if methods and rows else None
+    ]
+    if serialized == {False} and all(refit):
+        return Own("online", _online_form, _row_scales)
+    known = any(hasattr(m, "_can_refit") or hasattr(m, "can_refit") for _, m in methods)
+    packed = any(getattr(m, "use_marlin", False) for _, m in methods)
+    return Own("shared", _shared) if serialized == {True} and not (known or packed) else None
+
+
+def _shared(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter of a stock per-tensor layer: [out, in], and its scale for each part."""
+    if attribute.endswith("input_scale"):
+        return None
+    if _method(module)[0] != "Fp8LinearMethod":
+        return t
+    if attribute == "weight":
+        return t.t()
+    return t.reshape(1).repeat(len(_widths(module))) if attribute == "weight_scale" else t
 
 
 def _online_form(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
@@ -364,5 +379,5 @@ def engine(dtype: torch.dtype) -> Engine:
         obstacles=_obstacles,
         guard=_guard,
         settle=functools.partial(_rederive, dtype=dtype),
-        online=_online,
+        own=_own,
     )

@@ -59,8 +59,8 @@ class Workers(Protocol):
           the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
           nothing.
-        - "digests" {} or {starts: by rank, most}: `rank`, `format` ("checkpoint", "online" or
-          "engine"), `unfilled`, `tensors` (`shards.describe`), `next` and `seconds`.
+        - "digests" {} or {starts: by rank, most}: `rank`, `format` ("checkpoint", "online",
+          "shared" or "engine"), `unfilled`, `tensors` (`shards.describe`), `next` and `seconds`.
         - "inspect" {names, rows, most}: `rank`, `tensors` (`inspection.inspect`).
 
         Raises:
