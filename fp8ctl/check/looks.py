@@ -68,6 +68,7 @@ def explain(
             line = _without_scales(line, held)
         elif line.bad and one is not None:
             line = _of_version(line, one, expected.get(line.name, ()), versions)
+            line = _of_another(line, one, owners)
         seen.append(line)
     return seen
 
@@ -93,11 +94,15 @@ def _explained(
         for value, text in _UNSET.items():
             if one.digest == constant_digest(struct.pack("<f", value), shape):
                 return replace(line, looks="unscaled", detail=f"every scale is {text}")
-    line = _of_version(line, one, right, versions)
+    return _of_another(_of_version(line, one, right, versions), one, owners)
+
+
+def _of_another(line: Line, one: Held, owners: Mapping[int, str]) -> Line:
+    """Say which other tensor's values one has."""
     owner = owners.get(one.digest)
-    if not line.looks and owner is not None and owner != line.name:
-        return replace(line, looks="swapped", like=owner)
-    return line
+    if line.looks or owner is None or owner == line.name:
+        return line
+    return replace(line, looks="swapped", like=owner)
 
 
 def _of_version(line: Line, one: Held, right: Sequence[int], versions: Sequence[Version]) -> Line:

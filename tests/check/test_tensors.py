@@ -299,6 +299,12 @@ def test_a_tensor_in_anothers_place_is_swapped(plan: Plan, expected: Digests) ->
     assert f"{OUT} is different (rank 0, is that of {Q})" in judge(plan, lines, held)[1]
 
 
+def test_a_kept_tensor_in_anothers_place_is_swapped_too(plan: Plan, expected: Digests) -> None:
+    held = with_(held_of(expected), HEAD, digest=expected["model.embed_tokens.weight"])
+    line = seen(lines_of(plan, expected, held), HEAD)
+    assert (line.looks, line.like) == ("swapped", "model.embed_tokens.weight")
+
+
 def test_tensors_that_are_alike_are_nobodys(plan: Plan, expected: Digests) -> None:
     alike = {**expected, OUT: 7, Q: 8}
     alike[f"{OUT}_scale_inv"] = 7
