@@ -33,9 +33,12 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """Parts of very different size, so that the smaller ones are rounded anew."""
+    """Parts of very different size, so that the smaller ones are rounded anew.
+
+    o_proj has a scale that FP16 cannot hold well: that it passes through there is seen.
+    """
     random = torch.Generator().manual_seed(4)
-    sizes = [1.0, 0.01, 0.3, 0.2, 2.0, 0.001, 0.5, 1.0]
+    sizes = [1.0, 0.01, 0.3, 1e-5, 2.0, 0.001, 0.5, 1.0]
     return {
         name: (torch.randn((64, 64), generator=random) * size).bfloat16()
         for name, size in zip(NAMES, sizes, strict=True)
