@@ -22,11 +22,11 @@ def defined(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, how
 
 
 @pytest.mark.parametrize("groups", ALL, ids=str)
-@pytest.mark.parametrize("shape", [(300, 200), (1, 64), (5, 7), (3000, 1100)])
+@pytest.mark.parametrize("shape", [(300, 200), (1, 64), (5, 7), (6000, 1100)])
 def test_it_is_the_ratio_of_the_definition(shape: tuple[int, int], groups: Groups) -> None:
     """The largest is seen in samples of its rows, which are not alike."""
     random = torch.Generator().manual_seed(1)
-    rows = torch.linspace(0.001, 0.02, shape[0]).unsqueeze(1)
+    rows = torch.logspace(-6, -1.7, shape[0]).unsqueeze(1)
     weight = (torch.randn(shape, generator=random) * rows).bfloat16()
     codes, scales = kernels.quantize(weight, groups)
     found = quality.measure(weight, codes, scales, groups)
