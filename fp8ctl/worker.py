@@ -45,14 +45,46 @@ def quantize(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def expect(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Return `digests`: name to 16 hexadecimal digits, of the FP8 form of `plan`'s model."""
-    from fp8ctl import checkpoint
+    """Say what the FP8 form of `plan`'s model is.
+
+    `only`, if given, names the source's tensors to read. With `online` (`online.Kernel` as JSON)
+    it is what an engine makes of it by itself, with `shared` what a stock one does (`requantised`).
+
+    Returns:
+        `digests`: name to 16 hexadecimal digits, one for each recipe that would be right;
+        `quality`: `quality.measure` of each quantised tensor, where nothing is left out.
+    """
+    from fp8ctl import checkpoint, online, requantised
     from fp8ctl.kernels.digest import to_text
     from fp8ctl.manifest import Plan
 
     plan = Plan.from_json(arguments["plan"])
-    found = checkpoint.expected_digests(plan.model, plan, progress)
-    return {"digests": {name: to_text(value) for name, value in found.items()}}
+    only = arguments.get("only")
+    quality: dict[str, dict[str, float]] = {}
+    found: dict[str, list[int]]
+    if arguments.get("online"):
+        kernel = online.Kernel.from_json(arguments["online"])
+        found = online.expected_digests(plan, kernel, progress, quality)
+    elif arguments.get("shared"):
+        found = requantised.expected_digests(plan, progress, quality)
+    else:
+        wanted = None if only is not None else quality
+        told = checkpoint.expected_digests(plan.model, plan, progress, only=only, quality=wanted)
+        found = {name: [value] for name, value in told.items()}
+    digests = {name: [to_text(value) for value in values] for name, values in found.items()}
+    return {"digests": digests, "quality": quality}
+
+
+def examine(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return `tensors`: of each that the lines `told` are of, what `difference.examine` says."""
+    from fp8ctl import difference, online
+    from fp8ctl.manifest import Plan
+
+    plan = Plan.from_json(arguments["plan"])
+    if arguments.get("online"):
+        kernel = online.Kernel.from_json(arguments["online"])
+        return {"tensors": online.examine(plan, kernel, arguments["told"], progress)}
+    return {"tensors": difference.examine(plan, arguments["told"], progress)}
 
 
 def fetch(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -209,6 +241,7 @@ def _once_interrupted() -> Iterator[None]:
 TASKS: dict[str, Task] = {
     "quantize": quantize,
     "expect": expect,
+    "examine": examine,
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,

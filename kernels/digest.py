@@ -114,6 +114,42 @@ def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
     return [int(one) & _MASK for one in found]
 
 
+@torch.no_grad()
+def row_sums(t: torch.Tensor, col_offset: int = 0) -> torch.Tensor:
+    """Return what each row puts into the digest, before its own key: int64 [rows], on the CPU.
+
+    So `digest` is the sum of R(row) * row_sums, and rows are told apart wherever they lie.
+    What column slices give adds up. With torch alone, in pieces.
+
+    Args:
+        t: as in `digest`.
+        col_offset: column of the whole at which `t` begins, in elements.
+
+    Raises:
+        TypeError, ValueError: as `digest`.
+    """
+    if col_offset < 0:
+        raise ValueError(f"offsets must not be negative, not {col_offset}")
+    if t.is_complex() or t.element_size() not in _BITS:
+        raise TypeError(f"cannot digest {t.dtype}")
+    matrix = _matrix(t.detach().resolve_neg())
+    if t.numel() == 0:
+        return torch.zeros(matrix.shape[0], dtype=torch.int64)
+    matrix = matrix.view(_BITS[t.element_size()])
+    size = matrix.element_size()
+    if size == 8:
+        matrix, col_offset, size = matrix.contiguous().view(torch.int32), col_offset * 2, 4
+    n, k = matrix.shape
+    keys = _keys(size, col_offset, k, matrix.device)
+    unsigned = (1 << (8 * size)) - 1
+    height = max(1, (_CHUNK_CUDA if matrix.is_cuda else _CHUNK) // k)
+    sums = [
+        matrix[top : top + height].to(torch.int64).bitwise_and_(unsigned).mul_(keys).sum(1)
+        for top in range(0, n, height)
+    ]
+    return torch.cat(sums).cpu()
+
+
 def combine(*parts: int) -> int:
     """Return the digest of a whole from those of its parts, in any order."""
     return sum(parts) & _MASK

@@ -51,7 +51,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
+        *("carriers", "checkpoint", "checksum", "difference", "fitting", "fusing", "gguf"),
+        *("hfconfig", "online", "quality", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
@@ -65,9 +66,12 @@ IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
     *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
-    "dtypes",
+    *("difference", "dtypes", "online", "quality", "requantised"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "dtypes", "pipeline", "source")
+WITH_TORCH = (
+    *("checkpoint", "checksum", "difference", "dtypes", "online", "pipeline", "quality"),
+    *("requantised", "source"),
+)
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

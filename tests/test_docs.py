@@ -398,8 +398,8 @@ MODULES = {
     "launch": ["launching.py", "supervisor.py"],
     "check": [
         *("check/code.py", "check/levels.py", "check/verdict.py", "check/weights.py"),
-        "check/watch.py",
-        "engines/hooks/loaded.py",
+        *("check/tensors.py", "check/watch.py", "engines/hooks/loaded.py"),
+        *("engines/hooks/report.py", "quality.py"),
     ],
     "push": ["pushing.py", "push/result.py"],
     "push-log": ["history.py", "engines/hooks/openpush.py"],

@@ -19,9 +19,10 @@ import pytest
 from fp8ctl import wire
 from fp8ctl.engines.hooks import loaded, vllm_ranks
 from fp8ctl.engines.hooks.gate import Gate
+from fp8ctl.engines.hooks.report import INSPECT, REPORT
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.vllm_ranks import Workers
-from fp8ctl.engines.hooks.vllm_server import CODE, REPORT, STATE, UPDATE, Control
+from fp8ctl.engines.hooks.vllm_server import CODE, STATE, UPDATE, Control
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,15 +92,14 @@ class Engine:
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()
     ) -> list[Any]:
-        if method == "fp8ctl_report":
-            self.calls.append((method,))
-            return [{"rank": i, **one} for i, one in enumerate(self.ranks)]
         assert method == "fp8ctl_ask"
         what, details = args
         if what == "reload":
             assert self.at_rest, "weights are written under requests that run"
         self.calls.append((what, json.loads(details)))
-        given: Any = {"reload": self.ranks, "progress": self.progress}.get(what)
+        given: Any = {"reload": self.ranks, "progress": self.progress, "digests": self.ranks}.get(
+            what
+        )
         if given is None:
             given = [{}] * len(self.ranks)
         return [{"rank": i, "pid": 1, **one} for i, one in enumerate(given)]
@@ -350,7 +350,7 @@ def test_nothing_is_written_to_an_engine_that_sleeps(woken: str | None, refused:
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *[("GET", STATE), ("GET", CODE), ("POST", REPORT), ("POST", UPDATE)],
+        *[("GET", STATE), ("GET", CODE), ("POST", REPORT), ("POST", UPDATE), ("POST", INSPECT)],
         *[("GET", wire.LOG), *(("POST", path) for path in PUSHES)],
     ],
 )
@@ -364,13 +364,16 @@ def test_the_key_guards_every_route_of_fp8ctl(method: str, path: str) -> None:
 
 
 def test_a_report_carries_state_plan_and_ranks() -> None:
-    server = Server(Engine({"tensors": []}), await_push=False)
+    held: dict[str, Any] = {"format": "checkpoint", "tensors": [], "next": None, "seconds": 0.25}
+    server = Server(Engine(held), await_push=False)
     status, answer = server.ask("POST", REPORT)
     assert status == 200
     assert answer["state"]["state"] == "ready"
     assert answer["manifest"] == MANIFEST
-    assert answer["ranks"] == [{"rank": 0, "tensors": []}]
-    broken = Server(Engine({"error": "E"}))
+    took = {"total": 0.25, "longest": 0.25, "slices": 1}
+    told = {"rank": 0, "pid": 1, "format": "checkpoint", "tensors": [], "seconds": took}
+    assert answer["ranks"] == [told]
+    broken = Server(Engine({"failed": "E"}))
     assert broken.ask("POST", REPORT) == (500, {"error": "rank 0: E"})
 
 

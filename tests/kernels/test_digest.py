@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8ctl.kernels import digest as module
-from fp8ctl.kernels.digest import combine, digest, digests, from_text, to_text
+from fp8ctl.kernels.digest import combine, digest, digests, from_text, row_sums, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = (1 << 64) - 1
@@ -281,3 +281,28 @@ def test_what_has_no_digest_is_refused() -> None:
         digest(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="negative"):
         digest(torch.zeros(2), -1)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (16, 64), (9,), (2, 3, 8), (70000, 3)])
+def test_sums_of_rows_with_their_keys_are_the_digest(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    t = random(shape, 3).to(dtype)
+    keys = [finish(2 * row + 1) | 1 for row in range(len(row_sums(t)))]
+    total = sum(key * int(one) for key, one in zip(keys, row_sums(t), strict=True))
+    assert total & MASK == digest(t)
+
+
+def test_sums_of_rows_of_column_slices_add_up() -> None:
+    t = random((9, 40), 1).to(torch.float8_e4m3fn)
+    for at in (1, 4, 13):
+        assert torch.equal(row_sums(t), row_sums(t[:, :at]) + row_sums(t[:, at:], at))
+    assert torch.equal(row_sums(t[:, :0]), torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="negative"):
+        row_sums(t, -1)
+    with pytest.raises(TypeError):
+        row_sums(t.to(torch.complex64))

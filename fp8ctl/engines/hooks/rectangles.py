@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8ctl.engines.hooks.walk import Walk
+from fp8ctl.engines.hooks.shards import Walk
+from fp8ctl.engines.hooks.walk import Known
 from fp8ctl.kernels.digest import digests
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Rectangles:
         self._model = model
         self._copies = copies
         self._trusted: set[str] = set()
-        self._walk = Walk(model, tp_rank)
+        self._tp_rank = tp_rank
+        self._walk = Known()
         self._list: list[Shard] | None = None
         self._held: dict[str, list[Shard]] | None = None
         #: By name: what it was copied from last, and the pairs of that.
@@ -87,7 +89,8 @@ class Rectangles:
         if self._held is not None:
             return self._held
         form = self._copies(self._model)
-        listed = self._walk.shards(form) if form else []
+        walk = Walk(self._model, self._tp_rank, form)
+        listed = self._walk.of(walk).shards() if form else []
         if listed is not self._list:
             self._known.clear()
         self._list = listed

@@ -4,8 +4,8 @@ Takes the arguments of `sglang.launch_server` and starts that server, with
 
 - the gate of `gate.py` around every route that generates,
 - the push of `updates.py`,
-- `GET /fp8ctl/state`, `GET /fp8ctl/code` and `POST /fp8ctl/report`, behind the API key if
-  there is one,
+- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and `POST /fp8ctl/inspect`,
+  behind the API key if there is one,
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
 - what `sglang_worker` installs in the scheduler processes.
 
@@ -20,7 +20,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import loaded, manifest, ranklog, sglang_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, report, sglang_worker
 from fp8ctl.engines.hooks.evidence import worst
 from fp8ctl.engines.hooks.gate import (
     App,
@@ -226,17 +226,18 @@ def main(argv: list[str]) -> None:
     async def code() -> Any:
         return await asyncio.to_thread(loaded.everyone, gate.ranks)
 
-    @app.post("/fp8ctl/report")  # type: ignore[untyped-decorator]
-    async def report() -> Any:
-        try:
-            updates.memory.require_weights()
-            ranks = await workers.ask("digests")
-        except RefusedError as e:
-            return http_server.ORJSONResponse({"error": e.message}, status_code=e.status)
-        except RuntimeError as e:
-            return http_server.ORJSONResponse({"error": str(e)}, status_code=500)
-        return {"state": gate.describe(), "manifest": plan, "ranks": ranks}
+    @app.post(report.REPORT)  # type: ignore[untyped-decorator]
+    async def digests() -> Any:
+        status, body = await report.answer(
+            workers, gate, updates.memory, plan, server_args.model_path
+        )
+        return http_server.ORJSONResponse(body, status_code=status)
 
+    async def inspect(request: Any) -> Any:
+        status, body = await report.answer_more(workers, updates.memory, await request.body())
+        return http_server.ORJSONResponse(body, status_code=status)
+
+    app.add_route(report.INSPECT, inspect, methods=["POST"])
     updates = Updates(gate, workers, plan, device=str(server_args.device), folder=ranklog.run_dir())
     # The last one added is the outermost: the gate first, then the watch.
     app.add_middleware(PushRoutes, updates=updates)

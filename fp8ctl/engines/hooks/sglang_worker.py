@@ -20,7 +20,7 @@ import torch
 
 from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver, guard_in
+from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, guard_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -271,6 +271,48 @@ def _as_in_checkpoint(module: Any, attribute: str, t: torch.Tensor) -> torch.Ten
     return shards.collapse(channels.reshape(t.numel(), -1).unbind()).view(t.shape)
 
 
+def _own(model: torch.nn.Module) -> Own | None:
+    """Return how the model shows what SGLang made of all its FP8 layers; None where unknown."""
+    kinds = [(kind, method) for _, _, kind, method in _methods(model)]
+    ours = [m for kind, m in kinds if kind in ("Fp8LinearMethod", "Fp8MoEMethod")]
+    other = any(kind == "Fp8EPMoEMethod" for kind, _ in kinds)
+    if not ours or other or any(m.block_quant for m in ours):
+        return None
+    serialized = {bool(m.quant_config.is_checkpoint_fp8_serialized) for m in ours}
+    if serialized == {False} and all(getattr(m, "refittable", False) for m in ours):
+        return Own("online", _without_activations, _row_scales)
+    stock = not any(hasattr(m, "refittable") for m in ours)
+    # With cutlass, parts keep their scales, one for each channel; Marlin packs the codes.
+    plain = not any(
+        getattr(m, "cutlass_fp8_supported", False) or getattr(m, "use_marlin", False) for m in ours
+    )
+    return Own("shared", _shared) if serialized == {True} and stock and plain else None
+
+
+def _shared(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter of a stock per-tensor layer: [out, in], and its scale for each part."""
+    if attribute.endswith("input_scale"):
+        return None
+    if type(getattr(module, "quant_method", None)).__name__ != "Fp8LinearMethod":
+        return t
+    if attribute == "weight":
+        return t.t()
+    if attribute == "weight_scale":
+        return t.reshape(1).repeat(len(module.logical_widths))
+    return t
+
+
+def _without_activations(_module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    return None if attribute.endswith("input_scale") else t
+
+
+def _row_scales(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the kernels multiply with, which stands beside the parameters."""
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if attribute.endswith("weight_scale_channel"):
+            yield attribute.removesuffix("_channel"), buffer
+
+
 def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
     """Return a parameter that is in memory as in the checkpoint, and whose loader only copies.
 
@@ -300,7 +342,7 @@ def _copies(model: torch.nn.Module) -> Form | None:
     return None if hasattr(model, "post_load_weights") else _copied
 
 
-ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard)
+ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard, own=_own)
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:

@@ -5,8 +5,8 @@ server, with
 
 - the gate of `gate.py` around every route that generates,
 - the push of `updates.py`,
-- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and
-  `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
+- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report`, `POST /fp8ctl/inspect`
+  and `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
   key if there is one (vLLM itself asks for it under /v1 only),
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
 - `vllm_worker.Extension` in every worker.
@@ -24,7 +24,7 @@ import sys
 from typing import Any
 from urllib.parse import parse_qs
 
-from fp8ctl.engines.hooks import loaded, manifest, ranklog, vllm_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, report, vllm_worker
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -44,7 +44,7 @@ from fp8ctl.engines.hooks.vllm_ranks import Workers
 
 vllm_worker.install()
 
-STATE, CODE, REPORT = "/fp8ctl/state", "/fp8ctl/code", "/fp8ctl/report"
+STATE, CODE = "/fp8ctl/state", "/fp8ctl/code"
 UPDATE = "/fp8ctl/update_weights_from_disk"
 #: Routes of a server in development mode that give weights up or bring them back.
 SLEEPING = frozenset({"/sleep", "/wake_up"})
@@ -62,6 +62,7 @@ class Control:
         key: str | None,
         workers: Workers,
         updates: Updates,
+        model: str = "",
     ) -> None:
         self._app = PushRoutes(app, updates)
         self._gate = gate
@@ -69,6 +70,7 @@ class Control:
         self._key = key
         self._workers = workers
         self._updates = updates
+        self._model = model
         self._working: set[asyncio.Future[Any]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,7 +79,8 @@ class Control:
         routes = {
             ("GET", STATE): self._state,
             ("GET", CODE): self._code,
-            ("POST", REPORT): self._report,
+            ("POST", report.REPORT): self._report,
+            ("POST", report.INSPECT): self._inspect,
             ("POST", UPDATE): self._update,
         }
         if path in SLEEPING:
@@ -109,14 +112,15 @@ class Control:
         return 200, await asyncio.to_thread(loaded.everyone, self._gate.ranks)
 
     async def _report(self, _receive: Receive) -> tuple[int, object]:
+        memory = self._updates.memory
+        return await report.answer(self._workers, self._gate, memory, self._plan, self._model)
+
+    async def _inspect(self, receive: Receive) -> tuple[int, object]:
         try:
-            self._updates.memory.require_weights()
-            ranks = await self._workers.report()
+            body = await read_body(receive, _MAX_BODY)
         except RefusedError as e:
             return e.status, {"error": e.message}
-        except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
-            return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
-        return 200, {"state": self._gate.describe(), "manifest": self._plan, "ranks": ranks}
+        return await report.answer_more(self._workers, self._updates.memory, body)
 
     async def _update(self, receive: Receive) -> tuple[int, object]:
         try:
@@ -208,7 +212,15 @@ def main(argv: list[str]) -> None:
         device = current_platform.device_type
         updates = Updates(gate, workers, plan, device=device, folder=ranklog.run_dir())
         # The last one added is the outermost.
-        app.add_middleware(Control, gate=gate, plan=plan, key=key, workers=workers, updates=updates)
+        app.add_middleware(
+            Control,
+            gate=gate,
+            plan=plan,
+            key=key,
+            workers=workers,
+            updates=updates,
+            model=args.model,
+        )
         app.add_middleware(GateMiddleware, gate=gate)
         return app
 

@@ -1,4 +1,4 @@
-"""The shards of a model, looked up once and again only where something has moved.
+"""What a walk over a model found, looked up again only where something has moved.
 
 A walk over an 8B model takes Python 10 to 25 ms, and every push asks for it twice: where to
 copy to, and what is held. Standard library and torch; runs in an engine's worker.
@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import shards
-
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Iterator
 
-    from fp8ctl.engines.hooks.shards import Form, Shard
+    from fp8ctl.engines.hooks.shards import Shard, Walk
 
 
 @dataclass
@@ -22,16 +20,18 @@ class _Seen:
     """A module as it was: what of it says that its shards are where they were.
 
     Attributes:
+        prefix, module, parent: as `Walk.of` takes them.
         sizes: how many buffers and attributes it has.
         parameters: name, parameter and address of each.
-        found: the shards of each parameter; None where they have to be looked up every time.
+        found: its shards; None where they have to be looked up every time.
     """
 
-    module: Any
     prefix: str
+    module: Any
+    parent: Any
     sizes: tuple[int, int]
     parameters: list[tuple[str, Any, int]]
-    found: list[list[Shard] | None]
+    found: list[Shard] | None
 
     @property
     def same(self) -> bool:
@@ -47,69 +47,68 @@ class _Seen:
         )
 
 
-class Walk:
-    """What one rank holds, in one form."""
+class Known:
+    """What walks over one model found."""
 
-    def __init__(self, model: torch.nn.Module, tp_rank: int) -> None:
-        """Take a model over.
-
-        Args:
-            model: as the engine built and loaded it.
-            tp_rank: of this process among those that share the same layers.
-        """
-        self._model, self._tp_rank = model, tp_rank
-        self._form: Form | None = None
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._walk: Walk | None = None
         self._seen: list[_Seen] = []
         self._all: list[Shard] | None = None
 
     def forget(self) -> None:
         """Look at every module anew the next time."""
-        self._seen.clear()
-        self._all = None
+        self._walk = self._all = None
+        self._seen = []
 
-    def shards(self, form: Form | None) -> list[Shard]:
-        """Return what `shards.shards` yields; the same list where nothing has moved.
+    def of(self, walk: Walk) -> Known:
+        """Return itself, after a look whether what it knows is of this walk."""
+        if walk != self._walk:
+            modules = list(walk.model.named_modules())
+            parents = dict(modules)
+            self._walk, self._all = walk, None
+            self._seen = [
+                _look(walk, prefix, module, parents.get(prefix.rpartition(".")[0]))
+                for prefix, module in modules
+            ]
+        return self
+
+    def by_module(self, start: int = 0) -> Iterator[tuple[int, list[Shard]]]:
+        """Yield what `Walk.by_module` yields.
 
         What a form makes of a parameter, where it is not that parameter's own memory, is made
         again every time: it may depend on any value.
         """
-        if form is not self._form or not self._seen:
-            self._seen = [
-                self._look(prefix, module, form)
-                for prefix, module in self._model.named_modules()
-                if module._parameters
-            ]
-            self._form, self._all = form, None
-        for i, one in enumerate(self._seen):
+        walk = self._walk
+        assert walk is not None
+        for number in range(start, len(self._seen)):
+            one = self._seen[number]
             if not one.same:
-                self._seen[i], self._all = self._look(one.prefix, one.module, form), None
-        if self._all is not None:
-            return self._all
-        listed: list[Shard] = []
-        for one in self._seen:
-            for (name, _, _), found in zip(one.parameters, one.found, strict=True):
-                listed += self._of(one, name) if found is None else found
-        if all(found is not None for one in self._seen for found in one.found):
-            self._all = listed
-        return listed
+                one = self._seen[number] = _look(walk, one.prefix, one.module, one.parent)
+                self._all = None
+            found = one.found
+            if found is None:
+                found = walk.of(one.prefix, one.module, one.parent)
+            yield number, found
 
-    def _look(self, prefix: str, module: Any, form: Form | None) -> _Seen:
-        # Every parameter, by the same words as `shards`; the same one twice counts once there.
-        parameters = [
-            (name, parameter, parameter.data_ptr())
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
-        seen = _Seen(module, prefix, _sizes(module), parameters, [])
-        self._form = form
-        for name, parameter, _ in parameters:
-            found = self._of(seen, name)
-            memory = parameter.untyped_storage().data_ptr()
-            own = all(one.tensor.untyped_storage().data_ptr() == memory for one in found)
-            seen.found.append(found if own else None)
-        return seen
+    def shards(self) -> list[Shard]:
+        """Return what `Walk.shards` yields; the same list where nothing has moved."""
+        listed = [found for _, found in self.by_module()]
+        if self._all is None or any(one.found is None for one in self._seen):
+            self._all = [shard for found in listed for shard in found]
+        return self._all
 
-    def _of(self, seen: _Seen, name: str) -> list[Shard]:
-        return [*shards.of(seen.module, seen.prefix, name, self._tp_rank, self._form)]
+
+def _look(walk: Walk, prefix: str, module: Any, parent: Any) -> _Seen:
+    parameters = [
+        (name, parameter, parameter.data_ptr())
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    found = walk.of(prefix, module, parent) if parameters or walk.more is not None else []
+    memory = {parameter.untyped_storage().data_ptr() for _, parameter, _ in parameters}
+    own = all(shard.tensor.untyped_storage().data_ptr() in memory for shard in found)
+    known = found if own and walk.more is None else None
+    return _Seen(prefix, module, parent, _sizes(module), parameters, known)
 
 
 def _sizes(module: Any) -> tuple[int, int]:

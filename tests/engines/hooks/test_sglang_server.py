@@ -474,6 +474,7 @@ def quantised(kind: str, **facts: object) -> nn.Module:
     """Return a layer with a method of SGLang's, as far as it is looked at."""
     config = SimpleNamespace(is_checkpoint_fp8_serialized=True)
     module = nn.Linear(2, 4)
+    module.logical_widths = [4]  # type: ignore[assignment]
     method = type(kind, (), {"block_quant": False, "quant_config": config, **facts})()
     module.quant_method = method
     return module
@@ -485,7 +486,9 @@ def quantised(kind: str, **facts: object) -> nn.Module:
         (nn.Linear(2, 4), "checkpoint"),
         (quantised("Fp8LinearMethod", block_quant=True), "checkpoint"),
         (quantised("Fp8MoEMethod", refittable=True), "checkpoint"),
-        (quantised("Fp8LinearMethod"), "engine"),  # not patched: the kernel's own form
+        (quantised("Fp8LinearMethod"), "shared"),  # not patched: one scale for what is fused
+        (quantised("Fp8LinearMethod", cutlass_fp8_supported=True), "engine"),
+        (quantised("Fp8LinearMethod", use_marlin=True), "engine"),
         (quantised("Fp8LinearMethod", refittable=False), "engine"),
         (
             quantised(
@@ -493,7 +496,7 @@ def quantised(kind: str, **facts: object) -> nn.Module:
                 refittable=True,
                 quant_config=SimpleNamespace(is_checkpoint_fp8_serialized=False),
             ),
-            "engine",
+            "online",  # a scale for every row
         ),
         (quantised("Fp8EPMoEMethod", block_quant=True), "engine"),
     ],
@@ -504,6 +507,33 @@ def test_weights_in_the_form_of_a_kernel_are_told_apart(
     engine.models = (nn.Sequential(nn.Linear(3, 2), layer),)
     [answer] = asyncio.run(workers(engine).ask("digests"))
     assert answer["format"] == form
+
+
+def test_what_the_engine_quantised_by_rows_shows_the_scales_that_kernels_read(
+    run_dir: Path, engine: Engine
+) -> None:
+    config = SimpleNamespace(is_checkpoint_fp8_serialized=False)
+    layer = quantised("Fp8LinearMethod", refittable=True, quant_config=config)
+    layer.register_buffer("weight_scale_channel", torch.randn(4, 1))
+    engine.models = (nn.Sequential(layer),)
+    [answer] = asyncio.run(workers(engine).ask("digests"))
+    told = {line["name"]: (line["shape"], line["digest"]) for line in answer["tensors"]}
+    scales = layer.weight_scale_channel
+    assert told["0.weight_scale"] == ([4, 1], to_text(digest(scales)))  # type: ignore[arg-type]
+
+
+def test_a_stock_layer_shows_its_codes_as_the_checkpoint_has_them(
+    run_dir: Path, engine: Engine
+) -> None:
+    layer: Any = quantised("Fp8LinearMethod")
+    codes = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(codes.t())
+    layer.weight_scale = nn.Parameter(torch.tensor(2.0))
+    engine.models = (nn.Sequential(layer),)
+    [answer] = asyncio.run(workers(engine).ask("digests"))
+    told = {line["name"]: line["digest"] for line in answer["tensors"]}
+    assert told["0.weight"] == to_text(digest(codes))
+    assert told["0.weight_scale"] == to_text(digest(torch.tensor([2.0])))
 
 
 def test_scales_are_those_that_the_kernels_multiply_with(run_dir: Path, engine: Engine) -> None:

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8ctl.engines.hooks.shards import shards
-from fp8ctl.engines.hooks.walk import Walk
+from fp8ctl.engines.hooks.shards import Walk, shards
+from fp8ctl.engines.hooks.walk import Known
 
 if TYPE_CHECKING:
-    from fp8ctl.engines.hooks.shards import Form
+    from fp8ctl.engines.hooks.shards import Form, Shard
 
 
 def model() -> torch.nn.Module:
@@ -20,7 +20,18 @@ def model() -> torch.nn.Module:
     )
 
 
-def told(walk: Walk, form: Form | None = None) -> list[tuple[str, int, int]]:
+class Remembered:
+    """A walk over one model, remembered."""
+
+    def __init__(self, of: torch.nn.Module) -> None:
+        self.model, self.known = of, Known()
+
+    def shards(self, form: Form | None) -> list[Shard]:
+        """What it says now."""
+        return self.known.of(Walk(self.model, 0, form)).shards()
+
+
+def told(walk: Remembered, form: Form | None = None) -> list[tuple[str, int, int]]:
     """What a walk says, by addresses."""
     return [(s.name, s.tensor.data_ptr(), s.row) for s in walk.shards(form)]
 
@@ -32,7 +43,7 @@ def now(of: torch.nn.Module, form: Form | None = None) -> list[tuple[str, int, i
 
 def test_where_nothing_moves_nothing_is_looked_up() -> None:
     of = model()
-    walk = Walk(of, 0)
+    walk = Remembered(of)
     first = walk.shards(None)
     assert told(walk) == now(of)
     with torch.no_grad():
@@ -42,7 +53,7 @@ def test_where_nothing_moves_nothing_is_looked_up() -> None:
 
 def test_what_moves_is_seen() -> None:
     of = model()
-    walk = Walk(of, 0)
+    walk = Remembered(of)
     told(walk)
     kept = [*of.parameters()]  # so that no address is used again
     linear = of.get_submodule("1.0")
@@ -60,16 +71,16 @@ def test_what_moves_is_seen() -> None:
 
 def test_a_module_that_was_put_in_is_seen_after_forget() -> None:
     of = model()
-    walk = Walk(of, 0)
+    walk = Remembered(of)
     told(walk)
     of.get_submodule("1").add_module("more", torch.nn.Linear(2, 2))
-    walk.forget()
+    walk.known.forget()
     assert told(walk) == now(of)
 
 
 def test_what_a_form_computes_is_computed_every_time() -> None:
     of = model()
-    walk = Walk(of, 0)
+    walk = Remembered(of)
 
     def largest(module: torch.nn.Module, name: str, t: torch.Tensor) -> torch.Tensor | None:
         return t.amax().reshape(1) if t.dim() == 2 else None
@@ -86,7 +97,7 @@ def test_what_a_form_computes_is_computed_every_time() -> None:
 
 def test_a_form_depends_on_what_a_module_has() -> None:
     of = model()
-    walk = Walk(of, 0)
+    walk = Remembered(of)
 
     def unless_marked(module: torch.nn.Module, name: str, t: torch.Tensor) -> torch.Tensor | None:
         return None if hasattr(module, "marked") else t
