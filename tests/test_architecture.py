@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
-        *("layout", "manifest"),
+        *("expectation", "layout", "manifest"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
     ),
@@ -64,9 +64,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
+    *("wire", "carriers", "push", "held", "source", "expectation", "forms", "ranks", "paths"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
+WITH_TORCH = ("checkpoint", "checksum", "expectation", "pipeline", "source")
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}
