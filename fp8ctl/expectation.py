@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Weights of a layer that are kept for its next state: above it they are made again.
 _KEPT = 1 << 30
 # Of a matrix that is converted at a time, and of logits that are there at a time.
-_SLICE = 1 << 28
+_SLICE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ class _Forward:
         self._total = sum(info.nbytes for info in weights.tensors.values())
         self._kept: dict[tuple[str, int], torch.Tensor] = {}
         self._names = self._checked_names()
+        self._check_plans()
         self._base = getattr(model, model.base_model_prefix)
         layers = _layers(model)
         inside = {id(m) for layer in layers for m in layer.modules()}
@@ -208,7 +209,8 @@ class _Forward:
         # What is behind a token has no influence on it: any id will do to fill up.
         table = torch.tensor([[*text, *[text[-1]] * (width - len(text))] for text in ids])
         stacked = table.repeat(len(self._states), 1)
-        hidden = self._base(input_ids=stacked, use_cache=False)[0]
+        told = self._base(input_ids=stacked, use_cache=False, return_dict=True)
+        hidden = told.last_hidden_state
         self._done = self._total
         self._progress(self._done, self._total)
         vocabulary = int(self._model.config.get_text_config().vocab_size)
@@ -220,23 +222,22 @@ class _Forward:
             part = hidden[number * len(ids) : (number + 1) * len(ids)]
             scores: dict[str, list[list[Any]]] = {"logprobs": [], "top": []}
             for first in range(0, len(ids), rows):
-                few = ids[first : first + rows]
-                self._score(part[first : first + rows], table[first : first + rows], few, scores)
+                few = slice(first, first + rows)
+                told.last_hidden_state = part[few]
+                self._score(told, table[few], ids[few], scores)
             found.append(scores)
         return found
 
     def _score(
         self,
-        hidden: torch.Tensor,
+        told: Any,
         table: torch.Tensor,
         ids: Sequence[Sequence[int]],
         scores: dict[str, list[list[Any]]],
     ) -> None:
         """Have the model make logits of hidden states: families scale and cap them as they like."""
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         forward = self._base.forward
-        self._base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+        self._base.forward = lambda *_, **__: told
         try:
             logits = self._model(input_ids=table, use_cache=False).logits.float()
         finally:
@@ -277,6 +278,21 @@ class _Forward:
                     f" {list(tensors[place].shape)} in the checkpoint"
                 )
         return names
+
+    def _check_plans(self) -> None:
+        """Refuse a model in which what becomes FP8 is no Linear: it would stay as it is."""
+        linears = {
+            self._names[f"{name}.weight"]
+            for name, module in self._model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        known = set(self._names.values())
+        for state in self._states:
+            odd = sorted((state.quantised & known) - linears)
+            if odd:
+                raise UnsupportedError(
+                    f"{odd[0]} is no Linear of {type(self._model).__name__} in transformers"
+                )
 
     def _layer(
         self,

@@ -108,6 +108,8 @@ class Prompts:
         """
         if self.engine == "sglang":
             answers = self._generate({"text": list(texts)}, len(texts))
+            if answers is None:
+                raise UnsupportedError(f"{self._url} tells no token ids of texts")
             found = [[int(t[1]) for t in a["meta_info"]["input_token_logprobs"]] for a in answers]
         else:
             found = []
@@ -169,21 +171,26 @@ class Prompts:
             raise UnsupportedError(f"{self._url}/v1/models answers {status}: no model") from None
 
     def _ask_sglang(self, ids: list[list[int]]) -> list[tuple[list[float], list[int]]]:
+        answers = self._generate({"input_ids": ids}, len(ids))
+        if answers is None:
+            return _no_numbers(ids)
         found = []
-        for answer in self._generate({"input_ids": ids}, len(ids)):
+        for answer in answers:
             meta = answer["meta_info"]
             best = [place[0][1] if place else -1 for place in meta["input_top_logprobs"][1:]]
             found.append(([_number(one[0]) for one in meta["input_token_logprobs"][1:]], best))
         return found
 
-    def _generate(self, prompt: dict[str, Any], count: int) -> list[Any]:
+    def _generate(self, prompt: dict[str, Any], count: int) -> list[Any] | None:
         body = prompt | {
             "sampling_params": {"temperature": 0, "max_new_tokens": 1},
             "return_logprob": True,
             "logprob_start_len": 0,
             "top_logprobs_num": 1,
         }
-        answers = self._post("/generate", body)
+        answers = self._logprobs("/generate", body, "return_logprob")
+        if answers is None:
+            return None
         answers = answers if isinstance(answers, list) else [answers]
         if len(answers) != count:
             raise UnsupportedError(f"{self._url} gives {len(answers)} answers to {count} prompts")
@@ -197,11 +204,10 @@ class Prompts:
             "max_tokens": 1,
             "prompt_logprobs": 1,
         }
-        status, answer, told_text = self._send("POST", "/v1/completions", body)
-        if status == 500 and "JSON compliant" in told_text:
-            # vLLM's own JSON has no NaN: an answer that holds one is none at all.
-            return [([math.nan] * (len(text) - 1), [-1] * (len(text) - 1)) for text in ids]
-        choices = self._sound("/v1/completions", status, answer, told_text)["choices"]
+        answer = self._logprobs("/v1/completions", body, "prompt_logprobs")
+        if answer is None:
+            return _no_numbers(ids)
+        choices = answer["choices"]
         found: list[tuple[list[float], list[int]]] = []
         for text, choice in zip(ids, choices, strict=True):
             told = choice["prompt_logprobs"]
@@ -215,6 +221,19 @@ class Prompts:
                 best.append(first[0] if first else -1)
             found.append((values, best))
         return found
+
+    def _logprobs(self, path: str, body: dict[str, Any], field: str) -> Any:
+        """Post a request for log-probabilities; None where the server has them and cannot say them.
+
+        Neither engine's JSON has NaN: the answer is then an error 500 of the web framework, not
+        one of the engine's own, which is JSON; without `field` the same request is answered.
+        """
+        status, found, text = self._send("POST", path, body)
+        if status == 500 and found is None:
+            without = {name: value for name, value in body.items() if name != field}
+            if self._send("POST", path, without)[0] == 200:
+                return None
+        return self._sound(path, status, found, text)
 
     def _get(self, path: str) -> tuple[int, Any]:
         return self._send("GET", path, None)[:2]
@@ -241,6 +260,10 @@ class Prompts:
             return response.status_code, response.json(), response.text
         except ValueError:
             return response.status_code, None, response.text
+
+
+def _no_numbers(ids: list[list[int]]) -> list[tuple[list[float], list[int]]]:
+    return [([math.nan] * (len(text) - 1), [-1] * (len(text) - 1)) for text in ids]
 
 
 def _number(value: object) -> float:
