@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fp8ctl.check.prompts import Ids
     from fp8ctl.check.recording import Recording
     from fp8ctl.check.verdict import Result, Verdict
+    from fp8ctl.families import Backend
     from fp8ctl.render import Reporter
 
 RECORDED: Final = "recorded"
@@ -71,6 +72,21 @@ class Conclusion:
     verdict: Verdict | None
     fits: str | None
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What was computed here.
+
+    Attributes:
+        ids: of the texts.
+        hypotheses: what each would say of them.
+        peak_memory: of the worker, in bytes.
+    """
+
+    ids: Ids
+    hypotheses: list[Hypothesis]
+    peak_memory: int
 
 
 @dataclass(slots=True)
@@ -108,8 +124,8 @@ def verify(
 
     Returns:
         JSON with `result`, `verdict` (None where nothing is proven), `message`, `hypotheses`,
-        `fits`, `by`, `sigmas`, `histogram`, `separation`, `noise`, `tokens`, `texts`, and
-        `model` where an expectation was computed.
+        `fits`, `by`, `sigmas`, `rivals`, `histogram`, `separation`, `noise`, `not_finite`,
+        `tokens`, `texts`, and, where an expectation was computed, `model` and `peak_memory`.
 
     Raises:
         CheckFailedError: the server does not answer.
@@ -140,11 +156,12 @@ def _verify(
     if plan is None and model is None and recorded is None:
         plan = _plan_of(url, api_key)
     folder = _folder(model, plan, recorded, report)
-    expected: dict[str, Any] | None = None
+    expected: Expected | None = None
     why = ""
     if folder is not None:
         try:
-            expected = _expect(url, folder, prompts, plan, recorded, report)
+            known = None if recorded is None else recorded.ids
+            expected = expect(folder, prompts.engine, report, plan, known, url)
         except UnsupportedError as e:
             if recorded is None and record is None:
                 raise
@@ -155,12 +172,12 @@ def _verify(
             " a model on this machine"
         )
     seen = _ask(prompts, _ids(prompts, expected, recorded))
-    if expected is not None:
-        seen.hypotheses = _hypotheses(expected)
-        seen.facts = {"model": str(folder)}
+    if expected is not None and folder is not None:
+        seen.hypotheses = expected.hypotheses
+        seen.facts = {"model": str(folder), "peak_memory": expected.peak_memory}
         if _unclear(seen):
-            more = _second(url, folder, plan, prompts, seen.ids, report)
-            seen.hypotheses += _hypotheses(more) if more else []
+            more = expect_more(folder, prompts.engine, report, plan, seen.ids, url)
+            seen.hypotheses = [*seen.hypotheses, *more.hypotheses]
     data = _tell(report, seen, plan, recorded, why)
     if record is not None:
         _recording(prompts, seen, data).write(record)
@@ -168,9 +185,9 @@ def _verify(
     return data
 
 
-def _ids(prompts: Prompts, expected: Mapping[str, Any] | None, recorded: Recording | None) -> Ids:
+def _ids(prompts: Prompts, expected: Expected | None, recorded: Recording | None) -> Ids:
     if expected is not None:
-        return tuple(map(tuple, expected["ids"]))
+        return expected.ids
     if recorded is not None:
         return recorded.ids
     return prompts.tokenise(texts.TEXTS, texts.CAP)
@@ -210,15 +227,23 @@ def _plan_of(url: str, api_key: str | None) -> Plan | None:
         return None
 
 
-def _expect(
-    url: str,
+def expect(
     folder: Path,
-    prompts: Prompts,
-    plan: Plan | None,
-    recorded: Recording | None,
+    engine: Backend,
     report: Reporter,
-) -> dict[str, Any]:
+    plan: Plan | None = None,
+    ids: Ids | None = None,
+    url: str = "",
+) -> Expected:
     """Have the worker compute BF16 and both forms of an FP8 checkpoint.
+
+    Args:
+        folder: a 16-bit checkpoint.
+        engine: whose rules decide what is quantised, where `plan` does not.
+        report: shows the progress.
+        plan: of one of the forms.
+        ids: of the texts; None has them made here.
+        url: of a server whose interpreter may be used, if it runs here.
 
     Raises:
         UnsupportedError: the model cannot be computed here.
@@ -229,39 +254,31 @@ def _expect(
         )
     wanted: dict[str, Any] = {BF16: {"plan": None, "scaled": True}}
     for mode in (Mode.BLOCK, Mode.PER_TENSOR):
-        wanted[_MODES[mode]] = _hypothesis(folder, prompts, plan, mode)
-    arguments: dict[str, Any] = {"hypotheses": {k: v for k, v in wanted.items() if v}}
-    if recorded is not None:
-        arguments["ids"] = [list(text) for text in recorded.ids]
-    return _work(url, folder, arguments, report, "expected log-probabilities")
+        wanted[_MODES[mode]] = _hypothesis(folder, engine, plan, mode)
+    return _work(url, folder, wanted, ids, report, "expected log-probabilities")
 
 
-def _second(
-    url: str,
-    folder: Path | None,
-    plan: Plan | None,
-    prompts: Prompts,
-    ids: Ids,
+def expect_more(
+    folder: Path,
+    engine: Backend,
     report: Reporter,
-) -> dict[str, Any] | None:
+    plan: Plan | None,
+    ids: Ids,
+    url: str = "",
+) -> Expected:
     """Have rarer explanations computed: what engines quantise at start, and dropped scales."""
-    assert folder is not None
     wanted: dict[str, Any] = {
-        _MODES[Mode.PER_CHANNEL]: _hypothesis(folder, prompts, plan, Mode.PER_CHANNEL)
+        _MODES[Mode.PER_CHANNEL]: _hypothesis(folder, engine, plan, Mode.PER_CHANNEL)
     }
     for mode in (Mode.BLOCK, Mode.PER_TENSOR):
         if plan is None or plan.mode is mode:
-            one = _hypothesis(folder, prompts, plan, mode)
+            one = _hypothesis(folder, engine, plan, mode)
             wanted[_UNSCALED + _MODES[mode]] = one and one | {"scaled": False}
-    arguments: dict[str, Any] = {
-        "hypotheses": {k: v for k, v in wanted.items() if v},
-        "ids": [list(text) for text in ids],
-    }
-    return _work(url, folder, arguments, report, "more log-probabilities")
+    return _work(url, folder, wanted, ids, report, "more log-probabilities")
 
 
 def _hypothesis(
-    folder: Path, prompts: Prompts, plan: Plan | None, mode: Mode
+    folder: Path, engine: Backend, plan: Plan | None, mode: Mode
 ) -> dict[str, Any] | None:
     """Return a hypothesis as the worker takes it: the plan's own where it is of this mode."""
     if plan is not None and plan.mode is mode:
@@ -269,7 +286,7 @@ def _hypothesis(
     else:
         keep, quantize = (plan.keep, plan.quantize) if plan is not None else ((), ())
         try:
-            chosen = planning.make_plan(folder, prompts.engine, mode, keep=keep, quantize=quantize)
+            chosen = planning.make_plan(folder, engine, mode, keep=keep, quantize=quantize)
         except CheckpointError:
             raise
         except Fp8ctlError:
@@ -280,25 +297,35 @@ def _hypothesis(
 
 
 def _work(
-    url: str, folder: Path, arguments: dict[str, Any], report: Reporter, title: str
-) -> dict[str, Any]:
+    url: str,
+    folder: Path,
+    wanted: Mapping[str, Any],
+    ids: Ids | None,
+    report: Reporter,
+    title: str,
+) -> Expected:
     records = (registry.read(name) for name in registry.names())
-    engine = next((r.python for r in records if r and r.url.rstrip("/") == url), None)
+    engine = next((r.python for r in records if r and url and r.url.rstrip("/") == url), None)
     try:
         python = interpreter.torch_python(
             None if engine is None else Path(engine), also=("transformers",)
         )
     except NotFoundError as e:
         raise UnsupportedError(f"no interpreter here can compute it: {e.message}") from e
-    given = {"model": str(folder), "texts": list(texts.TEXTS), "cap": texts.CAP}
-    return interpreter.run_worker(python, "logprobs", given | arguments, report, title)
-
-
-def _hypotheses(expected: Mapping[str, Any]) -> list[Hypothesis]:
-    return [
+    arguments: dict[str, Any] = {
+        "model": str(folder),
+        "texts": list(texts.TEXTS),
+        "cap": texts.CAP,
+        "hypotheses": {name: one for name, one in wanted.items() if one},
+    }
+    if ids is not None:
+        arguments["ids"] = [list(text) for text in ids]
+    told = interpreter.run_worker(python, "logprobs", arguments, report, title)
+    hypotheses = [
         Hypothesis(name, _scores(both["plain"]), _scores(both["engine"]))
-        for name, both in expected["expected"].items()
+        for name, both in told["expected"].items()
     ]
+    return Expected(tuple(map(tuple, told["ids"])), hypotheses, int(told["peak_memory"]))
 
 
 def _scores(told: Mapping[str, Any]) -> Scores:
