@@ -80,11 +80,13 @@ class Hypothesis:
         name: `bf16`, `fp8-block` and so on.
         plain: what it would say on average.
         engine: the same in the engines' arithmetic.
+        sound: False for a known fault.
     """
 
     name: str
     plain: Scores
     engine: Scores
+    sound: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +237,7 @@ def judge(served: Scores, hypotheses: Sequence[Hypothesis], own_noise: float = 0
     best = fits[0]
     margins = {one.name: sigmas(best.per_text, one.per_text) for one in fits[1:]}
     [base] = [one.plain for one in hypotheses if one.name == BF16]
-    reach = max(summarise(one.engine, base).mean_abs for one in hypotheses)
+    reach = max(summarise(one.engine, base).mean_abs for one in hypotheses if one.sound)
     return Judgement(
         tuple(fits),
         tuple(name for name, margin in margins.items() if margin < APART),

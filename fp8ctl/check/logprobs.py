@@ -47,8 +47,15 @@ _UNSCALED: Final = "unscaled-"
 REPEATED: Final = 3
 """Texts that are asked a second time, one by one: the server's own noise."""
 
+CLEAR: Final = 1.25
+"""Times its noise beyond which rarer explanations are looked for before the nearest counts."""
+
 SAME: Final = 2.0
 """Times the two servers' own noise within which one says what the other said."""
+
+HALF: Final = 0.5
+"""Share of the way from BF16 to the recorded FP8 within which the same is proven of both, and
+share of the distance to BF16 within which dropped scales explain a server."""
 
 FAR: Final = 0.25
 """Share of the way to an unrelated model beyond which no arithmetic explains a difference;
@@ -322,7 +329,12 @@ def _work(
         arguments["ids"] = [list(text) for text in ids]
     told = interpreter.run_worker(python, "logprobs", arguments, report, title)
     hypotheses = [
-        Hypothesis(name, _scores(both["plain"]), _scores(both["engine"]))
+        Hypothesis(
+            name,
+            _scores(both["plain"]),
+            _scores(both["engine"]),
+            sound=not name.startswith(_UNSCALED),
+        )
         for name, both in told["expected"].items()
     ]
     return Expected(tuple(map(tuple, told["ids"])), hypotheses, int(told["peak_memory"]))
@@ -336,10 +348,10 @@ def _scores(told: Mapping[str, Any]) -> Scores:
 
 
 def _unclear(seen: _Seen) -> bool:
-    """Whether no hypothesis explains the server so far."""
+    """Whether no hypothesis explains the server well so far."""
     if seen.scores.not_finite:
         return False
-    return not likelihood.judge(seen.scores, seen.hypotheses, seen.noise).best.explains
+    return likelihood.judge(seen.scores, seen.hypotheses, seen.noise).best.ratio > CLEAR
 
 
 def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Conclusion:
@@ -356,8 +368,11 @@ def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Co
         return Conclusion("failed", "wrong-weights", BROKEN, message)
     planned = _MODES[plan.mode] if plan is not None else None
     near = f"{best.name} is {best.ratio:.2g} times its noise away ({_away(best)})"
-    if not best.explains:
-        if judgement.beyond:
+    if best.name.startswith(_UNSCALED) and best.explains and _sure(judgement):
+        message = f"codes without their scales explain what the server says: {near}"
+        return Conclusion("failed", "unscaled", best.name, message)
+    if not best.explains or best.name.startswith(_UNSCALED):
+        if judgement.beyond or best.name.startswith(_UNSCALED):
             message = f"nothing explains what the server says: the nearest, {near}"
             return Conclusion("failed", "wrong-weights", BROKEN, message)
         if planned is not None:
@@ -365,9 +380,6 @@ def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Co
             return Conclusion("failed", "wrong-weights", BROKEN, message)
         message = f"the nearest, {near}: FP8 of another kind, or a fault of its size"
         return Conclusion("not visible", None, None, message)
-    if best.name.startswith(_UNSCALED):
-        message = f"codes without their scales explain what the server says: {near}"
-        return Conclusion("failed", "unscaled", best.name, message)
     names = {best.name, *rivals}
     if BF16 in names and len(names) > 1:
         message = (
@@ -388,6 +400,13 @@ def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Co
     return Conclusion("ok", "fp8-ok", best.name, message)
 
 
+def _sure(judgement: Judgement) -> bool:
+    """Whether dropped scales say more than "garbage": what scatters widely explains anything."""
+    [base] = [fit for fit in judgement.fits if fit.name == BF16]
+    best = judgement.best.summary
+    return best.mean_abs <= HALF * base.summary.mean_abs and best.top1 >= HALF
+
+
 def compare(recorded: Recording, scores: Scores, noise: float) -> Conclusion:
     """Say whether a server says what another one said. Pure.
 
@@ -405,15 +424,16 @@ def compare(recorded: Recording, scores: Scores, noise: float) -> Conclusion:
     other = f"{recorded.model} of {recorded.engine}, recorded {recorded.recorded}"
     away = f"mean |difference| {summary.mean_abs:.3g}"
     if summary.mean_abs <= SAME * own:
+        if recorded.verdict is None or recorded.apart is None:
+            message = f"the server says what {other} said, of which nothing was proven: {away}"
+            return Conclusion("ok", None, RECORDED, message)
+        if summary.mean_abs > HALF * recorded.apart:
+            message = f"noise hides whether the server is as {other}: {away}"
+            return Conclusion("not visible", None, RECORDED, message)
         # What was proven of that server then holds of this one, which says the same.
-        verdict: Verdict | None = None
-        if recorded.verdict == "fp8-ok":
-            verdict = "fp8-ok"
-        elif recorded.verdict is not None:
-            message = f"as {other}, which was {recorded.verdict}: {away}"
-            word = as_verdict(recorded.verdict)
-            return Conclusion("failed", word, recorded.fits, message)
-        return Conclusion("ok", verdict, RECORDED, f"the server says what {other} said: {away}")
+        message = f"the server says what {other} said, which was {recorded.verdict}: {away}"
+        result: Result = "ok" if recorded.verdict == "fp8-ok" else "failed"
+        return Conclusion(result, as_verdict(recorded.verdict), RECORDED, message)
     if summary.mean_abs > FAR * far:
         message = f"not the model that was recorded ({other}): {away}, {far:.3g} of another model"
         return Conclusion("failed", "wrong-weights", BROKEN, message)
@@ -498,14 +518,24 @@ def _recording(prompts: Prompts, seen: _Seen, data: Mapping[str, Any]) -> Record
     return recording.Recording(
         texts=texts.VERSION,
         model=prompts.model,
-        engine=f"{prompts.engine} {prompts.version}",
+        engine=f"{prompts.engine} {prompts.find_version()}",
         recorded=recording.now(),
         noise=seen.noise,
         fits=data["fits"],
         verdict=data["verdict"],
+        apart=_apart(seen.hypotheses),
         ids=seen.ids,
         scores=seen.scores,
     )
+
+
+def _apart(hypotheses: Sequence[Hypothesis]) -> float | None:
+    """Return how far the nearest FP8 is from BF16."""
+    base = next((one.plain for one in hypotheses if one.name == BF16), None)
+    others = [one.plain for one in hypotheses if one.name != BF16]
+    if base is None or not others:
+        return None
+    return min(likelihood.summarise(one, base).mean_abs for one in others)
 
 
 def _nothing(why: str) -> dict[str, object]:

@@ -60,7 +60,7 @@ class Prompts:
 
     Attributes:
         engine: whose routes it has.
-        version: as it says, or "?".
+        version: of vLLM; SGLang's is found by `find_version`.
         model: the name it serves under.
     """
 
@@ -117,6 +117,14 @@ class Prompts:
                 body = self._post("/tokenize", {"model": self.model, "prompt": text})
                 found.append([int(one) for one in body["tokens"]])
         return tuple(tuple(ids[:cap]) for ids in found)
+
+    def find_version(self) -> str:
+        """Return the engine's version; SGLang tells it after a first answer, or "?" for never."""
+        if self.engine == "sglang" and self.version == "?":
+            status, info = self._get("/get_server_info")
+            if status == 200 and isinstance(info, dict):
+                self.version = str(info.get("version", "?"))
+        return self.version
 
     def score(self, ids: Sequence[Sequence[int]], batch: int = BATCH) -> Scores:
         """Return what the server says of token ids.

@@ -9,6 +9,7 @@ One JSON object, version 1:
     recorded          when, UTC
     noise             mean |difference| between two answers of that server
     fits, verdict     what check said of it then; null where nothing was compared
+    apart             mean |difference| of BF16 and the nearest FP8 of that model; null likewise
     ids               token ids of each text
     logprobs          of every id but the first; null where it was no number
     top               likeliest token there; -1 where that was not told
@@ -45,6 +46,7 @@ class Recording:
     noise: float
     fits: str | None
     verdict: str | None
+    apart: float | None
     ids: Ids
     scores: Scores
 
@@ -59,6 +61,7 @@ class Recording:
             "noise": self.noise,
             "fits": self.fits,
             "verdict": self.verdict,
+            "apart": self.apart,
             "ids": [list(text) for text in self.ids],
             "logprobs": [
                 [value if math.isfinite(value) else None for value in text]
@@ -124,7 +127,7 @@ def _parse(document: dict[str, Any]) -> Recording:
         raise ValueError("a text without two tokens")
     if [len(text) for text in logprobs] != lengths or [len(text) for text in top] != lengths:
         raise ValueError("ids, logprobs and top are not of the same lengths")
-    fits, verdict = document["fits"], document["verdict"]
+    fits, verdict, apart = document["fits"], document["verdict"], document["apart"]
     return Recording(
         texts=int(document["texts"]),
         model=str(document["model"]),
@@ -133,6 +136,7 @@ def _parse(document: dict[str, Any]) -> Recording:
         noise=float(document["noise"]),
         fits=None if fits is None else str(fits),
         verdict=None if verdict is None else str(verdict),
+        apart=None if apart is None else float(apart),
         ids=ids,
         scores=Scores(logprobs, top),
     )

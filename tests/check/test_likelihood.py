@@ -145,6 +145,15 @@ def test_another_model_is_beyond_all_and_a_little_more_noise_is_not(base: Scores
     assert not found.beyond
 
 
+def test_a_known_fault_does_not_widen_what_fp8_may_do(base: Scores) -> None:
+    fault = Hypothesis("unscaled", unrelated(base), moved(unrelated(base), 5.0, 6), sound=False)
+    sound = list(world(base).values())
+    served = moved(base, 1.0, 9)
+    assert judge(served, sound).beyond
+    assert judge(served, [*sound, fault]).beyond
+    assert not judge(served, [*sound, replace(fault, sound=True)]).beyond, "the control"
+
+
 def test_a_shallow_model_that_follows_the_rounding_is_nearer_to_the_engines_way(
     base: Scores,
 ) -> None:

@@ -93,10 +93,16 @@ RIGHT = judgement(fit(BLOCK, 1.0), fit(BF16, 5.0, 0.03))
             id="a little off what it should be",
         ),
         pytest.param(
-            judgement(fit("unscaled-fp8-block", 1.0), fit(BLOCK, 90.0)),
+            judgement(fit("unscaled-fp8-block", 1.0), fit(BF16, 90.0)),
             Mode.BLOCK,
             *("failed", "unscaled", "unscaled-fp8-block"),
             id="scales dropped",
+        ),
+        pytest.param(
+            judgement(fit("unscaled-fp8-block", 1.0, 6.0), fit(BF16, 100.0)),
+            Mode.BLOCK,
+            *("failed", "wrong-weights", BROKEN),
+            id="garbage, and dropped scales scatter enough to explain it",
         ),
         pytest.param(
             judgement(fit(CHANNEL, 1.0), fit(BF16, 5.0)),
@@ -128,7 +134,7 @@ def test_a_number_that_is_none_is_wrong_whatever_fits() -> None:
 
 IDS = ((1, 2, 3), (4, 5, 6), (7, 8, 9))
 SCORES = Scores(((-1.0, -9.0), (-4.0, -2.0), (-7.0, -0.5)), ((2, 3), (5, 6), (8, 9)))
-RECORDED = Recording(1, "m", "vllm 0.9.1", "2026", 0.01, BLOCK, "fp8-ok", IDS, SCORES)
+RECORDED = Recording(1, "m", "vllm 0.9.1", "2026", 0.01, BLOCK, "fp8-ok", 0.3, IDS, SCORES)
 
 
 def shifted(by: float) -> Scores:
@@ -152,13 +158,20 @@ def test_noise_of_either_server_widens_what_is_the_same() -> None:
 
 
 def test_the_same_as_a_server_of_which_nothing_was_proven_proves_nothing() -> None:
-    told = logprobs.compare(replace(RECORDED, verdict=None, fits=None), SCORES, 0.0)
+    told = logprobs.compare(replace(RECORDED, verdict=None, apart=None), SCORES, 0.0)
     assert (told.result, told.verdict) == ("ok", None)
 
 
 def test_the_same_as_a_bad_server_is_as_bad() -> None:
     told = logprobs.compare(replace(RECORDED, verdict="bf16-fallback"), SCORES, 0.0)
     assert (told.result, told.verdict) == ("failed", "bf16-fallback")
+
+
+def test_noise_as_large_as_what_fp8_does_proves_nothing() -> None:
+    # Within the servers' noise of an FP8 server, and as far from it as one in 16 bits is.
+    assert logprobs.compare(RECORDED, shifted(0.14), 0.1).verdict == "fp8-ok"
+    told = logprobs.compare(RECORDED, shifted(0.16), 0.1)
+    assert (told.result, told.verdict) == ("not visible", None)
 
 
 def test_numbers_that_only_the_other_one_had_are_missed() -> None:

@@ -24,6 +24,7 @@ ONE = Recording(
     noise=0.25,
     fits="fp8-block",
     verdict="fp8-ok",
+    apart=0.16,
     ids=((1, 2, 3), (4, 5)),
     scores=Scores(((-0.1, -2.5), (-1e-7,)), ((2, -1), (9,))),
 )
