@@ -182,9 +182,13 @@ def _verify(
     if expected is not None and folder is not None:
         seen.hypotheses = expected.hypotheses
         seen.facts = {"model": str(folder), "peak_memory": expected.peak_memory}
-        if _unclear(seen):
-            more = expect_more(folder, prompts.engine, report, plan, seen.ids, url)
-            seen.hypotheses = [*seen.hypotheses, *more.hypotheses]
+        if not seen.scores.not_finite:
+            first = likelihood.judge(seen.scores, seen.hypotheses, seen.noise)
+            if first.best.ratio > CLEAR:
+                more = expect_more(
+                    folder, prompts.engine, report, plan, seen.ids, url, faults=first.beyond
+                )
+                seen.hypotheses = [*seen.hypotheses, *more.hypotheses]
     data = _tell(report, seen, plan, recorded, why)
     if record is not None:
         _recording(prompts, seen, data).write(record)
@@ -272,12 +276,17 @@ def expect_more(
     plan: Plan | None,
     ids: Ids,
     url: str = "",
+    *,
+    faults: bool = True,
 ) -> Expected:
-    """Have rarer explanations computed: what engines quantise at start, and dropped scales."""
+    """Have rarer explanations computed: what engines quantise at start, and known `faults`.
+
+    Args are those of `expect`.
+    """
     wanted: dict[str, Any] = {
         _MODES[Mode.PER_CHANNEL]: _hypothesis(folder, engine, plan, Mode.PER_CHANNEL)
     }
-    for mode in (Mode.BLOCK, Mode.PER_TENSOR):
+    for mode in (Mode.BLOCK, Mode.PER_TENSOR) if faults else ():
         if plan is None or plan.mode is mode:
             one = _hypothesis(folder, engine, plan, mode)
             wanted[_UNSCALED + _MODES[mode]] = one and one | {"scaled": False}
@@ -345,13 +354,6 @@ def _scores(told: Mapping[str, Any]) -> Scores:
 
 
 # --- conclusions ----------------------------------------------------------------------------------
-
-
-def _unclear(seen: _Seen) -> bool:
-    """Whether no hypothesis explains the server well so far."""
-    if seen.scores.not_finite:
-        return False
-    return likelihood.judge(seen.scores, seen.hypotheses, seen.noise).best.ratio > CLEAR
 
 
 def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Conclusion:
