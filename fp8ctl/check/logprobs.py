@@ -455,9 +455,9 @@ def _tell(
 ) -> dict[str, object]:
     shown: dict[str, Mapping[str, object]] = {}
     judgement = None
-    conclusion = Conclusion(
-        "not visible", None, None, why or "recorded; there is nothing to compare"
-    )
+    conclusion = Conclusion("ok", None, None, "recorded; nothing was compared")
+    if why:
+        conclusion = Conclusion("not visible", None, None, why)
     plain = {one.name: one.plain for one in seen.hypotheses}
     if seen.hypotheses:
         judgement = likelihood.judge(seen.scores, seen.hypotheses, seen.noise)

@@ -258,11 +258,17 @@ class Prompts:
     def _send(self, method: str, path: str, body: object) -> tuple[int, Any, str]:
         import httpx
 
+        url = self._url + path
         try:
-            response = self._client.request(method, self._url + path, json=body)
+            try:
+                response = self._client.request(method, url, json=body)
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                # After an error of its web framework a server closes the connection, which may
+                # be seen at the next request only. Prompts may be asked twice.
+                response = self._client.request(method, url, json=body)
         except httpx.TransportError as e:
             raise CheckFailedError(
-                f"{self._url}{path} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
+                f"{url} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
             ) from e
         try:
             return response.status_code, response.json(), response.text

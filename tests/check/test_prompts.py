@@ -45,7 +45,11 @@ def serve() -> Iterator[Serve]:
 
                 def reply(self, body: dict[str, Any]) -> None:
                     body["key"] = self.headers.get("Authorization")
-                    status, found = answer(self.path, body)
+                    try:
+                        status, found = answer(self.path, body)
+                    except ConnectionAbortedError:
+                        self.close_connection = True
+                        return
                     data = (found if isinstance(found, str) else json.dumps(found)).encode()
                     self.send_response(status)
                     self.send_header("Content-Length", str(len(data)))
@@ -177,6 +181,20 @@ def test_a_server_whose_json_has_no_nan_answers_500_and_is_understood(
 
     with Prompts(serve(speechless), None) as prompts:
         assert prompts.score(IDS).not_finite == 3
+
+
+def test_a_connection_that_the_server_closes_after_an_error_is_opened_again(serve: Serve) -> None:
+    closed = []
+
+    def closing(path: str, body: dict[str, Any]) -> tuple[int, object]:
+        if path == "/generate" and not closed:
+            closed.append(path)
+            raise ConnectionAbortedError  # the handler's thread ends, and its socket
+        return sglang(path, body)
+
+    with Prompts(serve(closing), None) as prompts:
+        assert prompts.score(IDS).tokens == 3
+    assert closed
 
 
 def test_a_server_that_is_broken_altogether_is_not_taken_for_one_without_numbers(
