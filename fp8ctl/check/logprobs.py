@@ -398,7 +398,8 @@ def conclude(judgement: Judgement, plan: Plan | None, not_finite: int = 0) -> Co
         return Conclusion("failed", "wrong-weights", best.name, message)
     others = sorted(names - {best.name})
     beside = f"; {' and '.join(others)} cannot be told from it" if others else ""
-    message = f"as seen from outside, {best.name}: {_away(best)}{margin}{beside}"
+    unseen = f"; a fault below its noise of {best.noise:.2g} is not visible"
+    message = f"as seen from outside, {best.name}: {_away(best)}{margin}{beside}{unseen}"
     return Conclusion("ok", "fp8-ok", best.name, message)
 
 

@@ -121,7 +121,9 @@ def test_the_word_for_what_fits(
 
 
 def test_ok_is_never_said_without_the_word_that_it_was_seen_from_outside() -> None:
-    assert "as seen from outside" in logprobs.conclude(RIGHT, None).message
+    message = logprobs.conclude(RIGHT, None).message
+    assert "as seen from outside" in message
+    assert "a fault below its noise of 0.1 is not visible" in message
 
 
 def test_a_number_that_is_none_is_wrong_whatever_fits() -> None:

@@ -184,7 +184,7 @@ def test_a_server_whose_json_has_no_nan_answers_500_and_is_understood(
 
 
 def test_a_connection_that_the_server_closes_after_an_error_is_opened_again(serve: Serve) -> None:
-    closed = []
+    closed: list[str] = []
 
     def closing(path: str, body: dict[str, Any]) -> tuple[int, object]:
         if path == "/generate" and not closed:

@@ -512,3 +512,16 @@ def test_planted_faults_seen_from_outside(
         if folder := os.environ.get("LOGPROBS_TABLES"):
             (Path(folder) / f"{of}.md").write_text(sheet + "\n")
         assert not wrong, f"{wrong}\n{sheet}"
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("home")
+def test_dropped_scales_are_named_where_the_model_is_no_chaos_without_them(
+    cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
+    # Through 30 layers without scales nothing is reproducible; through two it is.
+    with victim(cli, small_model, tmp_path) as v:
+        v.plant(scales_dropped(v))
+        found = look(v.url, small_model)
+    assert (found["result"], found["verdict"]) == ("failed", "unscaled"), found["message"]
+    assert found["fits"] == "unscaled-fp8-block"
