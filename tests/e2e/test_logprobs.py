@@ -519,7 +519,7 @@ def test_planted_faults_seen_from_outside(
 def test_dropped_scales_are_named_where_the_model_is_no_chaos_without_them(
     cli: Cli, small_model: Path, tmp_path: Path
 ) -> None:
-    # Through 30 layers without scales nothing is reproducible; through two it is.
+    # The deeper a model is, the less is reproducible without scales; two layers are.
     with victim(cli, small_model, tmp_path) as v:
         v.plant(scales_dropped(v))
         found = look(v.url, small_model)
