@@ -85,26 +85,31 @@ def hook_path() -> Path:
     return folder
 
 
-def torch_python(preferred: Path | None = None) -> Path:
+def torch_python(preferred: Path | None = None, *, also: tuple[str, ...] = ()) -> Path:
     """Return an interpreter with torch: fp8ctl's own, else `preferred`, else a managed engine's.
+
+    Args:
+        preferred: one to try.
+        also: other packages that it must have.
 
     Raises:
         NotFoundError: none has it.
     """
-    if all(importlib.util.find_spec(name) is not None for name in _NEEDED):
+    needed = (*_NEEDED, *also)
+    if all(importlib.util.find_spec(name) is not None for name in needed):
         return Path(sys.executable)
     others = [] if preferred is None else [preferred]
     others += environment.managed_environments()
     for other in others:
-        if _has_torch(other):
+        if _has(other, needed):
             return other
-    also = "".join(f", nor has {other}" for other in others)
+    tried = "".join(f", nor has {other}" for other in others)
     hint = environment.install_hint("sglang")
     root = Path(__file__).resolve().parent.parent
     if (root / "pyproject.toml").is_file():  # a clone; an installed package has none beside it
         hint = f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{root}[torch]')}, "
         hint += f"or {environment.install_hint('sglang')}"
-    raise NotFoundError(f"{sys.executable} has no {' and '.join(_NEEDED)}{also}", hint=hint)
+    raise NotFoundError(f"{sys.executable} has no {' and '.join(needed)}{tried}", hint=hint)
 
 
 def run_worker(
@@ -266,10 +271,10 @@ def resolve_model(
     return models.resolve(text, download)
 
 
-def _has_torch(python: Path) -> bool:
+def _has(python: Path, needed: tuple[str, ...]) -> bool:
     try:
         found = subprocess.run(
-            [str(python), "-I", "-c", _FIND, *_NEEDED], capture_output=True, timeout=60, check=False
+            [str(python), "-I", "-c", _FIND, *needed], capture_output=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -87,6 +87,27 @@ def examine(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     return {"tensors": difference.examine(plan, arguments["told"], progress)}
 
 
+def logprobs(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return what `model` says of fixed texts: `ids`, and `expected` as `expectation.compute`.
+
+    Texts come as `ids`, or as `texts` of which at most `cap` tokens count. `hypotheses` has for
+    each name a `plan`, or none, and whether weights are `scaled`.
+    """
+    from fp8ctl import expectation
+    from fp8ctl.manifest import Plan
+
+    folder = Path(arguments["model"])
+    ids = arguments.get("ids")
+    if ids is None:
+        ids = expectation.tokenise(folder, arguments["texts"], arguments["cap"])
+    hypotheses = {
+        name: (Plan.from_json(one["plan"]) if one["plan"] else None, bool(one["scaled"]))
+        for name, one in arguments["hypotheses"].items()
+    }
+    expected = expectation.compute(folder, ids, hypotheses, progress)
+    return {"ids": ids, "expected": expected, "peak_memory": expectation.peak_memory()}
+
+
 def fetch(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Fetch the Hub model `repository` at `revision`; return its `path`."""
     repository, revision = arguments["repository"], arguments.get("revision")
@@ -242,6 +263,7 @@ TASKS: dict[str, Task] = {
     "quantize": quantize,
     "expect": expect,
     "examine": examine,
+    "logprobs": logprobs,
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,

@@ -51,8 +51,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("carriers", "checkpoint", "checksum", "difference", "fitting", "fusing", "gguf"),
-        *("hfconfig", "online", "quality", "requantised"),
+        *("carriers", "checkpoint", "checksum", "difference", "expectation", "fitting"),
+        *("fusing", "gguf", "hfconfig", "online", "quality", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
@@ -66,11 +66,11 @@ IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
     *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
-    *("difference", "dtypes", "online", "quality", "requantised"),
+    *("difference", "dtypes", "expectation", "online", "quality", "requantised"),
 )
 WITH_TORCH = (
-    *("checkpoint", "checksum", "difference", "dtypes", "online", "pipeline", "quality"),
-    *("requantised", "source"),
+    *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
+    *("quality", "requantised", "source"),
 )
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")

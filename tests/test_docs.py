@@ -28,6 +28,8 @@ DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 CHECK = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+LOGPROBS = (ROOT / "docs" / "logprobs.md").read_text(encoding="utf-8")
+QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
@@ -35,6 +37,8 @@ PAGES = {
     "docs/check.md": CHECK,
     "docs/commands.md": COMMANDS,
     "docs/library.md": LIBRARY,
+    "docs/logprobs.md": LOGPROBS,
+    "docs/quantization.md": QUANTIZATION,
     "docs/trainers.md": TRAINERS,
 }
 ALL = "\n".join(PAGES.values())

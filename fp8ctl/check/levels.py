@@ -6,7 +6,6 @@ Called by `command` and `watch`; `supervisor` and `pushing` make theirs of what 
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import shlex
@@ -192,12 +191,18 @@ def _ask(level: Level, request: Request, report: Reporter) -> dict[str, object]:
         from fp8ctl.check import weights
 
         return dict(weights.verify(request.url, request.model, report, key))
-    try:
-        verify = importlib.import_module("fp8ctl.check.logprobs").verify
-    except ModuleNotFoundError:
-        return unseen(level, "this fp8ctl has no such level")
-    files = {"against": request.against, "record": request.record}
-    return dict(verify(request.url, request.model, report, key, **files))
+    from fp8ctl.check import logprobs
+
+    return dict(
+        logprobs.verify(
+            request.url,
+            request.model,
+            report,
+            key,
+            against=request.against,
+            record=request.record,
+        )
+    )
 
 
 def _environment() -> dict[str, object]:

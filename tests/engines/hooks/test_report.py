@@ -12,6 +12,7 @@ from torch import nn
 
 from fp8ctl.engines.hooks import report
 from fp8ctl.engines.hooks.gate import Gate, Outcome
+from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.receiver import Engine, Receiver
 from fp8ctl.held import gather
 from fp8ctl.kernels.digest import digest
@@ -71,10 +72,11 @@ def more(workers: Any, body: object) -> tuple[int, dict[str, Any]]:
 def test_weights_that_the_engine_gave_up_are_not_touched() -> None:
     memory = Memory("sglang")
     memory.give_up(["weights"])
-    status, body = asyncio.run(report.answer(None, gate(), memory, {}, "/m"))  # type: ignore[arg-type]
+    nobody: Any = None
+    status, body = asyncio.run(report.answer(nobody, gate(), memory, {}, "/m"))
     assert status == 409
     assert "error" in body
-    status, body = asyncio.run(report.answer_more(None, memory, b"{}"))  # type: ignore[arg-type]
+    status, body = asyncio.run(report.answer_more(nobody, memory, b"{}"))
     assert status == 409
 
 
