@@ -508,7 +508,7 @@ def hang():
 
 def tensors():
     for i, pair in enumerate(read_tensors(Path(model))):
-        if stop == "0" and i == 3:
+        if stop == "0" and i == 1:
             hang()
         yield pair
 
@@ -553,7 +553,7 @@ def test_a_trainer_that_is_killed_at_any_bucket_leaves_the_old_weights_or_none(
         with Pusher(served.url) as again:
             again.update("A", served.a)
         assert served.logprobs == served.fresh, stop
-    assert len(found) >= 4, found
+    assert len(found) >= 3, found
     assert found.pop(0) == "ready"
     assert "failed" in found.values(), "weights were written"
 
