@@ -273,12 +273,13 @@ def test_what_the_source_makes_is_computed_once_for_all_rounds(
     plan = make_plan(model, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
     expected = checkpoint.expected_digests(plan.model, plan)
     shards = [
-        {"name": name, "row": 0, "column": 0, "shape": [1], "primary": True,
-         "dtype": "float8_e4m3fn" if name == Q else "float32", "digest": to_text(value)}
+        {"name": name, "row": 0, "column": 0, "shape": [64, 64] if name == Q else [2, 2],
+         "dtype": "float8_e4m3fn" if name == Q else "float32", "digest": to_text(value),
+         "primary": True}
         for name, value in expected.items()
     ]  # fmt: skip
     rank = {"rank": 0, "pid": 1, "format": "checkpoint", "unfilled": {}, "tensors": shards}
-    state = {"state": "ready", "message": ""}
+    rank["seconds"] = {"total": 0.1, "longest": 0.1, "slices": 1}
     state = {"state": "ready", "message": ""}
     Weights.held = {"state": state, "manifest": plan.to_json(), "ranks": [rank]}
     Weights.asked = 0
