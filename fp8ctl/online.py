@@ -10,6 +10,7 @@ Python 3.10.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,9 @@ def examine(
         weight = tensor.to(getattr(torch, kernel.dtype))
         width = weight.shape[1] // kernel.parts.get(planned.name, 1)
         pairs = list(_pairs(parts[planned.name], parts[scales], width))
-        if len(pairs) == len(parts[planned.name]) and all(
+        whole = sum(math.prod(part.shape) for part in parts[planned.name] if part.primary)
+        there = whole == weight.numel() and len(pairs) == len(parts[planned.name])
+        if there and all(
             _is_close(weight, codes, part, width, named(recipe).floor) for codes, part in pairs
         ):
             for name in (planned.name, scales):

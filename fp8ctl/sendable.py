@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 # What a trainer's checkpoint may hold besides: `Rollout` drops it.
 _UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+# Scales of activations, keys and values, which are not pushed.
+_STATIC: Final = (".input_scale", ".k_scale", ".v_scale")
 _CODES, _SCALES = "F8_E4M3", "F32"
 
 
 def is_quantized(source: Checkpoint) -> bool:
     """Say whether a checkpoint is in FP8, or quantised in any other way."""
-    return "quantization_config" in source.config or any(
+    return bool(source.config.get("quantization_config")) or any(
         one.dtype.startswith("F8") for one in source.tensors.values()
     )
 
@@ -80,6 +82,10 @@ def _require_made(source: Checkpoint, plan: Plan | None) -> None:
             raise _other(source, f"{name} is {one.dtype}, planned {dtype}")
         if (not dtype and one.dtype.startswith("F8")) or not fits:
             raise _other(source, f"{name} is {one.dtype} {list(one.shape)}, planned {list(shape)}")
+    made = made_of(plan)
+    more = [n for n in source.tensors if n not in made and not n.endswith((*_UNASKED, *_STATIC))]
+    if more:
+        raise _other(source, f"{more[0]} is not in the plan")
 
 
 def made_of(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -27,7 +27,7 @@ from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError, Usage
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.ranks import Ranks, leave, meet, tell
-from fp8ctl.wire import ALIGN, Slot
+from fp8ctl.wire import ALIGN, DTYPES, Slot
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -415,7 +415,14 @@ class _Taker:
         shape = tuple(tensor.shape)
         if not fp8:
             rounded = self._form.dtype(name) if tensor.is_floating_point() else None
-            return [Slot(name, _spelled(rounded or tensor.dtype), shape)]
+            spelled = _spelled(rounded or tensor.dtype)
+            if spelled not in DTYPES:
+                raise PlanDoesNotFitError(
+                    f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
+                    hint="cast it before it is sent",
+                    data={"tensor": name},
+                )
+            return [Slot(name, spelled, shape)]
         scale = formats.scale_name(name, self._form.mode)
         return [
             Slot(name, "float8_e4m3fn", shape),

@@ -30,11 +30,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 
 from fp8ctl.kernels import compiled
-from fp8ctl.kernels.facts import Facts
 from fp8ctl.kernels.inputs import has_triton
 
 if TYPE_CHECKING:
@@ -107,7 +105,7 @@ def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
             continue
         sums = _sums(t.detach(), row_offset, col_offset)
         found.append(0 if sums is None else path(sums))
-    started = [_LISTS.start([part for _, part in those]) for those in lists.values()]
+    started = [_lists().start([part for _, part in those]) for those in lists.values()]
     for those, totals in zip(lists.values(), started, strict=True):
         for (i, _), value in zip(those, totals.tolist(), strict=True):
             found[i] = value
@@ -229,6 +227,8 @@ class Lists:
 
     def __init__(self, most: int = 256) -> None:
         """Remember up to `most` lists; a list of 500 tensors takes some 0.5 MB of the device."""
+        from fp8ctl.kernels.facts import Facts  # needs numpy, as Triton's part does, and a CPU not
+
         self._most = most
         self._facts = Facts()
         self._known: dict[bytes, Prepared] = {}
@@ -239,6 +239,8 @@ class Lists:
         Args:
             parts: at least one, all of one device and none empty.
         """
+        import numpy as np
+
         from fp8ctl.kernels.digest_triton import Prepared
 
         tensors = [t for t, _, _ in parts]
@@ -360,7 +362,16 @@ def _made_keys(kind: str | int, first: int, count: int, device: torch.device) ->
     return keys.bitwise_left_shift_(places % each * (8 * int(kind)))
 
 
-_LISTS = Lists()
+@functools.cache
+def _lists() -> Lists:
+    """Return the lists of this process."""
+    return Lists()
+
+
+def forget() -> None:
+    """Give back what is remembered of lists: the tensors of a connection that ended come no more."""
+    if _lists.cache_info().currsize:
+        _lists.cache_clear()
 
 
 def _finish(x: torch.Tensor) -> torch.Tensor:

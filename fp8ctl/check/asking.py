@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from fp8ctl.engines.base import is_loopback
 from fp8ctl.errors import CheckFailedError
+from fp8ctl.gate import without_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,15 +31,16 @@ def report(url: str, api_key: str | None) -> dict[str, Any] | None:
 
     try:
         answer = _post(url + REPORT_PATH, api_key)
-    except httpx.TransportError as e:
+    except httpx.RequestError as e:
         raise CheckFailedError(
             f"{url}{REPORT_PATH} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
         ) from e
-    if answer.status_code == 404:
+    if answer.status_code in {404, 405, 501}:
         return None
     if answer.status_code != 200:
+        said = without_key(answer.text, api_key)[:300]
         raise CheckFailedError(
-            f"{url}{REPORT_PATH} answers {answer.status_code}: {answer.text[:300]}",
+            f"{url}{REPORT_PATH} answers {answer.status_code}: {said}",
             hint="fp8ctl logs NAME",
         )
     try:
@@ -65,6 +67,6 @@ def more(
     try:
         answer = _post(url + INSPECT_PATH, api_key, body)
         lines = answer.json()["tensors"] if answer.status_code == 200 else []
-    except (httpx.TransportError, ValueError, KeyError, TypeError):
+    except (httpx.RequestError, ValueError, KeyError, TypeError):
         return []
     return lines if isinstance(lines, list) else []

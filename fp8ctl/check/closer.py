@@ -50,7 +50,8 @@ def _pair(name: str) -> tuple[str, str]:
 
 def _near(line: Line, seen: Mapping[str, Any] | None) -> Line:
     """Take what an approximate division makes for right."""
-    if seen is None or seen["looks"] != "one step":
+    # Of another shape or type, or unlike its copies: that is no question of rounding.
+    if seen is None or seen["looks"] != "one step" or not line.by_digest:
         return line
     return replace(line, found="equal", looks="one step", detail=seen["detail"])
 

@@ -88,7 +88,9 @@ def parse_url(text: str) -> str:
     """
     try:
         parts = urlsplit(text)
-        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        host = (parts.hostname or "").strip(".")
+        sound = parts.scheme in {"http", "https"} and bool(host) and parts.port != 0
+        host.encode("idna")
     except ValueError:
         sound = False
     if not sound:
@@ -144,7 +146,10 @@ def worded(verdict: str | None, message: str) -> str:
 def recorded(request: Request, found: Found) -> bool:
     """Say whether all that was wanted is a record, and it was made: a BF16 server gives one too."""
     end = found.conclusion
-    made = request.record is not None and found.data["logprobs"].get("result") == "ok"
+    made = request.record is not None and found.data["logprobs"].get("recorded") is True
+    made &= found.data["logprobs"].get("verdict") in {None, "fp8-ok", "bf16-fallback"}
+    weights = found.data["weights"]
+    made &= weights["result"] != "failed" or weights["verdict"] is not None
     strange = [
         one for one in found.live.evidence if one.result == "failed" and one.check != "quantisation"
     ]

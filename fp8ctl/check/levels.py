@@ -100,7 +100,7 @@ def look(request: Request, report: Reporter) -> Found:
     found: dict[Level, Mapping[str, object]] = {}
     why = _stopped(first)
     for level in further:
-        found[level] = unseen(level, why) if why else _judged(level, request, report, first)
+        found[level] = unseen(level, why) if why else _judged(level, request, report, first, found)
     return assemble(request, first, found, began)
 
 
@@ -168,7 +168,11 @@ def _stopped(first: LevelReport) -> str:
 
 
 def _judged(
-    level: Level, request: Request, report: Reporter, first: LevelReport
+    level: Level,
+    request: Request,
+    report: Reporter,
+    first: LevelReport,
+    found: Mapping[Level, Mapping[str, object]],
 ) -> dict[str, object]:
     """Return what a level says; a server that refuses to be looked at has failed it.
 
@@ -180,7 +184,7 @@ def _judged(
     except CheckFailedError as e:
         return unseen(level, e.message) | {"result": "failed"}
     except Fp8ctlError as e:
-        if first.result == "ok":
+        if first.result == "ok" and all(one["result"] != "failed" for one in found.values()):
             raise
         return unseen(level, e.message)
 

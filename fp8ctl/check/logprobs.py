@@ -160,7 +160,7 @@ def _verify(
     recorded: Recording | None,
     record: Path | None,
 ) -> dict[str, object]:
-    if plan is None and model is None and recorded is None:
+    if plan is None and recorded is None:
         plan = _plan_of(url, api_key)
     folder = _folder(model, plan, recorded, report)
     expected: Expected | None = None
@@ -193,6 +193,7 @@ def _verify(
     if record is not None:
         _recording(prompts, seen, data).write(record)
         report.data(f"logprobs: recorded in {record}")
+        data["recorded"] = True
     return data
 
 

@@ -8,6 +8,7 @@ Neither needs a tokenizer here: prompts go as token ids. Called by `logprobs`.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from fp8ctl.engines.base import is_loopback
 from fp8ctl.errors import CheckFailedError, UnsupportedError
+from fp8ctl.gate import without_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -266,14 +268,15 @@ class Prompts:
                 # After an error of its web framework a server closes the connection, which may
                 # be seen at the next request only. Prompts may be asked twice.
                 response = self._client.request(method, url, json=body)
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:
             raise CheckFailedError(
                 f"{url} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
             ) from e
+        text = without_key(response.text, self._client.headers.get("Authorization", "")[7:])
         try:
-            return response.status_code, response.json(), response.text
+            return response.status_code, json.loads(text), text
         except ValueError:
-            return response.status_code, None, response.text
+            return response.status_code, None, text
 
 
 def _no_numbers(ids: list[list[int]]) -> list[tuple[list[float], list[int]]]:

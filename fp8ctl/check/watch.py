@@ -109,6 +109,8 @@ def _result(found: Found) -> str:
     server = found.live.facts.get("server")
     if end.result != "failed" or not isinstance(server, dict):
         return end.result
+    if found.live.other_code or end.verdict in {"bf16-fallback", "unreachable"}:
+        return end.result  # nothing that an update could explain
     if server.get("state") == "updating":
         return "skipped"
     now = gate.ask(found.data["url"], gate.api_key(), live.STATE_TIMEOUT)

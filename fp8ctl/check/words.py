@@ -44,7 +44,7 @@ def sglang_word(
     asked = info.get("quantization")
     try:
         override = json.loads(info.get("json_model_override_args") or "{}")
-    except ValueError:
+    except (ValueError, TypeError):
         override = {}
     own = override.get("quantization_config") if isinstance(override, dict) else None
     if info.get("torchao_config"):

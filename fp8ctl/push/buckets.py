@@ -60,6 +60,7 @@ class Filler:
         note: Note | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         totals: tuple[int, int] | None = None,
+        made: bool = False,
     ) -> None:
         """Prepare; nothing is opened before something is placed.
 
@@ -76,6 +77,7 @@ class Filler:
             note: is told each tensor, whether it is sent, and the seconds that making these took.
             on_progress: is called after every bucket.
             totals: tensors and bytes of the plan.
+            made: codes come as they are: nobody has looked yet whether one is NaN.
         """
         self.limit, self.patience = limit, patience
         self.aside: Aside | None = None
@@ -86,6 +88,7 @@ class Filler:
         self._digest = digest or held is not None
         self._held, self._tie, self._facts, self._note = held, tie, facts, note
         self._on_progress, self._totals = on_progress, totals
+        self._made = made
         self._delivery: Delivery | None = None
         self._slot, self._used = 0, 0
         self._memory: torch.Tensor | None = None
@@ -221,6 +224,16 @@ class Filler:
             and tensor.numel()
         ]
         peaks = largest([tensor for _, tensor in kept])
+        if self._made:
+            codes = [
+                (entry, tensor)
+                for entry, tensor in zip(batch, tensors, strict=True)
+                if entry.dtype == "float8_e4m3fn" and tensor.numel()
+            ]
+            # 0x7F, with either sign, is the one NaN of this type.
+            bad = (((t.view(torch.uint8) & 0x7F) == 0x7F).any() for _, t in codes)
+            peaks += [torch.where(one, math.nan, 0.0).double() for one in bad]
+            kept += codes
         facts = [{}] * len(batch) if self._facts is None else self._facts(batch, tensors)
         asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
         made = iter(digests((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes))
@@ -307,8 +320,9 @@ class Filler:
 
 
 def _not_finite(name: str, tensor: torch.Tensor) -> PlanDoesNotFitError:
-    [index, *_] = (~torch.isfinite(tensor)).nonzero().tolist()
-    value = float(tensor[tuple(index)])
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    [index, *_] = (~torch.isfinite(wide)).nonzero().tolist()
+    value = float(wide[tuple(index)])
     return PlanDoesNotFitError(
         f"{name}: non-finite value {value} at index {index}; it would spoil every answer",
         hint="look at the optimiser's step",

@@ -109,6 +109,7 @@ class Work:
             note=self._note if wish.record is not None else None,
             on_progress=on_progress,
             totals=totals,
+            made=quantized,
         )
 
     # ---- two ways through it ----

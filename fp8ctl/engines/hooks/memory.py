@@ -6,6 +6,7 @@ are. A copy to one of them, or a digest of what was there, ends the process.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class Memory:
             engine: "sglang" or "vllm", for hints.
         """
         self.released: frozenset[str] = frozenset()
+        #: Held by who reads weights, and by who gives them up.
+        self.turn = asyncio.Lock()
         self._engine = engine
 
     def give_up(self, parts: Iterable[str]) -> None:

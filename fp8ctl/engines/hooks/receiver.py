@@ -24,6 +24,7 @@ from fp8ctl.engines.hooks import inspection, manifest
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
 from fp8ctl.engines.hooks.shards import Walk
 from fp8ctl.engines.hooks.walk import Known
+from fp8ctl.kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -201,11 +202,16 @@ class Receiver:
         """Close the carrier, if one is open."""
         carrier, self._carrier = self._carrier, None
         # No tensor may be left that uses the carrier's memory.
-        self._seen.clear()
-        self._rectangles.forget()
+        self._let_go()
         if carrier is not None:
             carrier.close()
         return {}
+
+    def _let_go(self) -> None:
+        """Hold no tensor that uses a carrier's memory, and nothing that was found out for it."""
+        self._seen.clear()
+        self._rectangles.forget()
+        digest.forget()
 
     def refittable(self) -> dict[str, Any]:
         """Say whether the model can be loaded a second time: refittable, why not."""
@@ -257,6 +263,7 @@ class Receiver:
         except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}"
+            self._let_go()
             if "weight_loader" in error:
                 error += " (is the patch `refit` applied?)"
             self.broken |= touched
@@ -312,7 +319,8 @@ class Receiver:
         word, walk = self._walk()
         told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
         if start is not None:
-            told = inspection.digests(self._known.of(walk), start, most)
+            # A slice is asked for by a check, which is to look for itself.
+            told = inspection.digests(self._known.of(walk) if most is None else walk, start, most)
         unfilled = self._engine.guard("fp8ctl_unfilled", self.model)
         return {"rank": self.rank, "format": word, "unfilled": unfilled, **told}
 
@@ -370,6 +378,9 @@ class Receiver:
     def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
         """Load by a route of the engine's own; remember what was taken or that it raised."""
         self._rectangles.distrust()
+        # It may put parameters elsewhere: nothing here may keep the old ones alive.
+        self._known.forget()
+        self._rectangles.forget()
         self._settled = False
         return self._load(named, *args, **kwargs)
 

@@ -17,7 +17,7 @@ all of this:
 
 Later digests cannot prove it again: they look where the copies went. So what could bring
 the weights into another form, a load by a route of the engine's own, takes all trust
-away, and so does a push that broke off; where parameters lie is looked up anew for each
+away, and so does a push that broke off; where parameters lie is looked at again for each
 push. `FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves all to the loaders.
 """
 

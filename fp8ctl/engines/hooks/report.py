@@ -42,9 +42,8 @@ async def answer(
         model: the folder or name that it was started on.
     """
     try:
-        memory.require_weights()
         # What an update writes is no set of weights, and its ranks have other questions to answer.
-        ranks = await digests(workers, gate) if gate.state != "updating" else []
+        ranks = await digests(workers, gate, memory) if gate.state != "updating" else []
     except RefusedError as e:
         return e.status, {"error": e.message}
     except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
@@ -58,9 +57,8 @@ async def answer_more(
 ) -> tuple[int, dict[str, Any]]:
     """Answer POST /fp8ctl/inspect: more of a few tensors."""
     try:
-        memory.require_weights()
         asked = json.loads(body or b"{}")
-        return 200, await inspect(workers, asked if isinstance(asked, dict) else {})
+        return 200, await inspect(workers, memory, asked if isinstance(asked, dict) else {})
     except RefusedError as e:
         return e.status, {"error": e.message}
     except ValueError as e:
@@ -69,7 +67,7 @@ async def answer_more(
         return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
 
 
-async def digests(workers: Workers, gate: Gate) -> list[dict[str, Any]]:
+async def digests(workers: Workers, gate: Gate, memory: Memory) -> list[dict[str, Any]]:
     """Return what every rank holds, and how long that took it.
 
     Returns:
@@ -80,9 +78,9 @@ async def digests(workers: Workers, gate: Gate) -> list[dict[str, Any]]:
         RuntimeError: a rank could not say it.
     """
     before = _weights(gate)
-    found = await _in_slices(workers)
+    found = await _in_slices(workers, memory)
     if _weights(gate) != before:
-        found = [_timed(answer) for answer in await workers.ask("digests")]
+        found = [_timed(answer) for answer in await _ask(workers, memory, "digests")]
     return found
 
 
@@ -90,11 +88,18 @@ def _weights(gate: Gate) -> tuple[str, int]:
     return gate.state, gate.updates
 
 
-async def _in_slices(workers: Workers) -> list[dict[str, Any]]:
+async def _ask(workers: Workers, memory: Memory, what: str, **more: Any) -> list[dict[str, Any]]:
+    """Ask the ranks, which keep their weights meanwhile."""
+    async with memory.turn:
+        memory.require_weights()
+        return await workers.ask(what, **more)
+
+
+async def _in_slices(workers: Workers, memory: Memory) -> list[dict[str, Any]]:
     starts: list[int | None] = [0] * workers.ranks
     found: list[dict[str, Any]] = []
     while any(start is not None for start in starts):
-        answers = await workers.ask("digests", starts=starts, most=SLICE)
+        answers = await _ask(workers, memory, "digests", starts=starts, most=SLICE)
         if not found:
             found = [_timed(answer) for answer in answers]
         else:
@@ -119,11 +124,12 @@ def _add(seconds: dict[str, Any], more: float) -> None:
     seconds["longest"] = round(max(seconds["longest"], more), 6)
 
 
-async def inspect(workers: Workers, body: Mapping[str, Any]) -> dict[str, Any]:
+async def inspect(workers: Workers, memory: Memory, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return more of a few tensors: several questions, so that requests go on in between.
 
     Args:
         workers: of the engine.
+        memory: which of it the engine has given up.
         body: `names`, `rows` and `most` as in `inspection.inspect`.
 
     Returns:
@@ -146,7 +152,7 @@ async def inspect(workers: Workers, body: Mapping[str, Any]) -> dict[str, Any]:
         some = names[first : first + TOGETHER]
         about = {"names": some, "rows": {name: rows[name] for name in some if name in rows}}
         limit = max(0, min(int(most), left // workers.ranks))
-        for answer in await workers.ask("inspect", **about, most=limit):
+        for answer in await _ask(workers, memory, "inspect", **about, most=limit):
             lines += [{**line, "rank": answer["rank"]} for line in answer["tensors"]]
             left -= sum(len(line["values"] or "") for line in answer["tensors"])
     return {"tensors": lines}

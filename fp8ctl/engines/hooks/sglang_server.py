@@ -18,6 +18,7 @@ import asyncio
 import functools
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, manifest, ranklog, report, sglang_worker
@@ -83,9 +84,11 @@ class UpdateWatch:
             if path in UPDATING or path in (RELEASING, RESUMING):
                 try:
                     async with self._updates.alone(path):
+                        memory = self._updates.memory
                         if path in UPDATING:
-                            self._updates.memory.require_weights()
-                        await watched(scope, receive, send)
+                            memory.require_weights()
+                        async with memory.turn if path == RELEASING else nullcontext():
+                            await watched(scope, receive, send)
                 except RefusedError as e:
                     await answer_json(send, e.status, e.body(self._gate.state))
                 return

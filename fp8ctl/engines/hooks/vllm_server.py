@@ -21,6 +21,7 @@ import hmac
 import json
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -156,7 +157,10 @@ class Control:
             await send(message)
 
         try:
-            async with self._updates.alone(path):
+            async with (
+                self._updates.alone(path),
+                memory.turn if path == "/sleep" else nullcontext(),
+            ):
                 await self._app(scope, receive, look)
         except RefusedError as e:
             await answer_json(send, e.status, e.body(self._gate.state))

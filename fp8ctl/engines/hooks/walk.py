@@ -6,6 +6,7 @@ copy to, and what is held. Standard library and torch; runs in an engine's worke
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fp8ctl.engines.hooks.shards import Shard, Walk
+
+    _Where = tuple[int, tuple[int, ...], tuple[int, ...], object]
 
 
 @dataclass
@@ -22,7 +25,8 @@ class _Seen:
     Attributes:
         prefix, module, parent: as `Walk.of` takes them.
         sizes: how many buffers and attributes it has.
-        parameters: name, parameter and address of each.
+        children: the modules in it.
+        parameters: name and parameter of each, and where and how it lies.
         found: its shards; None where they have to be looked up every time.
     """
 
@@ -30,7 +34,8 @@ class _Seen:
     module: Any
     parent: Any
     sizes: tuple[int, int]
-    parameters: list[tuple[str, Any, int]]
+    children: list[Any]
+    parameters: list[tuple[str, Any, _Where]]
     found: list[Shard] | None
 
     @property
@@ -41,10 +46,16 @@ class _Seen:
             _sizes(self.module) == self.sizes
             and sum(one is not None for one in held.values()) == len(self.parameters)
             and all(
-                held.get(name) is parameter and parameter.data_ptr() == address
-                for name, parameter, address in self.parameters
+                held.get(name) is parameter and _where(parameter) == where
+                for name, parameter, where in self.parameters
             )
         )
+
+    @property
+    def same_children(self) -> bool:
+        """Whether the same modules are in it."""
+        held = self.module._modules.values()
+        return len(held) == len(self.children) and all(map(operator.is_, held, self.children))
 
 
 class Known:
@@ -63,7 +74,8 @@ class Known:
 
     def of(self, walk: Walk) -> Known:
         """Return itself, after a look whether what it knows is of this walk."""
-        if walk != self._walk:
+        # A module that was wrapped, or taken out: the list itself is another one.
+        if walk != self._walk or not all(one.same_children for one in self._seen):
             modules = list(walk.model.named_modules())
             parents = dict(modules)
             self._walk, self._all = walk, None
@@ -101,14 +113,20 @@ class Known:
 
 def _look(walk: Walk, prefix: str, module: Any, parent: Any) -> _Seen:
     parameters = [
-        (name, parameter, parameter.data_ptr())
+        (name, parameter, _where(parameter))
         for name, parameter in module.named_parameters(recurse=False)
     ]
     found = walk.of(prefix, module, parent) if parameters or walk.more is not None else []
     memory = {parameter.untyped_storage().data_ptr() for _, parameter, _ in parameters}
     own = all(shard.tensor.untyped_storage().data_ptr() in memory for shard in found)
     known = found if own and walk.more is None else None
-    return _Seen(prefix, module, parent, _sizes(module), parameters, known)
+    children = [*module._modules.values()]
+    return _Seen(prefix, module, parent, _sizes(module), children, parameters, known)
+
+
+def _where(parameter: Any) -> _Where:
+    """Return address, shape, strides and dtype: `.data` may be set to another view of the same."""
+    return parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
 
 
 def _sizes(module: Any) -> tuple[int, int]:

@@ -69,6 +69,31 @@ def test_what_moves_is_seen() -> None:
     assert kept
 
 
+def test_another_view_of_the_same_memory_is_seen() -> None:
+    of = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False, dtype=torch.float16))
+    walk = Remembered(of)
+    weight = next(of.parameters())
+
+    def seen() -> list[tuple[object, object]]:
+        return [(s.tensor.stride(), s.tensor.dtype) for s in walk.shards(None)]
+
+    assert seen() == [((4, 1), torch.float16)]
+    weight.data = weight.data.t()
+    assert seen() == [((1, 4), torch.float16)]
+    weight.data = weight.data.t().view(torch.bfloat16)
+    assert seen() == [((4, 1), torch.bfloat16)]
+
+
+def test_a_module_that_takes_the_place_of_another_is_seen() -> None:
+    of = model()
+    walk = Remembered(of)
+    told(walk)
+    before = of.get_submodule("0")
+    of[0] = torch.nn.Linear(4, 3)  # type: ignore[operator]
+    assert told(walk) == now(of)
+    assert before is not of.get_submodule("0")
+
+
 def test_a_module_that_was_put_in_is_seen_after_forget() -> None:
     of = model()
     walk = Remembered(of)
