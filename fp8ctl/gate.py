@@ -96,7 +96,7 @@ _SHORT_KEY = 4
 
 def without_key(text: str, key: str | None) -> str:
     """Return what a server said without the API key that it was asked with."""
-    return text if not key or len(key) < _SHORT_KEY else text.replace(key, "(API key)")
+    return text if not key or len(key) < _SHORT_KEY else text.replace(key, "***")
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

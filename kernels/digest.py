@@ -369,7 +369,7 @@ def _lists() -> Lists:
 
 
 def forget() -> None:
-    """Give back what is remembered of lists: the tensors of a connection that ended come no more."""
+    """Give back what is remembered: the tensors of a connection that ended come no more."""
     if _lists.cache_info().currsize:
         _lists.cache_clear()
 

@@ -283,6 +283,10 @@ SCALE = f"{UP}_scale_inv"
         (lambda fp8: _spoil(fp8, **{SCALE: torch.ones(2, 2)}), r"\[2, 2\], planned \[4, 2\]"),
         (lambda fp8: _spoil(fp8, **{UP: weight_of(1)}), "is BF16, planned F8_E4M3"),
         (lambda fp8: _spoil(fp8, **{NORM: torch.ones(64).to(torch.float8_e4m3fn)}), "norm"),
+        (
+            lambda fp8: _spoil(fp8, **{"model.layers.9.b": torch.ones(4)}),
+            "not in the plan",
+        ),
     ],
 )
 def test_a_checkpoint_in_another_fp8_is_refused_with_the_reason(

@@ -291,7 +291,7 @@ def test_what_is_not_visible_inside_does_not_stop_the_look_from_outside(
 
 
 def raising(error: Exception) -> Callable[..., object]:
-    def verify(*_: object) -> object:
+    def verify(*_: object, **__: object) -> object:
         raise error
 
     return verify
@@ -317,6 +317,14 @@ def test_a_level_that_cannot_be_judged_from_here_hides_no_other_fault(
         run(serve("--moody"), "weights")
     told: Any = caught.value.data["weights"]
     assert (told["result"], told["message"]) == ("not visible", "no torch")
+    # Nor what a level before it has found.
+    answers(monkeypatch, result="failed", verdict="wrong-weights", message="one code")
+    logprobs(monkeypatch)
+    monkeypatch.setattr(fp8ctl.check.logprobs, "verify", raising(NotFoundError("no record")))
+    with pytest.raises(CheckFailedError, match="is wrong-weights: one code") as caught:
+        run(healthy, "logprobs")
+    seen: Any = caught.value.data["logprobs"]
+    assert seen["message"] == "no record"
 
 
 def test_record_and_against_mean_the_level_of_log_probabilities(
@@ -336,7 +344,7 @@ def test_a_record_of_a_bf16_server_is_a_success_and_one_of_a_broken_server_is_no
     serve: Serve, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     answers(monkeypatch, result="failed", verdict="bf16-fallback", message="16 bits")
-    logprobs(monkeypatch, message="recorded")
+    logprobs(monkeypatch, result="failed", verdict="bf16-fallback", recorded=True)
     record = tmp_path / "record.json"
     data: Any = command.run(reporter()[0], url=serve(), record=record)
     assert data["verdict"] == "bf16-fallback"

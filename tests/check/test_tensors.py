@@ -94,14 +94,28 @@ def test_a_code_that_is_missing_is_wrong(plan: Plan, expected: Digests) -> None:
     assert (verdict, f"{Q} is missing" in why) == ("wrong-weights", True)
 
 
-@pytest.mark.parametrize("name", [HEAD, NORM])
-def test_a_kept_tensor_that_lives_elsewhere_is_no_fault(
-    name: str, plan: Plan, expected: Digests
+def test_a_kept_tensor_that_lives_elsewhere_is_no_fault_and_is_told(
+    plan: Plan, expected: Digests
 ) -> None:
-    """A tied head is the embedding; it is listed all the same."""
-    held = held_of({n: d for n, d in expected.items() if n != name})
-    assert unequal(plan, expected, held) == [(name, "missing")]
-    assert word(plan, expected, held)[0] == "fp8-ok"
+    held = held_of({n: d for n, d in expected.items() if n != NORM})
+    assert unequal(plan, expected, held) == [(NORM, "missing")]
+    verdict, why = word(plan, expected, held)
+    assert verdict == "fp8-ok"
+    assert f"1 kept tensor not compared, such as {NORM}" in why
+
+
+def test_a_head_that_is_no_tensor_of_the_server_is_wrong_and_a_tied_one_is_not(
+    plan: Plan, expected: Digests
+) -> None:
+    """With tie_word_embeddings put over its configuration an engine drops the head."""
+    held = held_of({n: d for n, d in expected.items() if n != HEAD})
+    verdict, why = word(plan, expected, held)
+    assert (verdict, HEAD in why) == ("wrong-weights", True)
+    other = next(n for n in expected if "embed" in n)
+    tied = {**expected, HEAD: expected[other]}
+    held = held_of({n: d for n, d in tied.items() if n != HEAD})
+    assert unequal(plan, tied, held) == [(HEAD, "missing")]
+    assert word(plan, tied, held)[0] == "fp8-ok"
 
 
 def test_fp8_that_nobody_planned_is_wrong_and_a_buffer_is_not(

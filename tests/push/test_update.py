@@ -582,3 +582,9 @@ def test_what_is_in_fp8_already_comes_as_pairs(how: str, server: Server) -> None
         with pytest.raises(ConflictError, match=f"{scale} does not come right after"):
             update(rollout, Source(alone.items()), how, "2", quantized=True)
         assert serves_again(server, rollout)
+        name = next(n for n, t in made.items() if t.dtype == torch.float8_e4m3fn)
+        bad = made[name].clone()
+        bad.view(torch.uint8).view(-1)[5] = 0xFF
+        with pytest.raises(PlanDoesNotFitError, match=f"{name}: non-finite value nan"):
+            update(rollout, Source(({**made, name: bad}).items()), how, "3", quantized=True)
+        assert serves_again(server, rollout)

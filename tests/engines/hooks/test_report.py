@@ -72,11 +72,18 @@ def more(workers: Any, body: object) -> tuple[int, dict[str, Any]]:
 def test_weights_that_the_engine_gave_up_are_not_touched() -> None:
     memory = Memory("sglang")
     memory.give_up(["weights"])
-    nobody: Any = None
+
+    class Nobody:
+        ranks = 1
+
+        async def ask(self, what: str, **_: object) -> list[dict[str, Any]]:
+            raise AssertionError(f"{what} of memory that is not there")
+
+    nobody: Any = Nobody()
     status, body = asyncio.run(report.answer(nobody, gate(), memory, {}, "/m"))
     assert status == 409
     assert "error" in body
-    status, body = asyncio.run(report.answer_more(nobody, memory, b"{}"))
+    status, body = asyncio.run(report.answer_more(nobody, memory, b'{"names": ["x.weight"]}'))
     assert status == 409
 
 
