@@ -177,6 +177,7 @@ def test_a_server_that_goes_away_is_the_end(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["check.html"]
 
 
+@pytest.mark.usefixtures("interrupts_count")
 def test_metrics_are_told_beside_the_rounds() -> None:
     with served() as (url, _), Watch(url, "--metrics", "127.0.0.1:0") as seen:
         at = seen.said(r"metrics: (http://127\.0\.0\.1:\d+/metrics)")
@@ -201,6 +202,7 @@ def test_a_port_for_metrics_that_is_taken_is_busy_before_any_round() -> None:
     assert (code, json.loads(out)["error"]["id"]) == (7, "FP8-BUSY")
 
 
+@pytest.mark.usefixtures("interrupts_count")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
 )

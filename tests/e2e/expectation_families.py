@@ -18,6 +18,10 @@ from typing import Any
 import torch
 import transformers
 
+# FOLDER has a link to the package alone: beside the repository's own folders an engine would
+# take `kernels` for another package of that name.
+sys.path.insert(0, sys.argv[1])
+
 from fp8ctl import expectation
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels.dequantize import dequantize

@@ -13,6 +13,10 @@ import struct
 import sys
 from pathlib import Path
 
+# FOLDER has a link to the package alone: beside the repository's own folders an engine would
+# take `kernels` for another package of that name.
+sys.path.insert(0, sys.argv[1])
+
 from fp8ctl import expectation
 from fp8ctl.formats import Mode
 from fp8ctl.planning import make_plan
