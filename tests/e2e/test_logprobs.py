@@ -197,6 +197,7 @@ def test_an_fp8_server_is_named_recorded_and_told_from_another(
         assert (other["result"], other["verdict"]) == ("failed", "wrong-weights"), other["message"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("home")
 def test_a_server_in_16_bits_is_named(cli: Cli, small_model: Path, tmp_path: Path) -> None:
     with stock(cli, small_model, tmp_path) as url:

@@ -102,7 +102,8 @@ class Engine:
         )
         if given is None:
             given = [{}] * len(self.ranks)
-        return [{"rank": i, "pid": 1, **one} for i, one in enumerate(given)]
+        whole = {"next": None, "seconds": 0.1} if what == "digests" else {}
+        return [{"rank": i, "pid": 1, **whole, **one} for i, one in enumerate(given)]
 
     async def call_utility_async(self, method: str, *args: object) -> Any:
         self.calls.append((method, *args))
