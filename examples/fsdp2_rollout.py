@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2_rollout.py
     python examples/fsdp2_rollout.py --steps 5 --lr 1e-5 --delta --record updates.jsonl
+    python examples/fsdp2_rollout.py --via nccl -- --base-gpu-id 2
 
 Starts a server of SmolLM2-135M-Instruct with `fp8ctl launch` (or takes one by --url), trains
 the same model on this repository's own text, and after each step of Adam
@@ -13,7 +14,9 @@ the same model on this repository's own text, and after each step of Adam
   divergence between the two. `stale` is the same for the answers from before the update: what
   a server would show that missed it.
 
-On CPUs by gloo, on GPUs by NCCL. Needs torch and fp8ctl, and an engine that fp8ctl finds
+On CPUs by gloo, on GPUs by NCCL. With `--via nccl` the weights go to the server over such a group,
+too; there the server needs GPUs that the trainer's ranks have not: `--base-gpu-id` is SGLang's
+word for that. Needs torch and fp8ctl, and an engine that fp8ctl finds
 (`fp8ctl install sglang`, `fp8ctl patch`).
 """
 

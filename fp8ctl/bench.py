@@ -1,9 +1,12 @@
-"""`fp8ctl bench kernel`: the kernels beside a copy of as many bytes, measured by the worker."""
+"""`fp8ctl bench kernel`: the kernels beside a copy of as many bytes, measured by the worker.
+
+`bench push` is in `pushbench`.
+"""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8ctl import environment
 from fp8ctl.errors import CheckFailedError, UsageError
@@ -11,6 +14,7 @@ from fp8ctl.interpreter import run_worker, torch_python
 from fp8ctl.render import plural
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from fp8ctl.render import Reporter
@@ -26,18 +30,31 @@ def run(
     recipe: str,
     quick: bool,
     python: Path | None,
+    url: str | None = None,
+    push: Mapping[str, Any] | None = None,
 ) -> dict[str, object]:
-    """Measure the kernels; return device, versions, date and a row for each work.
+    """Measure the kernels, or what `what` says; return what was found.
+
+    Args:
+        url: of the server, for "push".
+        push: options that only that has.
 
     Raises:
         UsageError: there is no such benchmark, device or recipe.
         NotFoundError: no interpreter with torch, or no CUDA device where one was asked for.
         CheckFailedError: codes or scales are not the reference's; its data is all that was found.
     """
-    if what != "kernel":
+    if what == "push":
+        from fp8ctl import pushbench
+
+        if url is None:
+            raise UsageError("no server was named", hint="fp8ctl bench push URL; fp8ctl ps")
+        return pushbench.run(report, url=url, device=device, python=python, **(push or {}))
+    if what != "kernel" or url is not None:
+        asked = " ".join(filter(None, (what, url)))
         raise UsageError(
-            f"unknown benchmark {what!r}, expected kernel, the only one there is",
-            hint="fp8ctl bench kernel",
+            f"unknown benchmark {asked!r}, expected kernel or push URL",
+            hint="fp8ctl bench kernel, or fp8ctl bench push URL",
         )
     if device is not None and device not in _DEVICES:
         raise UsageError(

@@ -14,13 +14,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8ctl import __version__, formats, models, partial
+from fp8ctl.dtypes import DTYPES
 from fp8ctl.errors import (
     CheckpointError,
     ConflictError,
@@ -34,7 +35,8 @@ from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.layout import PART, Layout, layouts
 from fp8ctl.manifest import RECORD, dumps
 from fp8ctl.models import INDEX, Checkpoint, TensorInfo
-from fp8ctl.pipeline import DTYPES, Bad, Pipeline, Shard, bytes_of, groups_of, writing
+from fp8ctl.pipeline import Bad, Pipeline, Shard, bytes_of, groups_of, writing
+from fp8ctl.quality import measure
 
 if TYPE_CHECKING:
     from fp8ctl.layout import Part
@@ -117,9 +119,9 @@ def convert(
         PlanDoesNotFitError: a weight holds NaN or Inf.
     """
     source = models.read_checkpoint(plan.model)
-    _require_planned(source, plan)
+    require_planned(source, plan)
     _require_free(out, source, plan)
-    device = device or _device()
+    device = device or default_device()
     tell = progress or (lambda done, total: None)
     key = _key(source, plan)
     with contextlib.ExitStack() as stack:
@@ -173,50 +175,67 @@ def convert(
     }
 
 
-def expected_digests(model: Path, plan: Plan, progress: Progress | None = None) -> dict[str, int]:
+def expected_digests(
+    model: Path,
+    plan: Plan,
+    progress: Progress | None = None,
+    *,
+    only: Container[str] | None = None,
+    quality: dict[str, dict[str, float]] | None = None,
+) -> dict[str, int]:
     """Return the digest of every tensor that the FP8 checkpoint of `model` must have.
 
     Keys are names in the checkpoint: `X.weight` (codes), its scales, and each
     kept tensor. Values are `fp8ctl.kernels.digest.digest` of the whole tensor.
     Computed from the source, with the kernel that quantises; nothing is written.
 
+    Args:
+        model: folder of the source.
+        plan: by which it is quantised.
+        progress: called with bytes of the source done and in all.
+        only: names of the source's tensors that are read; None for all.
+        quality: gets an entry of `quality.measure` for every quantised tensor.
+
     Raises:
         ConflictError, PlanDoesNotFitError: as `convert`.
     """
     source = models.read_checkpoint(model)
-    _require_planned(source, plan)
+    require_planned(source, plan)
     tell = progress or (lambda done, total: None)
     done, total = 0, plan.bytes_before
     result: dict[str, int] = {}
-    for planned, info, tensor in _read_all(source, plan):
-        for name, value in _become(planned, tensor.to(_device()), plan):
+    for planned, info, tensor in read_planned(source, plan, only):
+        weight = tensor.to(default_device())
+        found = become(planned, weight, plan)
+        for name, value in found.items():
             result[name] = digests.digest(value)
+        if quality is not None and planned.quantize:
+            codes, scales = found.values()
+            quality[planned.name] = measure(weight, codes, scales, groups_of(plan))
         done += info.nbytes
         tell(done, total)
     return result
 
 
-def _become(
-    planned: PlannedTensor, tensor: torch.Tensor, plan: Plan
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a tensor of the source becomes: itself, or codes and scales."""
+def become(planned: PlannedTensor, tensor: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
+    """Return what a tensor of the source becomes, by name: itself, or codes and scales."""
     if not planned.quantize:
-        yield planned.name, tensor
-        return
+        return {planned.name: tensor}
     codes, scales = quantize_tensor(planned.name, tensor, plan)
-    yield planned.name, codes
-    yield formats.scale_name(planned.name, plan.mode), scales
+    return {planned.name: codes, formats.scale_name(planned.name, plan.mode): scales}
 
 
-def _read_all(
-    source: Checkpoint, plan: Plan
+def read_planned(
+    source: Checkpoint, plan: Plan, only: Container[str] | None = None
 ) -> Iterator[tuple[PlannedTensor, TensorInfo, torch.Tensor]]:
-    """Yield every tensor in the order of the disk."""
+    """Yield every tensor, or some by name, in the order of the disk."""
     planned = {tensor.name: tensor for tensor in plan.tensors}
     order = sorted(source.tensors.values(), key=lambda info: (info.file, info.start))
     with contextlib.ExitStack() as stack:
         name, file = "", None
         for info in order:
+            if only is not None and info.name not in only:
+                continue
             if file is None or info.file != name:
                 stack.pop_all().close()
                 name, file = info.file, stack.enter_context((source.folder / info.file).open("rb"))
@@ -359,7 +378,12 @@ def _peak_memory() -> int:
     return 0
 
 
-def _require_planned(source: Checkpoint, plan: Plan) -> None:
+def require_planned(source: Checkpoint, plan: Plan) -> None:
+    """Refuse a source that is not the one that was planned, or a plan that does not fit.
+
+    Raises:
+        ConflictError, PlanDoesNotFitError: so.
+    """
     if not plan.fits:
         raise PlanDoesNotFitError(f"the plan does not fit: {plan.problems[0].message}")
     planned = {t.name: (t.dtype, t.shape) for t in plan.tensors}
@@ -388,7 +412,8 @@ def _require_free(out: Path, source: Checkpoint, plan: Plan) -> None:
         )
 
 
-def _device() -> torch.device:
+def default_device() -> torch.device:
+    """Return the GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

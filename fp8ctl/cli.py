@@ -503,13 +503,47 @@ def check(
         str, typer.Argument(help="Address of a server, such as http://127.0.0.1:30000.")
     ],
     model: OptionalModel = None,
-    level: Annotated[str, typer.Option("--level", help="live or weights.")] = "live",
+    level: Annotated[
+        str | None, typer.Option("--level", help="live (default), weights or logprobs.")
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option("--record", help="Write this server's log-probabilities to this file."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="Compare with a file of --record.")
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option("--report", help="Write all of it as one HTML page.")
+    ] = None,
+    every: Annotated[
+        float | None,
+        typer.Option("--watch", metavar="SECONDS", min=0.1, help="Go on, with so long a pause."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option("--metrics", metavar="HOST:PORT", help="With --watch: tell Prometheus."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Say what a live server really serves."""
     from fp8ctl.check import command as m
 
-    _run("check", json_, lambda r: m.run(r, url=url, model=model, level=level))
+    _run(
+        "check",
+        json_,
+        lambda r: m.run(
+            r,
+            url=url,
+            model=model,
+            level=level,
+            record=record,
+            against=against,
+            page=page,
+            every=every,
+            metrics=metrics,
+        ),
+    )
 
 
 @command()
@@ -537,6 +571,15 @@ def push(
     bucket_size: Annotated[
         int, typer.Option("--bucket-size", min=1, help="MB of a transfer buffer; two are held.")
     ] = 512,
+    timeout: Annotated[
+        float, typer.Option("--timeout", help="Seconds of a request, and for running requests.")
+    ] = 600.0,
+    master: Annotated[
+        str | None, typer.Option("--master", help="This host's address; for --via nccl.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", help="Where --via disk writes, for the servers.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
     dry_run: DryRun = False,
     python: Python = None,
@@ -558,6 +601,9 @@ def push(
             record=record,
             in_flight=in_flight,
             bucket_size=bucket_size,
+            timeout=timeout,
+            master=master,
+            folder=folder,
             check=check,
             dry_run=dry_run,
             python=python,
@@ -617,9 +663,12 @@ def stop(
 
 @command()
 def bench(
-    what: Annotated[str, typer.Argument(help="kernel: quantisation, the bundled kernels.")],
+    what: Annotated[
+        str, typer.Argument(help="kernel: the bundled kernels; push: updates of a server.")
+    ],
+    url: Annotated[str | None, typer.Argument(metavar="URL", help="Of push: the server.")] = None,
     device: Annotated[
-        str | None, typer.Option("--device", help="cpu or cuda; CUDA where there is one.")
+        str | None, typer.Option("--device", help="cpu or cuda; of a push, where weights lie.")
     ] = None,
     recipe: Annotated[
         str, typer.Option("--recipe", help="ieee, reciprocal, inverse-scale or ue8m0.")
@@ -627,16 +676,35 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer and smaller tensors, less often.")
     ] = False,
+    updates: Annotated[
+        int, typer.Option("--updates", min=1, help="Of push: how many, behind the first.")
+    ] = 3,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Of push: the weights that it serves.")
+    ] = None,
+    via: Annotated[str, typer.Option("--via", help="Of push: ipc, nccl or disk.")] = "ipc",
+    bucket_size: Annotated[
+        int, typer.Option("--bucket-size", min=1, help="Of push: MB of a transfer buffer.")
+    ] = 512,
     python: Python = None,
     json_: Json = False,
 ) -> None:
-    """Measure the kernels beside a copy of as many bytes."""
+    """Measure the kernels beside a copy of as many bytes, or updates of a server."""
     from fp8ctl import bench as m
 
     _run(
         "bench",
         json_,
-        lambda r: m.run(r, what=what, device=device, recipe=recipe, quick=quick, python=python),
+        lambda r: m.run(
+            r,
+            what=what,
+            device=device,
+            recipe=recipe,
+            quick=quick,
+            python=python,
+            url=url,
+            push={"updates": updates, "model": model, "via": via, "bucket_size": bucket_size},
+        ),
     )
 
 

@@ -46,7 +46,8 @@ def run(report: Reporter, *, mode: str) -> dict[str, object]:
 
 def _run(report: Reporter, mode: str) -> dict[str, object]:
     from fp8ctl import quantizing
-    from fp8ctl.check import command, live, weights
+    from fp8ctl.check import live, weights
+    from fp8ctl.check.verdict import fault_text
     from fp8ctl.formats import parse_mode
 
     asked = parse_mode(mode)
@@ -78,7 +79,7 @@ def _run(report: Reporter, mode: str) -> dict[str, object]:
                 seen = live.check(url, ANSWER)
                 if seen.result != "ok":
                     raise CheckFailedError(
-                        f"{url} is not well: {command.fault_text(seen)}", data=seen.to_json()
+                        f"{url} is not well: {fault_text(seen)}", data=seen.to_json()
                     )
                 answer = str(seen.facts.get("answer", ""))
                 step.note = f"{live.QUESTION} {answer!r}"

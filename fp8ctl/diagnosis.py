@@ -150,7 +150,8 @@ def likeliest(lines: Iterable[str], code: int | None = None) -> Cause:
         for line in lines:
             if pattern.search(line):
                 return Cause(name, words, hint, line.strip())
-    if code == -9:
+    # SGLang's server kills itself when one of its processes has died of an error.
+    if code == -9 and not any("Received sigquit from a child process" in line for line in lines):
         return Cause(
             "killed",
             "it was killed from outside, most often because memory ran out",

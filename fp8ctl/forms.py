@@ -6,6 +6,7 @@ Python 3.10.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,13 @@ from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.formats import BlockSize, Mode, RecipeName
 from fp8ctl.kernels.groups import PER_TENSOR, Groups, block
 from fp8ctl.manifest import Plan
+from fp8ctl.wire import ALIGN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 #: As a plan spells what weights are rounded to; other dtypes stay as they come.
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Form:
         names: all that have to come; None: nobody knows.
         dtype: says what a tensor of this name is rounded to; None: nothing.
         recipe: the arithmetic.
+        codes: says of which codes a tensor of this name is the scale, where they come as they
+            are; "": of none.
+        ahead: bytes that are kept free, behind a tensor of this name, for the scale that follows.
     """
 
     groups: Groups
@@ -42,6 +47,8 @@ class Form:
     names: frozenset[str] | None
     dtype: Callable[[str], torch.dtype | None] = lambda _: None
     recipe: RecipeName = formats.RECIPE
+    codes: Callable[[str], str] = lambda _: ""
+    ahead: Callable[[str], int] = lambda _: 0
 
 
 def of_push(plan: Plan | None, dtype: torch.dtype | None) -> Form:
@@ -70,10 +77,46 @@ def of_push(plan: Plan | None, dtype: torch.dtype | None) -> Form:
 
     def rounded(name: str) -> torch.dtype | None:
         one = planned[name]
-        return dtype if dtype is not None and one.quantize else _FLOATS.get(one.dtype)
+        return dtype if dtype is not None and one.quantize else FLOATS.get(one.dtype)
 
     groups = _groups(plan.mode, plan.block)
     return Form(groups, plan.mode, quantized, names, rounded, plan.recipe)
+
+
+def of_made(plan: Plan) -> Form:
+    """Return the form of a push of what is in FP8 already: nothing is quantised."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, torch.dtype | None] = {}
+    codes: dict[str, str] = {}
+    ahead: dict[str, int] = {}
+    for tensor in plan.tensors:
+        shapes[tensor.name] = tensor.shape
+        if not tensor.quantize:
+            dtypes[tensor.name] = FLOATS.get(tensor.dtype)
+            continue
+        scale = formats.scale_name(tensor.name, plan.mode)
+        shapes[scale] = formats.scale_shape(tensor.shape, plan.mode, plan.block)
+        codes[scale] = tensor.name
+        ahead[tensor.name] = -(-4 * math.prod(shapes[scale]) // ALIGN) * ALIGN
+        ahead[scale] = -ahead[tensor.name]
+
+    def known(name: str, shape: torch.Size) -> bool:
+        if name not in shapes:
+            raise _stranger(name, plan)
+        if tuple(shape) != shapes[name]:
+            raise _misshapen(name, shape, shapes[name])
+        return False
+
+    return Form(
+        _groups(plan.mode, plan.block),
+        plan.mode,
+        known,
+        frozenset(shapes),
+        lambda name: dtypes.get(name),
+        plan.recipe,
+        lambda name: codes.get(name, ""),
+        lambda name: ahead.get(name, 0),
+    )
 
 
 def of(plan: Plan | Mapping[str, Any]) -> Form:

@@ -73,7 +73,11 @@ def ask(
             message = str(data.get("message") or "")
             return Answer(data["state"], gated=True, message=message, data=data)
         if status == 503:  # the engine still warms itself up
-            return Answer("starting", gated=True, message=body.decode(errors="replace")[:200])
+            return Answer(
+                "starting",
+                gated=True,
+                message=without_key(body.decode(errors="replace"), key)[:200],
+            )
         if status in {401, 403}:
             return Answer("locked", message=f"{STATE_PATH} answers {status}: it wants a key")
         if pid is not None:
@@ -84,6 +88,15 @@ def ask(
     if status == 200:
         return Answer("ready")
     return Answer("starting", message=f"{HEALTH_PATH} answers {status}")
+
+
+#: Shorter ones stand in any text.
+_SHORT_KEY = 4
+
+
+def without_key(text: str, key: str | None) -> str:
+    """Return what a server said without the API key that it was asked with."""
+    return text if not key or len(key) < _SHORT_KEY else text.replace(key, "***")
 
 
 def _object(body: bytes) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ ours, through a folder with one link in it.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import json
@@ -17,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -36,6 +39,17 @@ _FIND = (
     "sys.exit(any(u.find_spec(name) is None for name in sys.argv[1:]))"
 )
 _TAIL = 20
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Results of tasks that are not run twice."""
+
+    tasks: frozenset[str]
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_KEPT: ContextVar[_Kept | None] = ContextVar("_KEPT", default=None)
 
 
 def hook_path() -> Path:
@@ -71,26 +85,31 @@ def hook_path() -> Path:
     return folder
 
 
-def torch_python(preferred: Path | None = None) -> Path:
+def torch_python(preferred: Path | None = None, *, also: tuple[str, ...] = ()) -> Path:
     """Return an interpreter with torch: fp8ctl's own, else `preferred`, else a managed engine's.
+
+    Args:
+        preferred: one to try.
+        also: other packages that it must have.
 
     Raises:
         NotFoundError: none has it.
     """
-    if all(importlib.util.find_spec(name) is not None for name in _NEEDED):
+    needed = (*_NEEDED, *also)
+    if all(importlib.util.find_spec(name) is not None for name in needed):
         return Path(sys.executable)
     others = [] if preferred is None else [preferred]
     others += environment.managed_environments()
     for other in others:
-        if _has_torch(other):
+        if _has(other, needed):
             return other
-    also = "".join(f", nor has {other}" for other in others)
+    tried = "".join(f", nor has {other}" for other in others)
     hint = environment.install_hint("sglang")
     root = Path(__file__).resolve().parent.parent
     if (root / "pyproject.toml").is_file():  # a clone; an installed package has none beside it
         hint = f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{root}[torch]')}, "
         hint += f"or {environment.install_hint('sglang')}"
-    raise NotFoundError(f"{sys.executable} has no {' and '.join(_NEEDED)}{also}", hint=hint)
+    raise NotFoundError(f"{sys.executable} has no {' and '.join(needed)}{tried}", hint=hint)
 
 
 def run_worker(
@@ -117,6 +136,50 @@ def run_worker(
             ended without a word, with the end of what it printed.
         NotFoundError: `python` cannot be started.
     """
+    kept = _KEPT.get()
+    if kept is None or task not in kept.tasks:
+        return _run_worker(python, task, arguments, report, title, patience)
+    key = json.dumps([task, dict(arguments), _files(arguments)], sort_keys=True)
+    if key not in kept.results:
+        kept.results[key] = _run_worker(python, task, arguments, report, title, patience)
+    return copy.deepcopy(kept.results[key])
+
+
+@contextlib.contextmanager
+def remembering(*tasks: str) -> Iterator[None]:
+    """Run each of these tasks once in this block, for the same arguments and the same files.
+
+    Args:
+        tasks: of which the result depends on the arguments and the files of `model` alone.
+    """
+    before = _KEPT.set(_Kept(frozenset(tasks)))
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
+def _files(arguments: Mapping[str, Any]) -> list[object]:
+    """Return names, sizes and times of the files of the models that a task reads."""
+    plan = arguments.get("plan")
+    named = [arguments.get("model"), plan.get("model") if isinstance(plan, dict) else None]
+    folders = [Path(one) for one in named if isinstance(one, str) and Path(one).is_dir()]
+    return [
+        [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    ]
+
+
+def _run_worker(
+    python: Path,
+    task: str,
+    arguments: Mapping[str, Any],
+    report: Reporter,
+    title: str,
+    patience: float,
+) -> dict[str, Any]:
     with tempfile.TemporaryFile() as talk:
         try:
             process = subprocess.Popen(
@@ -208,10 +271,10 @@ def resolve_model(
     return models.resolve(text, download)
 
 
-def _has_torch(python: Path) -> bool:
+def _has(python: Path, needed: tuple[str, ...]) -> bool:
     try:
         found = subprocess.run(
-            [str(python), "-I", "-c", _FIND, *_NEEDED], capture_output=True, timeout=60, check=False
+            [str(python), "-I", "-c", _FIND, *needed], capture_output=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fp8ctl.render import Reporter
 
 MODES: Final = ("block", "per-tensor", "online")
-_OPTIONAL_PACKAGES: Final = ("vllm", "bitsandbytes", "gemlite")
+_OPTIONAL_PACKAGES: Final = ("vllm",)
 _SIDECARS: Final = (
     "quantize_config.json",
     "quant_config.json",

@@ -49,11 +49,36 @@ class Part:
     scales_size: int = 0
 
 
+def header(
+    entries: Iterable[tuple[str, str, tuple[int, ...]]],
+) -> tuple[bytes, dict[str, int]]:
+    """Return the first bytes of a safetensors file, and where each tensor begins behind them.
+
+    As safetensors' own writer: larger elements first, so that every tensor is aligned to its
+    element size; data begin at a multiple of 8 bytes.
+
+    Args:
+        entries: name, dtype as safetensors spells it, and shape of each tensor.
+    """
+    ordered = sorted(entries, key=lambda entry: (-models.DTYPE_BYTES[entry[1]], entry[0]))
+    told: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, position = {}, 0
+    for name, dtype, shape in ordered:
+        nbytes = models.DTYPE_BYTES[dtype] * _count(shape)
+        told[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        places[name] = position
+        position += nbytes
+    text = json.dumps(told, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, places
+
+
 class Layout:
     """One file of the result.
-
-    As safetensors' own writer: larger elements first, so that every tensor is
-    aligned to its element size; data begin at a multiple of 8 bytes.
 
     Attributes:
         name: of the file, as in the source.
@@ -75,24 +100,12 @@ class Layout:
                 entries.append((scales, formats.SCALE_DTYPE, plan.scale_shape(tensor)))
             else:
                 entries.append((tensor.name, tensor.dtype, tensor.shape))
-        entries.sort(key=lambda entry: (-models.DTYPE_BYTES[entry[1]], entry[0]))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        places, position = {}, 0
-        for tensor_name, dtype, shape in entries:
-            nbytes = models.DTYPE_BYTES[dtype] * _count(shape)
-            header[tensor_name] = {
-                "dtype": dtype,
-                "shape": list(shape),
-                "data_offsets": [position, position + nbytes],
-            }
-            places[tensor_name] = position
-            position += nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        head, places = header(entries)
         self.name = name
-        self.head = struct.pack("<Q", len(text)) + text
-        self.offsets = {key: len(self.head) + place for key, place in places.items()}
-        self.size = len(self.head) + position
+        self.head = head
+        self.offsets = {key: len(head) + place for key, place in places.items()}
+        sizes = (models.DTYPE_BYTES[dtype] * _count(shape) for _, dtype, shape in entries)
+        self.size = len(head) + sum(sizes)
 
     def parts(self) -> Iterator[Part]:
         """Yield what the file is made of, in the order of the source; always the same."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.checksum import checksum
+from fp8ctl.dtypes import DTYPES
 from fp8ctl.errors import CheckpointError, DriftError, NotPermittedError
 from fp8ctl.formats import Mode
 from fp8ctl.kernels import groups
@@ -37,21 +38,6 @@ if TYPE_CHECKING:
     from fp8ctl.partial import Partial
 
     Job = Callable[["Desk"], None]
-
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 # Bytes that a thread sends to a GPU at once.
 _BATCH = 32 << 20

@@ -12,23 +12,24 @@ import http.client
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
-from fp8ctl import gate, models, registry, wire
-from fp8ctl.check import command, live
+from fp8ctl import gate, models, registry, sendable, wire
+from fp8ctl.check import command, levels, live, weights
 from fp8ctl.check.command import parse_url
+from fp8ctl.check.levels import Request
 from fp8ctl.errors import (
     AbortedError,
     CheckFailedError,
     ConflictError,
     EngineFailedError,
     Fp8ctlError,
-    UnsupportedError,
     UsageError,
 )
-from fp8ctl.interpreter import resolve_model, run_worker, torch_python
-from fp8ctl.manifest import RECORD, Plan
+from fp8ctl.interpreter import remembering, resolve_model, run_worker, torch_python
+from fp8ctl.manifest import Plan
 from fp8ctl.push.client import Server
 from fp8ctl.render import human_bytes, plural
 from fp8ctl.signals import interruptible
@@ -42,8 +43,8 @@ if TYPE_CHECKING:
 VIA: Final = ("ipc", "nccl", "disk")
 BUCKET: Final = 512
 """MB of a bucket where nobody says otherwise."""
-# What a trainer's checkpoint may hold besides: `Rollout` drops it.
-_UNASKED: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+TIMEOUT: Final = 600.0
+"""Seconds of a request where nobody says otherwise."""
 _ASK: Final = 60.0
 # Of a manifest: 70 000 tensors take 15 MB.
 _LIMIT: Final = 256 << 20
@@ -58,14 +59,15 @@ def _megabytes(found: re.Match[str]) -> str:
 # What `Rollout` calls what, and the command.
 _SPELLED: Final[Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]] = (
     (r", or Rollout\(urls, plan, api_key=KEY\)", ""),
-    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\), .*', "--via disk"),
-    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "export XDG_CACHE_HOME=PATH"),
+    (r'Rollout\(urls, plan, via="nccl", master=ADDRESS\)', "--via nccl --master ADDRESS"),
+    (r'Rollout\(urls, plan, via="disk", folder=PATH\)', "--via disk --folder PATH"),
     (r"Rollout\(urls, plan, (.*?)\)", r"\1"),
     (r'via="(\w+)"', r"--via \1"),
     (r'in_flight="(\w+)"', r"--in-flight \1"),
     (r"bucket_bytes=(\d+)", _megabytes),
     (r"bucket_bytes", "--bucket-size"),
     (r"record=PATH", "--record FILE"),
+    (r"timeout=([\d.]+)", r"--timeout \1"),
 )
 
 
@@ -80,6 +82,9 @@ def run(
     record: Path | None = None,
     in_flight: str = "finish",
     bucket_size: int = BUCKET,
+    timeout: float = TIMEOUT,
+    master: str | None = None,
+    folder: Path | None = None,
     check: bool = True,
     dry_run: bool = False,
     python: Path | None = None,
@@ -88,6 +93,9 @@ def run(
 
     Args:
         bucket_size: in MB.
+        timeout: seconds that any request, or waiting for requests in flight, may take.
+        master: address of this host that the servers reach, for a process group.
+        folder: where `disk` writes, and the servers read.
         check: end with the live check of every server.
 
     Raises:
@@ -98,20 +106,21 @@ def run(
         Fp8ctlError: what `push.Rollout` raises.
     """
     _require_sense(urls, via, in_flight, delta)
+    _require_fitting(via, timeout, master, folder)
     addresses = list(dict.fromkeys(parse_url(url) for url in urls))
-    states = {url: _state(url) for url in addresses}
-    plan = _plan_of(addresses)
-    local = _local(addresses)
-    folder = resolve_model(report, model, python or local, fetch=not dry_run)
-    source = models.read_checkpoint(folder)
-    _require_alike(source, plan)
+    states = {url: state_of(url) for url in addresses}
+    plan = plan_of(addresses)
+    local = local_python(addresses)
+    where = resolve_model(report, model, python or local, fetch=not dry_run)
+    source = models.read_checkpoint(where)
+    sendable.require(source, plan)
     version = version or time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
     for url, state in states.items():
         report.say(f"{url}: {_told(state)}")
     report.say(_planned(source, plan, via))
-    data: dict[str, object] = {
+    data: dict[str, Any] = {
         "servers": addresses,
-        "model": str(folder),
+        "model": str(where),
         "version": version,
         "via": via,
         "plan_digest": None if plan is None else plan.digest,
@@ -124,20 +133,27 @@ def run(
     arguments = {
         "urls": addresses,
         "plan": None if plan is None else plan.to_json(),
-        "model": str(folder.absolute()),
+        "model": str(where.absolute()),
+        "quantized": sendable.is_quantized(source),
         "via": via,
         "version": version,
         "delta": delta,
         "in_flight": in_flight,
         "bucket_bytes": bucket_size * 1_000_000,
-        "record": None if record is None else str(record.expanduser().absolute()),
+        "timeout": timeout,
+        "master": master,
+        "record": _spelled(record),
+        "folder": _spelled(folder),
     }
-    update = _pushed(report, _python(python, local), arguments)
+    update = _pushed(report, sending_python(python, local), arguments)
     data |= {"update": update} | _evidence(plan, update)
     _tell(report, data, update)
+    proof = _proof(data)
+    message = str(proof["message"])
     if check:
-        data["checks"] = _checks(report, addresses, data)
-    report.data(f"verdict: {data['verdict'] or 'not visible'}, version {version}")
+        with remembering(*levels.OF_THE_SOURCE):
+            message = _check(report, plan, data, proof)
+    report.data(f"{command.worded(data['verdict'], message)}, version {version}")
     return data
 
 
@@ -158,20 +174,34 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -
         )
 
 
-def _state(url: str) -> dict[str, Any]:
+def _require_fitting(via: str, timeout: float, master: str | None, folder: Path | None) -> None:
+    if not 0 < timeout < 1e6:
+        raise UsageError(f"--timeout {timeout:g}; expected seconds", hint="--timeout 600")
+    for option, said, of in (("--master", master, "nccl"), ("--folder", folder, "disk")):
+        if said is not None and via != of:
+            raise UsageError(
+                f"{option} {said} with --via {via}: it is for --via {of}", hint=f"--via {of}"
+            )
+
+
+def _spelled(path: Path | None) -> str | None:
+    return None if path is None else str(path.expanduser().absolute())
+
+
+def state_of(url: str) -> dict[str, Any]:
     """Return what a server says of itself.
 
     Raises:
         Fp8ctlError: it is none that could take a push.
     """
     with (
-        _hints_of_options(),
+        hints_of_options(),
         contextlib.closing(Server(url, gate.api_key(), _ASK, None)) as server,
     ):
         return server.state()
 
 
-def _plan_of(urls: Sequence[str]) -> Plan | None:
+def plan_of(urls: Sequence[str]) -> Plan | None:
     """Return the plan that all servers were started with; None where the engine quantises.
 
     Raises:
@@ -213,50 +243,13 @@ def _untold(url: str, why: str) -> EngineFailedError:
     )
 
 
-def _require_alike(source: Checkpoint, plan: Plan | None) -> None:
-    """Refuse a model that the servers' plan is not of.
-
-    Raises:
-        UnsupportedError: it is quantised already.
-        ConflictError: a tensor is missing, too many, or of another shape.
-    """
-    if "quantization_config" in source.config or any(
-        one.dtype.startswith("F8") for one in source.tensors.values()
-    ):
-        made = "the 16-bit checkpoint that it was made from"
-        here = (source.folder / RECORD).is_file()
-        raise UnsupportedError(
-            f"{source.folder} is quantised already; a push takes {made}",
-            hint=f"--model of {made}" + (f": {RECORD} in it says which" if here else ""),
-        )
-    if plan is None:
-        return
-    planned = {tensor.name: tensor.shape for tensor in plan.tensors}
-    found = {name: one.shape for name, one in source.tensors.items()}
-    odd = [name for name in planned if planned[name] != found.get(name)]
-    odd += [n for n in found if n not in planned and not n.endswith(_UNASKED)]
-    if odd:
-        name = odd[0]
-        raise ConflictError(
-            f"{source.folder} is not the model of the servers' plan: {name} is"
-            f" {_shape(found.get(name))}, planned {_shape(planned.get(name))}"
-            + (f" ({len(odd)} such)" if odd[1:] else ""),
-            hint=f"fp8ctl launch --model {source.folder} serves this one",
-            data={"tensors": odd[:20]},
-        )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
-
-
-def _local(urls: Sequence[str]) -> Path | None:
+def local_python(urls: Sequence[str]) -> Path | None:
     """Return the interpreter of a server that fp8ctl started on this machine: it has torch."""
     records = (registry.read(name) for name in registry.names())
     return next((Path(r.python) for r in records if r and r.url.rstrip("/") in urls), None)
 
 
-def _python(asked: Path | None, local: Path | None) -> Path:
+def sending_python(asked: Path | None, local: Path | None) -> Path:
     """Return the interpreter that sends: one that sees the same devices as the server does."""
     from fp8ctl import environment
 
@@ -271,7 +264,7 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
     """Have the worker push; on a signal see to it that the servers were told."""
     title = f"push {Path(arguments['model']).name}"
     try:
-        with interruptible(), _hints_of_options():
+        with interruptible(), hints_of_options():
             return run_worker(python, "push", arguments, report, title, patience=_PATIENCE)
     except (KeyboardInterrupt, AbortedError):
         raise _interrupted(arguments["urls"]) from None
@@ -288,7 +281,7 @@ def _pushed(report: Reporter, python: Path, arguments: Mapping[str, Any]) -> dic
 
 
 @contextlib.contextmanager
-def _hints_of_options() -> Iterator[None]:
+def hints_of_options() -> Iterator[None]:
     """Turn hints for who calls `Rollout` into such that can be typed behind `fp8ctl push`."""
     try:
         yield
@@ -348,27 +341,57 @@ def _tell(report: Reporter, data: Mapping[str, object], update: Mapping[str, Any
         report.data(f"weights: {data['verified']} of {data['tensors']} tensors equal in {ranks}")
 
 
-def _checks(
-    report: Reporter, urls: Sequence[str], data: dict[str, object]
-) -> dict[str, dict[str, object]]:
-    """Ask every server once whether it answers with sense.
+def _proof(data: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the servers' own digests prove, as the weights level says it."""
+    counts = {"equal": data["verified"] or 0}
+    common = {"verdict": data["verdict"], "counts": counts, "tensors": [], "model": data["model"]}
+    if data["verdict"] == "fp8-ok":
+        told = f"{data['verified']} tensors equal what was sent, in every rank"
+        return {"result": "ok", "message": told, **common}
+    if data["verified"] is None:
+        told = "nobody can compare what the engine quantised itself"
+        return {"result": "not visible", "message": told, **common}
+    told = f"{data['verified']} of {data['tensors']} tensors are known to equal what was sent"
+    return {"result": "not visible", "message": told, **common}
+
+
+def _check(
+    report: Reporter, plan: Plan | None, data: dict[str, Any], proof: Mapping[str, object]
+) -> str:
+    """Check every server once, with what it now holds; return what the verdict rests on.
+
+    The weights level is what the push itself has found: every rank digested what it holds. Where
+    that proves nothing and there is a plan, the weights are compared with the checkpoint.
 
     Raises:
-        CheckFailedError: one does not; its data is all of the push's.
+        CheckFailedError: a server does not answer well, or holds something else; its data is
+            all of the push's.
     """
-    found: dict[str, dict[str, object]] = {}
-    for url in urls:
+    data["checks"] = found = {}
+    request = Request("", "weights", str(data["model"]))
+    ends = []
+    for url in data["servers"]:
+        began = time.time()
         seen = live.check(url)
-        found[url] = command.summary(url, seen)
-        command.tell(report, seen)
-        if seen.result != "ok":
-            data |= {"checks": found, "verdict": seen.verdict}
+        levels.tell(report, seen)
+        held = proof
+        if held["result"] != "ok" and plan is not None and seen.result == "ok":
+            held = weights.verify(url, request.model, report, gate.api_key())
+        whole = levels.assemble(replace(request, url=url), seen, {"weights": held}, began)
+        found[url] = whole.data
+        if whole.conclusion.result == "failed":
+            data["verdict"] = whole.conclusion.verdict
+            what = "does not answer well" if seen.result != "ok" else "holds something else"
             raise CheckFailedError(
-                f"{url} took the weights, and does not answer well: {command.fault_text(seen)}",
+                f"{url} took the weights, and {what}: {whole.conclusion.message}",
                 hint=f"fp8ctl check {url}",
                 data=data,
             )
-    return found
+        ends.append(whole.conclusion)
+    # Of several servers the least that is proven.
+    least = min(ends, key=lambda end: end.verdict is not None)
+    data["verdict"] = least.verdict
+    return least.message
 
 
 def _told(state: Mapping[str, Any]) -> str:
@@ -384,6 +407,9 @@ def _planned(source: Checkpoint, plan: Plan | None, via: str) -> str:
         return f"{human_bytes(source.nbytes)} in 16 bits, via {via}: the engine quantises them"
     block = f" in blocks of {plan.block.label}" if plan.block else ""
     count = sum(1 for _ in plan.quantized)
+    if sendable.is_quantized(source):
+        form = f"{plan.mode.value}{block}"
+        return f"{human_bytes(plan.bytes_after)} in FP8 as they are, via {via}: {form}"
     return (
         f"{human_bytes(plan.bytes_before)} -> {human_bytes(plan.bytes_after)}, via {via}:"
         f" {count} of {len(plan.tensors)} tensors to FP8, {plan.mode.value}{block}"

@@ -58,6 +58,15 @@ class Reporter:
         self._out = out or sys.stdout or io.StringIO()
         self._err = err or sys.stderr or io.StringIO()
         self._closed = False
+        self._lines = False
+
+    def line_by_line(self) -> None:
+        """Have each JSON document take one line: there will be several."""
+        self._lines = True
+
+    def silent(self) -> Reporter:
+        """Return a reporter that says nothing at all."""
+        return Reporter(json_mode=True, out=io.StringIO(), err=io.StringIO())
 
     def muted(self) -> Reporter:
         """Return a reporter that talks as this one does and prints no data."""
@@ -221,7 +230,7 @@ class Reporter:
 
     def _document(self, document: JsonObject) -> None:
         text = json.dumps(document, default=str)
-        if len(text) < _READ_BY_PEOPLE:
+        if len(text) < _READ_BY_PEOPLE and not self._lines:
             text = json.dumps(document, default=str, indent=2)
         self._write(self._out, text + "\n")
 

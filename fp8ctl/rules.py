@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fp8ctl.patching.status import State
 
 
+#: A patch of vLLM that was once the way to per-tensor updates.
+_V2 = "disable-cutlass-fp8"
+
+
 def examine(facts: Facts) -> tuple[Finding, ...]:
     """Return the findings of every rule, in the order to be read."""
     found: list[Finding] = [*_python(facts)]
@@ -208,6 +212,15 @@ def _patches(facts: Facts, engine: Engine) -> Iterator[Finding]:
     else:
         known = plural(len(status.patches), "patch", "patches")
         yield Finding("patches", check, "info", f"pristine, {known} known", command, data)
+    if _V2 in applied and not any(gpu.capability == (12, 0) for gpu in facts.machine.gpus):
+        # Measured on an H100: docs/evidence, 2026-11-22, leg vllm-patches.
+        why = (
+            "beside refit it costs speed (12 to 38 % on an H100) and gives nothing"
+            if "refit" in applied
+            else "without refit, memory that nothing wrote can reach per-tensor answers, up to NaN"
+        )
+        fix = f"fp8ctl revert --backend vllm --patch {_V2}{facts.target}"
+        yield Finding("cutlass", check, "warn", f"{_V2} is applied: {why}", fix)
 
 
 def _orphans(facts: Facts) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError, Usage
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.ranks import Ranks, leave, meet, tell
-from fp8ctl.wire import ALIGN, Slot
+from fp8ctl.wire import ALIGN, DTYPES, Slot
 
 if TYPE_CHECKING:
     from collections.abc import (
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from fp8ctl.manifest import Plan
 
     Named = tuple[str, torch.Tensor]
+    #: Name, tensor, whether it becomes FP8, and the places that it needs in a push.
+    _Held = tuple[str, torch.Tensor, bool, Sequence[Slot]]
 
 __all__ = ["BUCKET_BYTES", "Placing", "Ranks", "Stream", "placed_weights", "quantize_weights"]
 
@@ -132,6 +134,7 @@ def placed_weights(
     dtype: torch.dtype | None = None,
     complete: bool = True,
     ranks: Ranks | None = None,
+    quantized: bool = False,
 ) -> Stream:
     """Return the stream of a push: its tensors lie where `placing` put them.
 
@@ -144,12 +147,13 @@ def placed_weights(
         plan: None: all is kept.
         placing: gives the memory.
         dtype: what weights are rounded to before they are quantised, instead of the plan's.
+        quantized: what comes is the plan's FP8 form already: codes, each before its scale.
 
     Returns:
         As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
         tied head is a ConflictError.
     """
-    form = forms.of_push(plan, dtype)
+    form = forms.of_made(plan) if quantized and plan is not None else forms.of_push(plan, dtype)
     taker = _Taker(form, placing.limit, None, None, complete, ranks, placing)
     return Stream(named_tensors, taker)
 
@@ -278,7 +282,7 @@ class _Taker:
         self._device, self._dtype = device, dtype
         self._complete, self._ranks = complete, ranks
         self.placing = placing
-        self._held: list[tuple[str, torch.Tensor, bool]] = []
+        self._held: list[_Held] = []
         self._bytes = 0
         self._came: set[str] = set()
         #: Of who reads the stream, for the other ranks.
@@ -302,17 +306,26 @@ class _Taker:
         if name in self._came:
             raise ConflictError(f"{name} comes a second time", data={"tensor": name})
         self._came.add(name)
+        codes = self._form.codes(name)
+        if codes and (not self._held or self._held[-1][0] != codes):
+            raise ConflictError(
+                f"{name} does not come right after {codes}, whose scale it is",
+                hint="give codes, each followed by its scale",
+                data={"tensor": name},
+            )
         becomes_fp8 = self._form.quantized(name, tensor.shape)
-        one = (name, tensor, becomes_fp8)
+        slots: Sequence[Slot] = ()
         full: Iterable[Named] = ()
         if self.placing is None:
             size = tensor.numel() * tensor.element_size()
         else:
             # A place is as large as it is: what would not fit any more is the next one's.
-            size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in self._slots(one))
+            slots = self._slots(name, tensor, becomes_fp8)
+            size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in slots)
+            size += self._form.ahead(name)
             if self._held and self._bytes + size > self._limit:
                 full = self._bucket(self._taken())
-        self._held.append(one)
+        self._held.append((name, tensor, becomes_fp8, slots))
         self._bytes += size
         if self.placing is None and self._bytes >= self._limit:
             full = self._bucket(self._taken())
@@ -354,23 +367,23 @@ class _Taker:
                 tell(ranks)
                 leave(ranks, why)
 
-    def _taken(self) -> list[tuple[str, torch.Tensor, bool]]:
+    def _taken(self) -> list[_Held]:
         held, self._held, self._bytes = self._held, [], 0
         return held
 
-    def _bucket(self, held: list[tuple[str, torch.Tensor, bool]]) -> Iterator[Named]:
+    def _bucket(self, held: list[_Held]) -> Iterator[Named]:
         ranks = self._ranks
         gives = ranks is None or ranks.is_source
         if ranks is not None:
             with self._among_ranks():
-                meet(ranks, "more", names=[name for name, _, _ in held])
+                meet(ranks, "more", names=[name for name, *_ in held])
             self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with self._stage("gather"):
-            whole = [(name, self._whole(name, t, fp8, gives), fp8) for name, t, fp8 in held]
+            whole = [(n, self._whole(n, t, fp8, gives), fp8, s) for n, t, fp8, s in held]
         held.clear()
         if gives:
-            yield from self._become([(name, t, fp8) for name, t, fp8 in whole if t is not None])
+            yield from self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None])
         if ranks is not None:
             with self._among_ranks():
                 tell(ranks, patience=0.0 if self.placing is None else self.placing.patience)
@@ -397,13 +410,19 @@ class _Taker:
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)
 
-    def _slots(self, one: tuple[str, torch.Tensor, bool]) -> list[Slot]:
+    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> list[Slot]:
         """Return the places that what a tensor becomes needs."""
-        name, tensor, fp8 = one
         shape = tuple(tensor.shape)
         if not fp8:
             rounded = self._form.dtype(name) if tensor.is_floating_point() else None
-            return [Slot(name, _spelled(rounded or tensor.dtype), shape)]
+            spelled = _spelled(rounded or tensor.dtype)
+            if spelled not in DTYPES:
+                raise PlanDoesNotFitError(
+                    f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
+                    hint="cast it before it is sent",
+                    data={"tensor": name},
+                )
+            return [Slot(name, spelled, shape)]
         scale = formats.scale_name(name, self._form.mode)
         return [
             Slot(name, "float8_e4m3fn", shape),
@@ -434,10 +453,10 @@ class _Taker:
         return whole
 
     @torch.no_grad()
-    def _become(self, bucket: list[tuple[str, torch.Tensor, bool]]) -> Iterator[Named]:
-        places = self._places(bucket)
+    def _become(self, bucket: list[_Held]) -> Iterator[Named]:
+        places = self._places([slots for *_, slots in bucket])
         by_device: dict[torch.device, list[int]] = {}
-        for i, (_, tensor, fp8) in enumerate(bucket):
+        for i, (_, tensor, fp8, _) in enumerate(bucket):
             if fp8:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -445,8 +464,8 @@ class _Taker:
             for those in by_device.values():
                 made.update(self._quantize(bucket, those, places))
             for i, (place,) in ((i, p) for i, p in places.items() if len(p) == 1):
-                bucket[i] = (bucket[i][0], place.copy_(bucket[i][1]), False)
-        for i, (name, tensor, _) in enumerate(bucket):
+                bucket[i] = (bucket[i][0], place.copy_(bucket[i][1]), False, ())
+        for i, (name, tensor, *_) in enumerate(bucket):
             if i not in made:
                 yield name, tensor
                 continue
@@ -454,19 +473,16 @@ class _Taker:
             yield name, codes
             yield formats.scale_name(name, self._form.mode), scales
 
-    def _places(
-        self, bucket: list[tuple[str, torch.Tensor, bool]]
-    ) -> dict[int, tuple[torch.Tensor, ...]]:
+    def _places(self, slots: list[Sequence[Slot]]) -> dict[int, tuple[torch.Tensor, ...]]:
         """Return where what the tensors become is to be written, where that matters."""
         if self.placing is None:
             return {}
-        slots = [self._slots(one) for one in bucket]
         places = iter(self.placing.place([slot for those in slots for slot in those]))
         return {i: tuple(islice(places, len(those))) for i, those in enumerate(slots)}
 
     def _quantize(
         self,
-        bucket: list[tuple[str, torch.Tensor, bool]],
+        bucket: list[_Held],
         those: list[int],
         places: dict[int, tuple[torch.Tensor, ...]],
     ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:

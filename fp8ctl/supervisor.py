@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fp8ctl import gate, registry
-from fp8ctl.check import command, live
+from fp8ctl.check import command, levels, live
+from fp8ctl.check.levels import Request
 from fp8ctl.diagnosis import likeliest
 from fp8ctl.engines.base import option_value
 from fp8ctl.errors import AbortedError, BusyError, CheckFailedError, EngineFailedError
@@ -322,6 +323,7 @@ def _check(
     answer: Answer,
 ) -> dict[str, object]:
     """Run the live level; a server that waits for its first push is as it should be."""
+    began = time.time()
     found = live.check(plan.url, watch.expect, api_key=_key(plan))
     if found.verdict == "unreachable":
         # A connection breaks a moment before its process has ended.
@@ -329,14 +331,17 @@ def _check(
             child.wait(_LAST_MOMENTS)
     if (code := child.poll()) is not None:
         raise _death(report, record, code, "died while it was checked")
-    data = command.summary(plan.url, found)
-    command.tell(report, found)
+    request = Request(plan.url)
+    seen = levels.assemble(request, found, {}, began, api_key=_key(plan))
+    levels.tell(report, found)
     unpushed = answer.state == found.verdict == "unpushed"
     if plan.await_push and unpushed and not found.other_code:
         report.data("verdict: unpushed, as asked: it opens when FP8 weights have landed")
-        return data
-    command.close(report, data, found)
-    return data
+        return seen.data
+    command.close(report, request, seen)
+    if (plan.run_dir / "manifest.json").exists():
+        report.say(f"the proof, tensor by tensor: fp8ctl check {plan.url} --level weights")
+    return seen.data
 
 
 def _follow(report: Reporter, record: Record, child: subprocess.Popen[bytes], tail: Tail) -> None:

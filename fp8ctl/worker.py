@@ -45,14 +45,67 @@ def quantize(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 
 def expect(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Return `digests`: name to 16 hexadecimal digits, of the FP8 form of `plan`'s model."""
-    from fp8ctl import checkpoint
+    """Say what the FP8 form of `plan`'s model is.
+
+    `only`, if given, names the source's tensors to read. With `online` (`online.Kernel` as JSON)
+    it is what an engine makes of it by itself, with `shared` what a stock one does (`requantised`).
+
+    Returns:
+        `digests`: name to 16 hexadecimal digits, one for each recipe that would be right;
+        `quality`: `quality.measure` of each quantised tensor, where nothing is left out.
+    """
+    from fp8ctl import checkpoint, online, requantised
     from fp8ctl.kernels.digest import to_text
     from fp8ctl.manifest import Plan
 
     plan = Plan.from_json(arguments["plan"])
-    found = checkpoint.expected_digests(plan.model, plan, progress)
-    return {"digests": {name: to_text(value) for name, value in found.items()}}
+    only = arguments.get("only")
+    quality: dict[str, dict[str, float]] = {}
+    found: dict[str, list[int]]
+    if arguments.get("online"):
+        kernel = online.Kernel.from_json(arguments["online"])
+        found = online.expected_digests(plan, kernel, progress, quality)
+    elif arguments.get("shared"):
+        found = requantised.expected_digests(plan, progress, quality)
+    else:
+        wanted = None if only is not None else quality
+        told = checkpoint.expected_digests(plan.model, plan, progress, only=only, quality=wanted)
+        found = {name: [value] for name, value in told.items()}
+    digests = {name: [to_text(value) for value in values] for name, values in found.items()}
+    return {"digests": digests, "quality": quality}
+
+
+def examine(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return `tensors`: of each that the lines `told` are of, what `difference.examine` says."""
+    from fp8ctl import difference, online
+    from fp8ctl.manifest import Plan
+
+    plan = Plan.from_json(arguments["plan"])
+    if arguments.get("online"):
+        kernel = online.Kernel.from_json(arguments["online"])
+        return {"tensors": online.examine(plan, kernel, arguments["told"], progress)}
+    return {"tensors": difference.examine(plan, arguments["told"], progress)}
+
+
+def logprobs(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return what `model` says of fixed texts: `ids`, and `expected` as `expectation.compute`.
+
+    Texts come as `ids`, or as `texts` of which at most `cap` tokens count. `hypotheses` has for
+    each name a `plan`, or none, and whether weights are `scaled`.
+    """
+    from fp8ctl import expectation
+    from fp8ctl.manifest import Plan
+
+    folder = Path(arguments["model"])
+    ids = arguments.get("ids")
+    if ids is None:
+        ids = expectation.tokenise(folder, arguments["texts"], arguments["cap"])
+    hypotheses = {
+        name: (Plan.from_json(one["plan"]) if one["plan"] else None, bool(one["scaled"]))
+        for name, one in arguments["hypotheses"].items()
+    }
+    expected = expectation.compute(folder, ids, hypotheses, progress)
+    return {"ids": ids, "expected": expected, "peak_memory": expectation.peak_memory()}
 
 
 def fetch(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -117,11 +170,10 @@ def bench_kernel(arguments: dict[str, Any], progress: Progress) -> dict[str, Any
 
 def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Send the checkpoint `model` to the servers `urls`; return what `push.Update` says."""
-    from fp8ctl import models, source
+    from fp8ctl import models
     from fp8ctl.push import Rollout
 
     folder = Path(arguments["model"])
-    record = arguments.get("record")
     rollout = Rollout(
         arguments["urls"],
         arguments["plan"],
@@ -129,16 +181,58 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
         bucket_bytes=arguments["bucket_bytes"],
         in_flight=arguments["in_flight"],
         delta=arguments["delta"],
-        record=None if record is None else Path(record),
+        record=arguments["record"],
+        folder=arguments["folder"],
+        timeout=arguments["timeout"],
+        master=arguments["master"],
     )
     total = models.read_checkpoint(folder).nbytes
     with _once_interrupted(), rollout:
         update = rollout.update(
-            source.read_tensors(folder),
+            _weights(arguments),
             arguments["version"],
             on_progress=lambda told: progress(told.nbytes, told.total_bytes or total),
+            quantized=arguments["quantized"],
         )
         return update.to_json()
+
+
+def _weights(arguments: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Return what is pushed: the tensors of `model`, or its codes and scales."""
+    from fp8ctl import source
+    from fp8ctl.manifest import Plan
+
+    folder = Path(arguments["model"])
+    if arguments["quantized"]:
+        return source.read_made(folder, Plan.from_json(arguments["plan"]))
+    return source.read_tensors(folder)
+
+
+def bench_push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Push `model` once and `updates` times more; return what `push.Update` says of each."""
+    from fp8ctl.push import Rollout
+
+    where = arguments["device"]
+    # In memory, as a trainer has them.
+    weights = [
+        (name, tensor.clone() if where is None else tensor.to(where))
+        for name, tensor in _weights(arguments)
+    ]
+    rollout = Rollout(
+        arguments["urls"],
+        arguments["plan"],
+        via=arguments["via"],
+        bucket_bytes=arguments["bucket_bytes"],
+    )
+    found: list[dict[str, Any]] = []
+    count = 1 + int(arguments["updates"])
+    with _once_interrupted(), rollout:
+        for i in range(count):
+            progress(i, count)
+            done = rollout.update(weights, arguments["version"], quantized=arguments["quantized"])
+            found.append(done.to_json())
+    progress(count, count)
+    return {"updates": found}
 
 
 @contextlib.contextmanager
@@ -168,9 +262,12 @@ def _once_interrupted() -> Iterator[None]:
 TASKS: dict[str, Task] = {
     "quantize": quantize,
     "expect": expect,
+    "examine": examine,
+    "logprobs": logprobs,
     "fetch": fetch,
     "demo-model": demo_model,
     "bench-kernel": bench_kernel,
+    "bench-push": bench_push,
     "push": push,
 }
 

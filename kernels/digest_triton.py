@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from fp8ctl.kernels.tables import Numbers, spread
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -135,34 +137,55 @@ def _add_up_many(  # type: ignore[no-untyped-def]
 _DTYPES = {1: tl.uint8, 2: tl.int16, 4: tl.int32}
 
 
-def add_up_many(matrices: Sequence[Sums]) -> torch.Tensor:
-    """Return the sums of several matrices of one device, int64 [len(matrices)]; see `add_up`."""
-    where = matrices[0][0].device
-    found = torch.zeros(len(matrices), dtype=torch.int64, device=where)
-    kinds: dict[tuple[int, int, bool], list[int]] = {}
-    for i, (bits, _, _) in enumerate(matrices):
-        size = bits.element_size()
-        columns = min(triton.next_power_of_2(bits.shape[1]), _WIDTH // size)
-        kinds.setdefault((size, columns, _aligned(bits)), []).append(i)
-    with torch.cuda.device_of(found):  # type: ignore[no-untyped-call]
+class Prepared:
+    """Sums of several matrices of one device, their tables on it, to be run again and again.
+
+    Reads what lies at the matrices' addresses when it runs; keeps the keys, not the matrices.
+    """
+
+    @torch.no_grad()
+    def __init__(self, matrices: Sequence[Sums]) -> None:
+        """Make the tables.
+
+        Args:
+            matrices: at least one; see `add_up`.
+        """
+        self._where = matrices[0][0].device
+        self._count = len(matrices)
+        self._keys = [(outer, inner) for _, outer, inner in matrices]
+        kinds: dict[tuple[int, int, bool], list[int]] = {}
+        for i, (bits, _, _) in enumerate(matrices):
+            size = bits.element_size()
+            columns = min(triton.next_power_of_2(bits.shape[1]), _WIDTH // size)
+            kinds.setdefault((size, columns, _aligned(bits)), []).append(i)
+        self._launches = []
         for (size, columns, aligned), those in kinds.items():
             # Narrow matrices have more rows at a time, so that programs are as large.
             rows = max(_ROWS, _ROWS * _WIDTH // size // columns)
             table, counts = _table(matrices, those, rows * _STEPS, columns)
-            owners = torch.from_numpy(np.repeat(np.arange(len(those)), counts))
-            _add_up_many[(len(owners),)](
-                torch.from_numpy(table).to(where, non_blocking=True),
-                owners.to(where, non_blocking=True),
-                found,
-                SIZE=size,
-                ROWS=rows,
-                COLUMNS=columns,
-                STEPS=_STEPS,
-                ALIGNED=aligned,
-                DTYPE=_DTYPES[size],
-                num_warps=_WARPS,
-            )
-    return found
+            there = torch.from_numpy(table).to(self._where, non_blocking=True)
+            owners = spread(counts, self._where)
+            self._launches.append((there, owners, (size, rows, columns, aligned)))
+
+    @torch.no_grad()
+    def run(self) -> torch.Tensor:
+        """Return the sums, int64 [number of matrices], on the device, without waiting for it."""
+        found = torch.zeros(self._count, dtype=torch.int64, device=self._where)
+        with torch.cuda.device_of(found):  # type: ignore[no-untyped-call]
+            for table, owners, (size, rows, columns, aligned) in self._launches:
+                _add_up_many[(len(owners),)](
+                    table,
+                    owners,
+                    found,
+                    SIZE=size,
+                    ROWS=rows,
+                    COLUMNS=columns,
+                    STEPS=_STEPS,
+                    ALIGNED=aligned,
+                    DTYPE=_DTYPES[size],
+                    num_warps=_WARPS,
+                )
+        return found
 
 
 def _aligned(bits: torch.Tensor) -> bool:
@@ -173,7 +196,7 @@ def _aligned(bits: torch.Tensor) -> bool:
 
 def _table(
     matrices: Sequence[Sums], those: Sequence[int], height: int, width: int
-) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.int64]], list[int]]:
+) -> tuple[Numbers, Numbers]:
     """Return a row for each of these matrices, and how many programs each takes."""
     table, counts, first = [], [], 0
     for i in those:
@@ -184,7 +207,7 @@ def _table(
         addresses = (bits.data_ptr(), outer.data_ptr(), inner.data_ptr())
         table.append((*addresses, n, k, *bits.stride(), first, across, i))
         first += counts[-1]
-    return np.array(table, dtype=np.int64), counts
+    return np.array(table, dtype=np.int64), np.array(counts, dtype=np.int64)
 
 
 def add_up(bits: torch.Tensor, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:

@@ -224,8 +224,7 @@ class Table:
         self.per, self.places = self._kinds[0].programs, self.on_device
         if any(kind.programs != self.per for kind in self._kinds):
             self.per = 0
-            rows = np.arange(len(programs), dtype=np.int32)
-            self.places = _to(np.repeat(rows, programs), where)
+            self.places = spread(programs, where)
 
     @functools.cached_property
     def ids(self) -> list[int]:
@@ -266,6 +265,16 @@ def _length(t: torch.Tensor) -> int:
 def _common(addresses: Numbers) -> int:
     """Return a number that is divisible by a power of two if all the addresses are."""
     return int(np.bitwise_or.reduce(addresses))
+
+
+def spread(counts: Numbers, where: torch.device) -> torch.Tensor:
+    """Return 0 as often as `counts` says first, then 1, and so on, as int32 on the device.
+
+    Made there: what the host makes, for a program each, has to be pinned to be copied without
+    waiting, and pinning memory takes milliseconds.
+    """
+    there = _to(counts.astype(np.int32), where)
+    return torch.repeat_interleave(there, output_size=int(counts.sum()))
 
 
 def _to(array: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor:

@@ -35,8 +35,21 @@ parser.add_argument("--quantization")
 parser.add_argument("--model-path", default="/nowhere")
 parser.add_argument("--key", help="name of the variable with the API key to ask for")
 parser.add_argument("--workers", type=int, help="how many may be asked for their code")
+parser.add_argument("--about", default="{}", help="JSON that the state tells besides")
+parser.add_argument("--tell-key", help="a key among the arguments, as SGLang tells it")
+parser.add_argument("--no-template", action="store_true", help="the model cannot chat")
+parser.add_argument("--bare", action="store_true", help="no answer has log-probabilities")
+parser.add_argument("--turn", help="a file: once it is there, what stands in it is the state")
 asked = parser.parse_args()
 completions = 0
+
+
+def state() -> str:
+    if asked.turn and os.path.exists(asked.turn):
+        with open(asked.turn) as file:
+            return file.read().strip()
+    return str(asked.state)
+
 
 if asked.deaf:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -79,8 +92,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif not self.allowed():
             self.send(401, {"error": "Unauthorized"})
         elif self.path == "/fp8ctl/state" and asked.state != "none":
-            about = {"state": asked.state, "engine": "fake", "message": "", "pid": os.getpid()}
-            self.send(200, about)
+            about = {"state": state(), "engine": "fake", "message": "", "pid": os.getpid()}
+            self.send(200, {**about, **json.loads(asked.about)})
         elif self.path == "/fp8ctl/code" and asked.workers is not None:
             loaded = sys.modules["fp8ctl.engines.hooks.loaded"]
             self.send(200, loaded.everyone(asked.workers))
@@ -90,29 +103,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(60)
         elif self.path == "/get_server_info":
             info = {"quantization": asked.quantization, "model_path": asked.model_path}
+            info |= {"api_key": asked.tell_key} if asked.tell_key else {}
             self.send(200, {**info, "json_model_override_args": "{}", "version": "0.4.8"})
         else:
             self.send(404, {"detail": "Not Found"})
 
     def do_POST(self) -> None:
         global completions
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if asked.die_when_asked:
             sys.stderr.write("MemoryError\n")
             os._exit(4)
         if not self.allowed():
             self.send(401, {"error": "Unauthorized"})
-        elif asked.state in {"unpushed", "updating", "failed"}:
-            self.send(503, {"error": {"id": "FP8-GATE", "state": asked.state}})
+        elif state() in {"unpushed", "updating", "failed"}:
+            self.send(503, {"error": {"id": "FP8-GATE", "state": state()}})
+        elif self.path == "/v1/chat/completions" and asked.no_template:
+            self.send(400, {"message": "this model has no chat template"})
         elif self.path == "/v1/chat/completions":
             value = None if asked.nan else -0.25
             tokens = {"content": [{"token": "Paris", "logprob": value}]}
-            choice = {"message": {"content": asked.answer}, "logprobs": tokens}
+            choice: dict[str, object] = {"message": {"content": asked.answer}, "logprobs": tokens}
             self.send(200, {"choices": [choice]})
         else:
             completions += 1
             mood = str(completions) if asked.moody else ""
-            self.send(200, {"choices": [{"text": asked.answer + mood}]})
+            choice = {"text": asked.answer + mood}
+            if json.loads(body or b"{}").get("logprobs") and not asked.bare:
+                choice["logprobs"] = {"token_logprobs": [None if asked.nan else -0.5, -1.5]}
+            self.send(200, {"choices": [choice]})
 
     def log_message(self, *arguments: object) -> None:
         pass

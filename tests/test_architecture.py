@@ -41,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     # The bodies of commands.
     (
         *("bench", "check", "doctor", "history", "install", "planning", "pushing", "quantizing"),
-        *("remedy", "server", "patching.commands"),
+        *("pushbench", "remedy", "server", "patching.commands"),
     ),
     ("settings",),
     # What they work with.
@@ -51,8 +51,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("logtail", "packager", "patching", "process", "registry", "rules", "worker"),
     ),
     (
-        *("carriers", "checkpoint", "checksum", "fitting", "fusing", "gguf", "hfconfig"),
-        *("layout", "manifest"),
+        *("carriers", "checkpoint", "checksum", "difference", "expectation", "fitting"),
+        *("fusing", "gguf", "hfconfig", "online", "quality", "requantised"),
+        *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
     ),
@@ -64,9 +65,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
+    *("difference", "dtypes", "expectation", "online", "quality", "requantised"),
 )
-WITH_TORCH = ("checkpoint", "checksum", "pipeline", "source")
+WITH_TORCH = (
+    *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
+    *("quality", "requantised", "source"),
+)
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")
 ENGINE_PACKAGES = {"torch", "triton", "numpy"}

@@ -27,12 +27,18 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 DESIGN = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
 COMMANDS = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
 LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+CHECK = (ROOT / "docs" / "check.md").read_text(encoding="utf-8")
+LOGPROBS = (ROOT / "docs" / "logprobs.md").read_text(encoding="utf-8")
+QUANTIZATION = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
 TRAINERS = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
 PAGES = {
     "README.md": README,
     "docs/design.md": DESIGN,
+    "docs/check.md": CHECK,
     "docs/commands.md": COMMANDS,
     "docs/library.md": LIBRARY,
+    "docs/logprobs.md": LOGPROBS,
+    "docs/quantization.md": QUANTIZATION,
     "docs/trainers.md": TRAINERS,
 }
 ALL = "\n".join(PAGES.values())
@@ -230,7 +236,7 @@ def test_every_command_takes_json_and_help(name: str) -> None:
             "--await-push --trace --host --port --tp --detach --wait --timeout --check --no-check "
             "--dry-run",
         ),
-        ("check", "--model --level"),
+        ("check", "--model --level --record --against --report --watch"),
         ("push", "--model --via --version --delta --record --in-flight --bucket-size --no-check"),
         ("push-log", "--diff"),
         ("logs", "--rank -f"),
@@ -395,15 +401,16 @@ MODULES = {
     "quantize": ["quantizing.py", "checkpoint.py"],
     "launch": ["launching.py", "supervisor.py"],
     "check": [
-        *("check/code.py", "check/command.py", "check/verdict.py", "check/weights.py"),
-        "engines/hooks/loaded.py",
+        *("check/code.py", "check/levels.py", "check/verdict.py", "check/weights.py"),
+        *("check/tensors.py", "check/watch.py", "engines/hooks/loaded.py"),
+        *("engines/hooks/report.py", "quality.py"),
     ],
     "push": ["pushing.py", "push/result.py"],
     "push-log": ["history.py", "engines/hooks/openpush.py"],
     "ps": ["server.py"],
     "logs": ["server.py"],
     "stop": ["server.py"],
-    "bench": ["kernels/bench.py", "kernels/timing.py"],
+    "bench": ["kernels/bench.py", "kernels/timing.py", "pushbench.py", "pushing.py"],
     "demo": ["demo.py"],
 }
 
@@ -511,7 +518,7 @@ def anchor(heading: str) -> str:
 @pytest.mark.parametrize("page", sorted(PAGES))
 def test_every_link_inside_the_project_leads_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
-        if target.startswith("https://"):
+        if target.startswith(("https://", "http://")):
             continue
         name, _, fragment = target.partition("#")
         path = (ROOT / page).parent / name if name else ROOT / page

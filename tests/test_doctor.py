@@ -245,6 +245,29 @@ def test_the_state_of_the_patches_is_told(status: SeriesStatus, expected: str) -
     assert found(facts(patches={"sglang": status}))["patches"].status == expected
 
 
+@pytest.mark.parametrize(
+    ("patches", "told"),
+    [
+        (("disable-cutlass-fp8",), "NaN"),
+        (("disable-cutlass-fp8", "refit"), "costs speed"),
+        (("refit",), None),
+    ],
+)
+def test_the_patch_that_lost_its_use_is_named(patches: tuple[str, ...], told: str | None) -> None:
+    status = replace(
+        patched("applied", "applied"),
+        patches=tuple(PatchStatus(one, one, "applied") for one in patches),
+    )
+    vllm = facts(engine("vllm", "0.9.1"), patches={"vllm": status}, gpus=gpu(9, 0))
+    finding = found(vllm).get("cutlass")
+    assert (finding is None) == (told is None)
+    if finding is not None and told is not None:
+        assert told in finding.message
+        assert "revert --backend vllm --patch disable-cutlass-fp8" in (finding.fix or "")
+    other = facts(engine("vllm", "0.9.1"), patches={"vllm": status}, gpus=gpu(12, 0))
+    assert "cutlass" not in found(other)  # there it is the way to have FP8 at all
+
+
 # The command itself, on real folders.
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import pytest
 import torch
 
-from fp8ctl.held import Held, gather
+from fp8ctl.held import Held, constant_digest, gather
 from fp8ctl.kernels.digest import digest, to_text
 
 
@@ -59,3 +60,20 @@ def test_ranks_that_hold_different_types_are_told() -> None:
 
 def test_a_sum_is_written_as_digests_are() -> None:
     assert Held("bfloat16", 255, True, (0,)).text == to_text(255)
+
+
+def test_the_shape_is_what_the_parts_cover() -> None:
+    parts = [shard("a", 1, shape=[2, 4]), shard("a", 2, row=2, shape=[4, 4])]
+    parts += [shard("a", 3, column=4, shape=[2, 3]), shard("b", 1, shape=[])]
+    held = gather([rank(parts)])
+    assert (held["a"].shape, held["b"].shape) == ((6, 7), ())
+    assert gather([rank([shard("e", 1, shape=[2, 3, 4])])])["e"].shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -3.4028234663852886e38])
+@pytest.mark.parametrize("shape", [(5, 7), (1,), (), (33,), (2, 3, 4)])
+def test_the_digest_of_one_value_everywhere_needs_no_tensor(
+    value: float, shape: tuple[int, ...]
+) -> None:
+    found = constant_digest(struct.pack("<f", value), shape)
+    assert found == digest(torch.full(shape, value))

@@ -1013,6 +1013,9 @@ def test_the_likeliest_cause_of_a_real_line(cause: str) -> None:
 def test_a_log_without_a_known_line_says_so() -> None:
     assert likeliest([], 1).id == "unknown"
     assert likeliest(["all is well"], -9).id == "killed"
+    # SGLang's server ends itself so when a scheduler has died, and the log says of what.
+    log = ["KeyError: 'model.layers.0'", "Received sigquit from a child process. It usually means"]
+    assert likeliest(log, -9).line == "KeyError: 'model.layers.0'"
     found = likeliest(["x", "KeyError: 'model.layers.0'", "[rank0] bye"], 1)
     assert (found.id, found.line) == ("unknown", "KeyError: 'model.layers.0'")
 

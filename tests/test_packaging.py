@@ -176,6 +176,7 @@ def test_the_list_that_the_wheel_is_compared_with_has_what_matters() -> None:
     names = expected()
     for name in (
         "fp8ctl/py.typed",
+        "fp8ctl/check/page.html",
         "fp8ctl/kernels/reference.py",
         "fp8ctl/locks/sglang-0.4.8-cpu.txt",
         "fp8ctl/patches/sglang-0.4.8/series.toml",

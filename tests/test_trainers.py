@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fp8ctl import errors
 from fp8ctl.formats import Mode
-from fp8ctl.push import Rollout
+from fp8ctl.push import Rollout, replies
 from tests.push.serving import Server, serving
 from tests.push.test_rollout import holds
 from tests.test_stream import WEIGHTS, planned, wanted
@@ -165,3 +166,18 @@ def test_the_arguments_that_the_page_speaks_of_exist() -> None:
     spoken = set(re.findall(r"`(?:Rollout\(\.\.\., )?(\w+)(?:=[^`]*)?`", TEXT))
     parameters = set(inspect.signature(Rollout.__init__).parameters)
     assert {"via", "in_flight", "delta", "record", "bucket_bytes", "api_key"} <= parameters & spoken
+
+
+def test_every_error_that_a_server_s_answer_becomes_is_told_what_to_do_about() -> None:
+    table = TEXT.partition("## When it raises")[2].partition("\n## ")[0]
+    told = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, re.M)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+    kinds = {kind.__name__ for kind in replies._KINDS.values()}
+    assert (
+        kinds | {"TimeoutError", "NotFoundError", "NotPermittedError", "EngineFailedError"} <= told
+    )
+    for name in told - {"TimeoutError"}:
+        assert issubclass(getattr(errors, name), errors.Fp8ctlError)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import datetime
+import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _distributed: Any = torch.distributed
+#: Seconds between two looks whether a group is still wanted that is being made.
+_LOOK = 0.05
 
 
 def open_store(host: str, key: str, timeout: float) -> tuple[Any, int]:
@@ -57,15 +63,46 @@ class Gloo:
     Making it waits for all other ranks.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, address: str, timeout: float) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        world: int,
+        address: str,
+        timeout: float,
+        check: Callable[[], None],
+    ) -> None:
+        """Meet the others.
+
+        Args:
+            store: where they find each other.
+            rank, world: of this process, and how many there are.
+            address: of this host.
+            timeout: seconds.
+            check: is asked while they are waited for; what it raises ends that.
+        """
         made = _distributed.ProcessGroupGloo
         options = made._Options()
         # By its address: a host's name may resolve to one that the others do not reach.
         options._devices = [made.create_device(hostname=address)]
         options._timeout = datetime.timedelta(seconds=timeout)
         options._threads = 1
+        meeting: Future[Any] = Future()
+
+        def meet() -> None:
+            try:
+                meeting.set_result(made(store, rank, world, options))
+            except BaseException as e:  # noqa: BLE001 - it is raised below, if anybody waits
+                meeting.set_exception(e)
+
+        # Gloo listens to nobody meanwhile: who gives up leaves it to its time-out.
+        threading.Thread(target=meet, name="fp8ctl-gloo", daemon=True).start()
+        while not meeting.done():
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                meeting.exception(_LOOK)
+            check()
         try:
-            self._group: Any = made(store, rank, world, options)
+            self._group: Any = meeting.result()
         except RuntimeError as e:
             raise ConflictError(f"gloo: {_first_line(e)}") from e
 

@@ -100,7 +100,7 @@ class GroupSender:
             store, port = gloo.open_store(self._host, self._hub.key, self._timeout)
             self._hub.tell(go=port)
             left = max(0.001, deadline - time.monotonic())
-            return gloo.Gloo(store, 0, self._world, self._host, left)
+            return gloo.Gloo(store, 0, self._world, self._host, left, self._hub.check)
         ours = nccl.about(self._device)
         for rank, message in told.items():
             nccl.refuse_unlike(ours, message, self._hub.name(rank))
@@ -206,7 +206,7 @@ class GroupReceiver:
                 left = max(0.001, deadline - time.monotonic())
                 store = gloo.reach_store(host, int(go), key, left)
                 address = gloo.address_of(self._line.connection)
-                self._backend = gloo.Gloo(store, mine, world, address, left)
+                self._backend = gloo.Gloo(store, mine, world, address, left, self._check)
             else:
                 unique = bytes.fromhex(go)
                 self._backend = nccl.Nccl(unique, mine, world, device, deadline, self._check)

@@ -133,6 +133,22 @@ class CodeReport:
             return (Evidence("code", "not visible", self.why),)
         return tuple(Evidence(f"code, {one.name}", one.result, one.told) for one in self.processes)
 
+    @property
+    def in_force(self) -> Evidence:
+        """Whether the patches of the launch are what every worker runs.
+
+        A worker runs a patch where all that it imported of the patched files is as launched.
+        """
+        ranks = [one for one in self.processes if one.rank is not None]
+        named = ", ".join(self.patches) or "none"
+        if others := [one.name for one in ranks if one.result == "failed"]:
+            found = f"{named}; not proven in {', '.join(others)}"
+            return Evidence("patches", "failed", found, "in force in every worker")
+        if not ranks or any(one.result != "ok" for one in ranks):
+            return Evidence("patches", "not visible", self.why or "not every worker shows its code")
+        workers = "1 worker" if len(ranks) == 1 else f"all {len(ranks)} workers"
+        return Evidence("patches", "ok", f"{named}; in force in {workers}")
+
     def to_json(self) -> dict[str, object]:
         """Return the report as JSON types."""
         return {

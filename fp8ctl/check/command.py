@@ -1,79 +1,96 @@
-"""Body of `fp8ctl check`: the levels in order, then one verdict and its exit code."""
+"""Body of `fp8ctl check`: what was typed, the levels, one verdict and its exit code."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from fp8ctl import gate
-from fp8ctl.check import code, live
-from fp8ctl.check.verdict import as_verdict
+from fp8ctl.check import levels
+from fp8ctl.check.levels import LEVELS, Request
 from fp8ctl.errors import CheckFailedError, UsageError
 
 if TYPE_CHECKING:
-    from fp8ctl.check.verdict import Evidence, LevelReport
-    from fp8ctl.render import Reporter
+    from pathlib import Path
 
-LEVELS: Final = ("live", "weights")
+    from fp8ctl.check.levels import Found
+    from fp8ctl.render import Reporter
 
 
 def run(
-    report: Reporter, *, url: str, model: str | None = None, level: str = "live"
+    report: Reporter,
+    *,
+    url: str,
+    model: str | None = None,
+    level: str | None = None,
+    record: Path | None = None,
+    against: Path | None = None,
+    page: Path | None = None,
+    every: float | None = None,
+    metrics: str | None = None,
 ) -> dict[str, object]:
-    """Say what a live server really serves.
+    """Say what a live server really serves; arguments are those of `fp8ctl check`.
 
     Args:
         report: where to say it.
         url: address of the server.
-        model: source checkpoint that the weights level compares with.
-        level: live or weights.
+        model: source checkpoint to compare with.
+        level: live, weights or logprobs; None takes the one that the other options need.
+        record: file for the log-probabilities of this server.
+        against: file with those of another.
+        page: file for the report.
+        every: seconds from one check to the next; None for one check.
+        metrics: HOST:PORT to tell Prometheus at.
 
     Raises:
-        UsageError: the address or the level is none.
+        UsageError: an address, a level or a combination that cannot be meant.
         CheckFailedError: the server is not what it should be; its data is the whole report.
+        BusyError: the port of the metrics is taken.
+        NotPermittedError: the page cannot be written.
     """
-    if level not in LEVELS:
+    request = _request(url, model, level, record, against)
+    if metrics is not None and every is None:
         raise UsageError(
-            f"--level {level!r} is not a level; there is {' and '.join(LEVELS)}",
-            hint=f"fp8ctl check {url} --level weights",
+            f"--metrics {metrics} is for a check that goes on",
+            hint=request.command("--watch", "60", "--metrics", metrics),
         )
-    if model is not None and level == "live":
-        raise UsageError(
-            f"--model {model} is compared at the weights level only",
-            hint=f"fp8ctl check {url} --level weights --model {model}",
-        )
-    url = parse_url(url)
-    first = live.check(url)
-    data = summary(url, first)
-    tell(report, first)
-    if level == "live" or first.result != "ok":
-        close(report, data, first)
-        return data
-    from fp8ctl.check import weights
+    if page is not None:
+        from fp8ctl.check import page as pages
 
-    found = dict(weights.verify(url, model, report, gate.api_key()))
-    verdict = as_verdict(found.get("verdict"))
-    data |= {"weights": found, "verdict": verdict}
-    report.data(f"verdict: {verdict or found.get('verdict')}")
-    if verdict != "fp8-ok":
-        raise CheckFailedError(
-            f"{url} is {verdict or 'not proven to serve FP8'}"
-            + (f": {found['message']}" if found.get("message") else ""),
-            hint=_hint(verdict, url),
-            data=data,
-        )
-    return data
+        pages.require_place(page)
+    if every is not None:
+        from fp8ctl.check import watch
+
+        return watch.run(report, request, every, page, metrics)
+    found = levels.look(request, report)
+    if page is not None:
+        keep(report, found, page)
+    close(report, request, found)
+    return found.data
+
+
+def keep(report: Reporter, found: Found, path: Path) -> None:
+    """Write the page of a check.
+
+    Raises:
+        NotPermittedError: it cannot be written.
+    """
+    from fp8ctl.check import page
+
+    page.write(path, page.render(found.data))
+    report.say(f"report: {path}")
 
 
 def parse_url(text: str) -> str:
     """Return an address without its trailing slash.
 
     Raises:
-        UsageError: it is not http://HOST[:PORT] or https://.
+        UsageError: it is not http://HOST[:PORT] or https://, or has a password in it.
     """
     try:
         parts = urlsplit(text)
-        sound = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        host = (parts.hostname or "").strip(".")
+        sound = parts.scheme in {"http", "https"} and bool(host) and parts.port != 0
+        host.encode("idna")
     except ValueError:
         sound = False
     if not sound:
@@ -81,61 +98,94 @@ def parse_url(text: str) -> str:
             f"{text!r} is not an address such as http://127.0.0.1:30000",
             hint="fp8ctl ps lists the servers of fp8ctl",
         )
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise UsageError(
+            f"{bare} was given with more than an address (a user, a query): "
+            "that would stand in reports, and is not sent",
+            hint=f"export FP8CTL_API_KEY, then {bare}",
+        )
     return text.rstrip("/")
 
 
-def summary(url: str, found: LevelReport) -> dict[str, object]:
-    """Return the data of a check that went no further than the live level."""
-    return {
-        "url": url,
-        "verdict": found.verdict,
-        "live": found.to_json(),
-        "code": dict(found.code) if found.code is not None else code.judge(None).to_json(),
-        "weights": {"result": "not visible", "verdict": None},
-    }
-
-
-def tell(report: Reporter, found: LevelReport) -> None:
-    """Print what the live level saw."""
-    rows = [[one.check, one.result, _found(one)] for one in found.evidence]
-    report.table(("check", "result", "found"), rows)
-    if found.code is not None:
-        report.data(f"code: {found.code['result']}, {found.code['message']}")
-    if told := code.changed(found.code):
-        report.warn(told)
-
-
-def fault_text(found: LevelReport) -> str:
-    """Return what the live level failed on, in a few words: the one place that words it."""
-    fault = found.fault
-    if fault is None:
-        return "something is wrong"
-    if found.verdict == "unreachable":
-        return fault.found
-    return f"{fault.check}: {_found(fault)}"
-
-
-def _found(one: Evidence) -> str:
-    wanted = f" (expected {one.expected})" if one.result == "failed" and one.expected else ""
-    return one.found + wanted
-
-
-def close(report: Reporter, data: dict[str, object], found: LevelReport) -> None:
-    """Print the closing line of the live level, and fail where it failed.
+def close(report: Reporter, request: Request, found: Found) -> None:
+    """Print the verdict, and fail where the server is not what it should be.
 
     Raises:
-        CheckFailedError: something is not as it should be.
+        CheckFailedError: something is not as it should be, or is not proven.
     """
-    verdict = f", verdict: {found.verdict}" if found.verdict else ""
-    report.data(f"live: {found.result}{verdict}; weights: not visible at this level")
-    if found.result == "ok":
+    end = found.conclusion
+    report.data(verdict_line(found))
+    if end.result == "ok" or recorded(request, found):
         return
-    word = "running other code" if found.other_code else found.verdict or "not well"
+    word: str = end.verdict or "not well"
+    if found.live.other_code:
+        word = "running other code"
+    elif end.result == "not visible":
+        word = "not proven to serve FP8"
     raise CheckFailedError(
-        f"{data['url']} is {word}: {fault_text(found)}",
-        hint=_hint(None if found.other_code else found.verdict, str(data["url"])),
-        data=data,
+        f"{request.url} is {word}: {end.message}",
+        hint=_hint(None if found.live.other_code else end.verdict, request.url),
+        data=found.data,
     )
+
+
+def verdict_line(found: Found) -> str:
+    """Return the last line of a check, of a launch and of a push: the one place that words it."""
+    end = found.conclusion
+    if found.data["level"] == "live" and end.verdict is None and end.result == "ok":
+        return "live: ok; weights: not visible at this level"
+    return worded(end.verdict, end.message)
+
+
+def worded(verdict: str | None, message: str) -> str:
+    """Return a verdict and why in one line."""
+    return f"verdict: {verdict or 'none'}, {message}"
+
+
+def recorded(request: Request, found: Found) -> bool:
+    """Say whether all that was wanted is a record, and it was made: a BF16 server gives one too."""
+    end = found.conclusion
+    made = request.record is not None and found.data["logprobs"].get("recorded") is True
+    made &= found.data["logprobs"].get("verdict") in {None, "fp8-ok", "bf16-fallback"}
+    weights = found.data["weights"]
+    made &= weights["result"] != "failed" or weights["verdict"] is not None
+    strange = [
+        one for one in found.live.evidence if one.result == "failed" and one.check != "quantisation"
+    ]
+    return made and not strange and end.verdict in {None, "fp8-ok", "bf16-fallback"}
+
+
+def _request(
+    url: str,
+    model: str | None,
+    level: str | None,
+    record: Path | None,
+    against: Path | None,
+) -> Request:
+    files = record is not None or against is not None
+    asked = level if level is not None else "logprobs" if files else "live"
+    if asked not in LEVELS:
+        raise UsageError(
+            f"--level {asked!r} is not a level; there is {', '.join(LEVELS[:-1])} and {LEVELS[-1]}",
+            hint=f"fp8ctl check {url} --level weights",
+        )
+    if files and asked != "logprobs":
+        option = "--record" if record is not None else "--against"
+        raise UsageError(
+            f"{option} is about log-probabilities, and --level {asked} was asked for",
+            hint=f"fp8ctl check {url} --level logprobs {option} {record or against}",
+        )
+    if model is not None and asked == "live":
+        raise UsageError(
+            f"--model {model} is compared at the weights level and above",
+            hint=f"fp8ctl check {url} --level weights --model {model}",
+        )
+    if record is not None and against is not None and record.absolute() == against.absolute():
+        raise UsageError(
+            f"--record {record} would write over what --against reads", hint="--record ANOTHER"
+        )
+    return Request(parse_url(url), asked, model, record, against)
 
 
 def _hint(verdict: str | None, url: str) -> str:

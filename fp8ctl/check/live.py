@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from fp8ctl import gate
-from fp8ctl.check import code
+from fp8ctl.check import code, words
 from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
 from fp8ctl.engines.base import is_loopback
 
@@ -112,9 +111,10 @@ def check(
             _see_code(look, client, url, answer)
             model = _see_model(look, client, url)
             _see_quantisation(look, client, url)
+            _see_words(look, answer)
             if model is not None:
                 _see_answers(look, client, url, model, expect, answer)
-        except httpx.TransportError as e:
+        except httpx.RequestError as e:
             look.failed("connection", f"{type(e).__name__}: {e}", "an answer")
             look.verdict = "unreachable"
     return look.report()
@@ -149,7 +149,7 @@ def _see_code(look: _Look, client: httpx.Client, url: str, answer: Answer) -> No
         elif reply.status != 404:  # that is an earlier fp8ctl, which has no such route
             told = {"error": f"HTTP {reply.status}: {_short(reply.text)}"}
     found = code.judge(told)
-    look.evidence += found.evidence
+    look.evidence += (*found.evidence, found.in_force)
     look.code = found.to_json()
 
 
@@ -180,12 +180,14 @@ def _see_quantisation(look: _Look, client: httpx.Client, url: str) -> None:
         return
     if info.status == 200 and isinstance(info.body, dict) and "quantization" in info.body:
         look.facts["engine"] = f"sglang {info.body.get('version', '?')}"
-        word, is_16_bit = sglang_word(info.body, _local_config(url, info.body))
+        look.facts["arguments"] = words.arguments(info.body)
+        word, is_16_bit = words.sglang_word(info.body, _local_config(url, info.body))
     else:
         version = _get(client, url, "/version")
         if version.status == 200 and isinstance(version.body, dict):
             look.facts["engine"] = f"vllm {version.body.get('version', '?')}"
-        word, is_16_bit = _vllm_word(_get(client, url, "/server_info")), False
+        info = _get(client, url, "/server_info")
+        word, is_16_bit = words.vllm_word(info.status, info.text), False
     look.facts["quantization"] = word
     if word is None:
         look.not_visible("quantisation", "the server does not tell how it was started")
@@ -196,50 +198,19 @@ def _see_quantisation(look: _Look, client: httpx.Client, url: str) -> None:
         look.ok("quantisation", word)
 
 
-def sglang_word(
-    info: Mapping[str, Any], config: Mapping[str, Any] | None
-) -> tuple[str | None, bool]:
-    """Return what SGLang says of its quantisation, and whether it serves 16 bits.
-
-    Args:
-        info: its /get_server_info.
-        config: config.json of the folder it serves, None where it cannot be read from here.
-    """
-    asked = info.get("quantization")
-    try:
-        override = json.loads(info.get("json_model_override_args") or "{}")
-    except ValueError:
-        override = {}
-    own = override.get("quantization_config") if isinstance(override, dict) else None
-    if info.get("torchao_config"):
-        return f"torchao {info['torchao_config']}", False
-    if own:
-        return f"{_describe(own)}, put over the checkpoint's config", False
-    if config is None:
-        # The folder decides where the command line says nothing, and it is not to be seen.
-        return (f"{asked}, by argument", False) if asked else (None, False)
-    own = config.get("quantization_config")
-    if own:
-        return f"{_describe(own)}, from the checkpoint", False
-    if asked:
-        return f"{asked}, quantised at load", False
-    return "none: a 16-bit checkpoint, and no quantisation was asked for", True
-
-
-def _vllm_word(reply: Reply) -> str | None:
-    """Return what vLLM's /server_info says (with VLLM_SERVER_DEV_MODE=1 only)."""
-    if reply.status != 200:
-        return None
-    found = re.search(r"\bquantization=([\w-]+)", reply.text)
-    return None if found is None or found[1] == "None" else f"{found[1]}, by the engine's config"
-
-
-def _describe(config: Any) -> str:
-    if not isinstance(config, dict):
-        return "?"
-    method = str(config.get("quant_method", "?"))
-    block = config.get("weight_block_size")
-    return f"{method} in blocks of {'x'.join(map(str, block))}" if block else method
+def _see_words(look: _Look, answer: Answer) -> None:
+    """Tell versions, and the mode of the plan: of a server of ours, who knows it."""
+    engine = look.facts.get("engine")
+    if told := words.versions(str(engine) if engine else None, answer.data):
+        look.ok("versions", told)
+    else:
+        look.not_visible("versions", "the server tells none")
+    mode = words.mode(answer.data)
+    look.facts["mode"] = mode
+    if mode is not None:
+        look.ok("mode", mode)
+    else:
+        look.not_visible("mode", words.modeless(answer.data))
 
 
 def _local_config(url: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -256,7 +227,7 @@ def _see_answers(
     look: _Look, client: httpx.Client, url: str, model: str, expect: str | None, answer: Answer
 ) -> None:
     if answer.state in {"unpushed", "updating", "failed"}:
-        for name in ("chat", "log-probabilities", "repeat"):
+        for name in ("chat", "generation", "log-probabilities", "repeat"):
             look.not_visible(name, f"generation is closed while the server is {answer.state}")
         return
     chat = _post(
@@ -271,20 +242,23 @@ def _see_answers(
             "logprobs": True,
         },
     )
+    seen = False
     if chat.status == 400 and "template" in chat.text.lower():
         look.not_visible("chat", "the model has no chat template")
     else:
-        _judge_chat(look, chat, expect)
-    _judge_repeat(look, client, url, model)
+        seen = _judge_chat(look, chat, expect)
+    _judge_generation(look, client, url, model, probabilities=not seen)
 
 
-def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> None:
+def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> bool:
+    """Judge text and log-probabilities of a chat completion; say whether it had any of these."""
     try:
         choice = chat.body["choices"][0]
-        text = str(choice["message"]["content"])
+        content = choice["message"]["content"]
+        text = content if isinstance(content, str) else ""
     except (TypeError, KeyError, IndexError):
         look.failed("chat", f"HTTP {chat.status}: {_short(chat.text)}", "an answer")
-        return
+        return False
     look.facts |= {"answer": text, "latency_s": round(chat.seconds, 3)}
     found = f"{_short(text)!r} in {chat.seconds:.2f} s"
     if expect is not None and expect not in text:
@@ -293,12 +267,18 @@ def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> None:
         look.failed("chat", found, "some text")
     else:
         look.ok("chat", found, f"an answer with {expect!r}" if expect is not None else "")
-    content = (choice.get("logprobs") or {}).get("content")
-    if not content:
-        look.not_visible("log-probabilities", "the answer carries none")
-        return
+    told = choice.get("logprobs")
+    content = told.get("content") if isinstance(told, dict) else None
+    if not isinstance(content, list) or not content:
+        return False
+    _judge_probabilities(
+        look, [one.get("logprob") if isinstance(one, dict) else None for one in content]
+    )
+    return True
+
+
+def _judge_probabilities(look: _Look, values: list[Any]) -> None:
     # NaN travels as null, since JSON has no NaN.
-    values = [token.get("logprob") for token in content]
     bad = sum(not isinstance(v, (int, float)) or not math.isfinite(v) for v in values)
     if bad:
         look.failed("log-probabilities", f"{bad} of {len(values)} are not finite", "finite")
@@ -306,17 +286,41 @@ def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> None:
         look.ok("log-probabilities", f"{len(values)}, from {min(values):.2f} to {max(values):.2f}")
 
 
-def _judge_repeat(look: _Look, client: httpx.Client, url: str, model: str) -> None:
-    """Ask the same twice; after a first time, so that both find the prompt in the cache."""
+def _judge_generation(
+    look: _Look, client: httpx.Client, url: str, model: str, *, probabilities: bool
+) -> None:
+    """Ask for the same raw completion three times: the last two find the prompt in the cache.
+
+    Args:
+        look: what is seen.
+        client: to ask with.
+        url: the server's.
+        model: its name.
+        probabilities: judge the log-probabilities of the first: no chat had any.
+    """
     request = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": REPEAT_TOKENS}
     texts: list[str] = []
-    for _ in range(3):
-        reply = _post(client, url, "/v1/completions", request)
+    for number in range(3):
+        more = {"logprobs": 1} if probabilities and number == 0 else {}
+        reply = _post(client, url, "/v1/completions", request | more)
         try:
-            texts.append(str(reply.body["choices"][0]["text"]))
+            choice = reply.body["choices"][0]
+            texts.append(choice["text"] if isinstance(choice["text"], str) else "")
         except (TypeError, KeyError, IndexError):
-            look.failed("repeat", f"HTTP {reply.status}: {_short(reply.text)}", "an answer")
+            name = "repeat" if texts else "generation"
+            look.failed(name, f"HTTP {reply.status}: {_short(reply.text)}", "an answer")
             return
+        if number == 0:
+            look.facts["generation_s"] = round(reply.seconds, 3)
+            found = f"{_short(texts[0])!r} in {reply.seconds:.2f} s"
+            (look.ok if texts[0] else look.failed)("generation", found, "some text")
+            if probabilities:
+                told = choice.get("logprobs")
+                values = told.get("token_logprobs") if isinstance(told, dict) else None
+                if isinstance(values, list) and values:
+                    _judge_probabilities(look, values)
+                else:
+                    look.not_visible("log-probabilities", "no answer carries any")
     look.facts["completion"] = texts[-1]
     if texts[1] == texts[2]:
         look.ok("repeat", "two greedy requests, one answer")
@@ -342,11 +346,13 @@ def _reply(
 ) -> Reply:
     started = time.monotonic()
     response = client.request(method, url.rstrip("/") + path, json=body, timeout=wait)
+    # Before anything is cut from it: half a key would not be found.
+    text = gate.without_key(response.text, client.headers.get("Authorization", "")[7:])
     try:
-        data = response.json()
+        data = json.loads(text)
     except ValueError:
         data = None
-    return Reply(response.status_code, data, response.text, time.monotonic() - started)
+    return Reply(response.status_code, data, text, time.monotonic() - started)
 
 
 def _short(text: str) -> str:

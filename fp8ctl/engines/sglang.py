@@ -7,7 +7,6 @@ layers/torchao_utils.py) and of runs on a CPU. Called through `base.builder`.
 from __future__ import annotations
 
 import re
-import shlex
 from typing import TYPE_CHECKING, Final
 
 from fp8ctl.engines import base, refusals
@@ -249,11 +248,7 @@ def _weights(request: LaunchRequest, notes: list[str]) -> list[Option]:
     if request.source == "torchao":
         return [Option("--torchao-config", (request.torchao_config or "",))]
     if request.source == "method":
-        options = [Option("--quantization", (request.quantization or "",))]
-        if request.quantization == "bitsandbytes":
-            notes.append("--load-format bitsandbytes: the default loader does not quantise")
-            options.append(Option("--load-format", ("bitsandbytes",)))
-        return options
+        return [Option("--quantization", (request.quantization or "",))]
     return []
 
 
@@ -311,11 +306,14 @@ def _refuse_method(request: LaunchRequest) -> None:
                 f"but {model.path} is quantised with {model.quant_method!r}",
                 hint="give the 16-bit checkpoint as --model",
             )
-        if config.startswith("gemlite") and "gemlite" not in request.installed:
+        if config.startswith("gemlite"):
+            # torchao_utils.py passes its filter for every method but this one, and torchao's own
+            # takes torch.nn.Linear alone, which SGLang's layers are not. Seen on an H100: three of
+            # these gave the same log-probabilities, those of 16 bits.
             raise UnsupportedError(
-                f"--torchao-config {config} needs the package gemlite, "
-                f"which the environment of {request.python} does not have",
-                hint=f"{shlex.quote(str(request.python))} -m pip install gemlite",
+                f"--torchao-config {config} quantises nothing in SGLang 0.4.8, and says nothing: "
+                "torchao is not told which of SGLang's layers are linear",
+                hint="--torchao-config int4wo-128",
             )
 
 
@@ -348,14 +346,23 @@ def _refuse_device(request: LaunchRequest) -> None:
             f"--tp {request.tp} needs {request.tp} GPUs, this machine has {device.count}",
             hint=f"--tp {device.count}",
         )
-    if request.source == "method" and request.quantization in _NEEDS_VLLM:
-        for package in ("vllm", *(["bitsandbytes"] * (request.quantization == "bitsandbytes"))):
-            if package not in request.installed:
-                raise UnsupportedError(
-                    f"{what} of SGLang 0.4.8 needs operators of the package {package}, "
-                    f"which the environment of {request.python} does not have",
-                    hint="fp8ctl launch --backend vllm serves the same checkpoint",
-                )
+    if request.source == "method" and request.quantization == "bitsandbytes":
+        # loader.py:987 beside vLLM's bitsandbytes.py:227; seen on an H100 with vLLM 0.9.1.
+        raise UnsupportedError(
+            f"{what} of SGLang 0.4.8 dies while it loads: it looks for weights named qweight, and "
+            "the layers that it borrows from vLLM name them weight",
+            hint="fp8ctl launch --backend vllm --quantization bitsandbytes",
+        )
+    if (
+        request.source == "method"
+        and request.quantization in _NEEDS_VLLM
+        and "vllm" not in request.installed
+    ):
+        raise UnsupportedError(
+            f"{what} of SGLang 0.4.8 needs operators of the package vllm, "
+            f"which the environment of {request.python} does not have",
+            hint="fp8ctl launch --backend vllm serves the same checkpoint",
+        )
     if request.await_push:
         if request.source not in {"override", "checkpoint"}:
             raise ConflictError(

@@ -14,8 +14,9 @@ import torch
 
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels.digest import digests, to_text
+from fp8ctl.push.facts import largest
 from fp8ctl.push.result import Progress
-from fp8ctl.wire import ALIGN, Entry, Slot, place
+from fp8ctl.wire import ALIGN, DTYPES, Entry, Slot, place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     Named = tuple[str, torch.Tensor]
     Look = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
     Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
+
+
+#: More than two slots have tensors.
+_MOST_PLACES = 1 << 18
 
 
 class Filler:
@@ -55,6 +60,7 @@ class Filler:
         note: Note | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         totals: tuple[int, int] | None = None,
+        made: bool = False,
     ) -> None:
         """Prepare; nothing is opened before something is placed.
 
@@ -71,6 +77,7 @@ class Filler:
             note: is told each tensor, whether it is sent, and the seconds that making these took.
             on_progress: is called after every bucket.
             totals: tensors and bytes of the plan.
+            made: codes come as they are: nobody has looked yet whether one is NaN.
         """
         self.limit, self.patience = limit, patience
         self.aside: Aside | None = None
@@ -81,6 +88,7 @@ class Filler:
         self._digest = digest or held is not None
         self._held, self._tie, self._facts, self._note = held, tie, facts, note
         self._on_progress, self._totals = on_progress, totals
+        self._made = made
         self._delivery: Delivery | None = None
         self._slot, self._used = 0, 0
         self._memory: torch.Tensor | None = None
@@ -121,11 +129,19 @@ class Filler:
         if self._memory is None:
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
-        for slot, offset in zip(slots, offsets, strict=True):
+        address, places = self._memory.data_ptr(), delivery.places
+        if len(places) > _MOST_PLACES:  # other layouts than before
+            places.clear()
+        for (name, dtype, shape), offset in zip(slots, offsets, strict=True):
             at = self._used + offset
-            self._batch.append(Entry(slot.name, slot.dtype, slot.shape, at))
-            raw = self._memory[at : at + slot.nbytes]
-            self._tensors.append(raw.view(getattr(torch, slot.dtype)).view(slot.shape))
+            self._batch.append(Entry(name, dtype, shape, at))
+            key = (address + at, dtype, shape)
+            tensor = places.get(key)
+            if tensor is None:
+                size = math.prod(shape) * DTYPES[dtype]
+                raw = self._memory[at : at + size]
+                tensor = places[key] = raw.view(getattr(torch, dtype)).view(shape)
+            self._tensors.append(tensor)
         self._used += nbytes
         return [*self._tensors]
 
@@ -207,15 +223,25 @@ class Filler:
             if entry.dtype.startswith(("bfloat", "float16", "float32", "float64"))
             and tensor.numel()
         ]
-        ends = [torch.stack(torch.aminmax(tensor)).double() for _, tensor in kept]
+        peaks = largest([tensor for _, tensor in kept])
+        if self._made:
+            codes = [
+                (entry, tensor)
+                for entry, tensor in zip(batch, tensors, strict=True)
+                if entry.dtype == "float8_e4m3fn" and tensor.numel()
+            ]
+            # 0x7F, with either sign, is the one NaN of this type.
+            bad = (((t.view(torch.uint8) & 0x7F) == 0x7F).any() for _, t in codes)
+            peaks += [torch.where(one, math.nan, 0.0).double() for one in bad]
+            kept += codes
         facts = [{}] * len(batch) if self._facts is None else self._facts(batch, tensors)
         asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
         made = iter(digests((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes))
         texts = [to_text(next(made)) if yes else "" for yes in asked]
-        for (entry, tensor), (low, high) in zip(
-            kept, torch.stack(ends).tolist() if ends else (), strict=True
+        for (entry, tensor), peak in zip(
+            kept, torch.stack(peaks).tolist() if peaks else (), strict=True
         ):
-            if not (math.isfinite(low) and math.isfinite(high)):
+            if not math.isfinite(peak):
                 raise _not_finite(entry.name, tensor)
         return [
             Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)
@@ -294,8 +320,9 @@ class Filler:
 
 
 def _not_finite(name: str, tensor: torch.Tensor) -> PlanDoesNotFitError:
-    [index, *_] = (~torch.isfinite(tensor)).nonzero().tolist()
-    value = float(tensor[tuple(index)])
+    wide = tensor.float() if tensor.element_size() == 1 else tensor
+    [index, *_] = (~torch.isfinite(wide)).nonzero().tolist()
+    value = float(wide[tuple(index)])
     return PlanDoesNotFitError(
         f"{name}: non-finite value {value} at index {index}; it would spoil every answer",
         hint="look at the optimiser's step",

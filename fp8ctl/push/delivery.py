@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fp8ctl.push.link import Link
     from fp8ctl.wire import Entry
 
+    #: Address, dtype and shape, and the tensor that lies there.
+    Places = dict[tuple[int, str, tuple[int, ...]], torch.Tensor]
+
 SLOTS = 2
 
 
@@ -76,8 +79,10 @@ class Delivery(Protocol):
         capacity: bytes of a slot.
         device: of its memory.
         number: buckets that were taken until now.
+        places: tensors in its memory; kept as long as that is, over updates.
     """
 
+    places: Places
     capacity: int
     device: torch.device
     number: int
@@ -116,6 +121,7 @@ class ByCarrier:
         assert link.sender is not None
         self._sender, self._fleet, self._push = link.sender, fleet, push
         self._begun, self._clock = begun, clock
+        self.places = link.places
         self.capacity = self._sender.buffer(0).numel()
         self.device = self._sender.buffer(0).device
         self.number = 0

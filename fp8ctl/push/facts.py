@@ -8,7 +8,7 @@ stays in 16 or 32 bits, `amax` alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -36,12 +36,18 @@ def facts(
     """
     asked: list[torch.Tensor] = []
     names: list[tuple[str, ...]] = []
+    kept = [
+        tensor
+        for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True))
+        if _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel()
+    ]
+    peaks = iter(largest(kept))
     for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
         if entry.dtype == "float8_e4m3fn":
             asked += of_codes(tensor, tensors[i + 1], block)
             names.append(("amax", "saturated", "zero_blocks"))
-        elif tensor.is_floating_point() and not _is_scale(entries, i) and tensor.numel():
-            asked.append(torch.stack(torch.aminmax(tensor)).double().abs().amax())
+        elif _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel():
+            asked.append(next(peaks))
             names.append(("amax",))
         else:
             names.append(())
@@ -51,6 +57,27 @@ def facts(
         {name: int(next(found)) if name in counts else next(found) for name in of_it}
         for of_it in names
     ]
+
+
+def largest(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the largest magnitude in each tensor, NaN where there is one, as 0-D FP64.
+
+    Args:
+        tensors: of floats, none empty; all on one device.
+    """
+    if not tensors or tensors[0].device.type == "cpu":
+        return [torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors]
+    # A few launches for all, where the host would take longer with one each.
+    alike: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        alike.setdefault(tensor.dtype, []).append(i)
+    found: list[Any] = [None] * len(tensors)
+    for those in alike.values():
+        norms = torch._foreach_norm([tensors[i] for i in those], float("inf"))
+        # One conversion for all: each is a launch.
+        for i, norm in zip(those, torch.stack(list(norms)).double().unbind(), strict=True):
+            found[i] = norm
+    return found
 
 
 def of_codes(
@@ -63,8 +90,10 @@ def of_codes(
     return largest, _saturated(bits).double(), zero.sum().double()
 
 
-def _is_scale(entries: Sequence[Entry], i: int) -> bool:
-    return i > 0 and entries[i - 1].dtype == "float8_e4m3fn"
+def _is_kept(entries: Sequence[Entry], i: int) -> bool:
+    """Say whether it is neither codes nor the scales of those before it."""
+    of_it = entries[i].dtype, entries[i - 1].dtype if i else ""
+    return "float8_e4m3fn" not in of_it
 
 
 def _zero(bits: torch.Tensor, scales: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:

@@ -13,8 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-import struct
 import tempfile
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,30 +23,23 @@ import torch
 
 from fp8ctl import paths
 from fp8ctl.carriers import offers
+from fp8ctl.dtypes import SPELLED
 from fp8ctl.errors import NotPermittedError
+from fp8ctl.layout import header
 from fp8ctl.push.delivery import SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.manifest import Plan
-    from fp8ctl.push.delivery import Clock
+    from fp8ctl.push.delivery import Clock, Places
     from fp8ctl.wire import Entry
 
 PREFIX = "fp8ctl-push-"
+_NEW = ".new-"
 _LOCK = ".lock"
-#: As safetensors spells them.
-_SPELLED = {
-    "float8_e4m3fn": "F8_E4M3",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    "float64": "F64",
-    "uint8": "U8",
-    "int8": "I8",
-    "int32": "I32",
-    "int64": "I64",
-}
+#: Seconds after which a folder that has not got its name is nobody's any more.
+_UNNAMED = 60.0
 
 
 class ByFolder:
@@ -79,6 +72,7 @@ class ByFolder:
             CarrierError: the device has no room for the buckets.
         """
         self.capacity, self.device, self.number = capacity, device, 0
+        self.places: Places = {}
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
         self._files: dict[str, str] = {}
@@ -160,23 +154,14 @@ class ByFolder:
     def _write(self, name: str, slot: int, nbytes: int, entries: list[Entry]) -> None:
         with self._clock.stage("write"):
             memory = self._memory[slot][:nbytes].cpu()
-            # Larger elements first: so each tensor is aligned without a gap.
-            ordered = sorted(entries, key=lambda e: -e.nbytes // max(1, _count(e.shape)))
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            at = 0
-            for entry in ordered:
-                header[entry.name] = {
-                    "dtype": _SPELLED[entry.dtype],
-                    "shape": list(entry.shape),
-                    "data_offsets": [at, at + entry.nbytes],
-                }
-                at += entry.nbytes
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
+            by_name = {entry.name: entry for entry in entries}
+            head, places = header((e.name, SPELLED[e.dtype], e.shape) for e in entries)
             with open(self.path / name, "wb", buffering=0) as file:
-                _all(file.fileno(), struct.pack("<Q", len(text)) + text)
-                for entry in filter(lambda e: e.nbytes, ordered):
-                    _all(file.fileno(), _bytes(memory[entry.offset : entry.offset + entry.nbytes]))
+                _all(file.fileno(), head)
+                for entry in (by_name[name] for name in places):
+                    if entry.nbytes:
+                        part = memory[entry.offset : entry.offset + entry.nbytes]
+                        _all(file.fileno(), _bytes(part))
 
     def _config(self) -> dict[str, Any]:
         plan = self._plan
@@ -190,14 +175,19 @@ class ByFolder:
 
 def _locked(where: Path) -> tuple[Path, int]:
     """Return a new folder and the lock on it, which it has before it gets its name."""
-    new = Path(tempfile.mkdtemp(prefix=".new-", dir=where)).absolute()
+    new = Path(tempfile.mkdtemp(prefix=_NEW, dir=where)).absolute()
     lock = os.open(new / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    return new.rename(new.with_name(PREFIX + new.name.removeprefix(".new-"))), lock
+    return new.rename(new.with_name(PREFIX + new.name.removeprefix(_NEW))), lock
 
 
 def sweep(where: Path) -> None:
     """Remove folders whose trainer has ended without a chance to do so."""
+    for folder in where.glob(f"{_NEW}*"):
+        # Killed before it had its name, perhaps before its lock.
+        with contextlib.suppress(OSError):
+            if time.time() - folder.lstat().st_mtime > _UNNAMED and not _foreign(folder):
+                shutil.rmtree(folder, ignore_errors=True)
     for folder in where.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
@@ -206,6 +196,11 @@ def sweep(where: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+def _foreign(folder: Path) -> bool:
+    """Say whether a folder holds anything that is not ours: `--folder` may be anyone's."""
+    return bool({*os.listdir(folder)} - {_LOCK})
 
 
 def _bytes(memory: torch.Tensor) -> memoryview:
@@ -218,10 +213,6 @@ def _all(file: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while len(view):
         view = view[os.write(file, view) :]
-
-
-def _count(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _refused(where: Path, e: OSError) -> NotPermittedError:

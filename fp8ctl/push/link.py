@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from fp8ctl import __version__
+from fp8ctl import __version__, wire
 from fp8ctl.carriers import ends
 from fp8ctl.errors import BusyError, ConflictError, UsageError
+from fp8ctl.kernels import digest
 from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Sender
     from fp8ctl.push.client import Server
+    from fp8ctl.push.delivery import Places
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.wire import Kind
 
@@ -67,6 +69,7 @@ class Link:
         self.sender: Sender | None = None
         self.connections: list[str] = []
         self.served: Served | None = None
+        self.places: Places = {}
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0
@@ -81,8 +84,13 @@ class Link:
         cuda: Any = torch.cuda
         return torch.device("cuda" if cuda.is_initialized() else "cpu")
 
-    def open(self, fleet: Fleet, nbytes: int) -> None:
+    def open(self, fleet: Fleet, nbytes: int, meanwhile: Callable[[], None] | None = None) -> None:
         """Have every server connected, with buckets of at least `nbytes` bytes.
+
+        Args:
+            fleet: the servers.
+            nbytes: of a bucket.
+            meanwhile: is called while they connect, if they have to.
 
         Raises:
             UnsupportedError: a server that cannot take a push, with what makes it able to.
@@ -108,14 +116,33 @@ class Link:
                 timeout=self._timeout,
             )
             self._nbytes = nbytes
-        self.connect(fleet)
+        self.connect(fleet, meanwhile=meanwhile)
 
-    def connect(self, fleet: Fleet, those: Collection[int] | None = None) -> None:
+    def look(self, fleet: Fleet) -> None:
+        """Leave a group of which a server knows nothing any more: `open` makes another.
+
+        Such a server was started anew, or met another client. Other carriers are offered again
+        when its update begins; a group is not joined twice.
+        """
+        if self.kind != "group" or not self.connections:
+            return
+        states = fleet.all(lambda _, server: server.state())
+        known = [str(state.get("connection")) for state in states]
+        if known != [wire.shown(connection) for connection in self.connections]:
+            self.close(fleet)
+
+    def connect(
+        self,
+        fleet: Fleet,
+        those: Collection[int] | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Offer the carrier to the servers.
 
         Args:
             fleet: the servers.
             those: by their numbers, where some were started anew; None: all.
+            meanwhile: is called while they connect.
         """
         sender = self.sender
         client = {"fp8ctl": __version__, "torch": torch.__version__, "pid": os.getpid()}
@@ -131,6 +158,8 @@ class Link:
                 try:
                     if sender is not None:
                         futures.append(joining.submit(sender.join))
+                    if meanwhile is not None:
+                        meanwhile()
                     found = answers(futures)
                 except BaseException:
                     if sender is not None:
@@ -157,6 +186,8 @@ class Link:
     def drop(self) -> None:
         """Forget the connections; servers find out when another is made."""
         self.connections, self.served = [], None
+        self.places.clear()  # no tensor may be left that uses the carrier's memory
+        digest.forget()
         sender, self.sender = self.sender, None
         if sender is not None:
             sender.close()

@@ -25,6 +25,7 @@ _KINDS: Mapping[str, type[Fp8ctlError]] = {
     "FP8-WIRE": UnsupportedError,
     "FP8-CARRIER": CarrierError,
     "FP8-BUSY": BusyError,
+    "FP8-RELEASED": BusyError,
     "FP8-DRAIN": BusyError,
     "FP8-MANIFEST": ConflictError,
     "FP8-CONNECTION": ConflictError,
@@ -75,16 +76,27 @@ def refused(url: str, status: int, body: Any, *, backend: str, secret: str) -> F
         )
     reply = str(told.get("id") or "")
     message = str(told.get("message") or f"it answers {status}")
-    hint = _OURS.get(reply) or str(told.get("hint") or "")
+    hint = _OURS.get(reply) or str(told.get("hint") or "").replace("URL", url)
     hint = hint or _HINTS.get(reply, "").format(url=url, backend=backend)
     more = told.get("data")
     data: dict[str, object] = dict(more) if isinstance(more, dict) else {}
     state = body.get("state") if isinstance(body, dict) else None
     data |= {"server": url, "status": status, "reply": reply, "state": state}
     if secret:
-        message, hint = message.replace(secret, "***"), hint.replace(secret, "***")
+        message, hint, data = _without(secret, (message, hint, data))
     kind = _KINDS.get(reply, EngineFailedError)
     return kind(f"{url}: {message}", hint=hint or "fp8ctl ps; fp8ctl logs NAME", data=data)
+
+
+def _without(secret: str, said: Any) -> Any:
+    """Return what was said, of JSON types, with the secret blotted out wherever it stands."""
+    if isinstance(said, str):
+        return said.replace(secret, "***")
+    if isinstance(said, dict):
+        return {_without(secret, k): _without(secret, v) for k, v in said.items()}
+    if isinstance(said, (list, tuple)):
+        return [_without(secret, one) for one in said]
+    return said
 
 
 def stock(url: str, backend: str) -> UnsupportedError:

@@ -144,6 +144,7 @@ class Rollout:
         complete: bool = True,
         ranks: Ranks | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        quantized: bool = False,
     ) -> Update:
         """Have all servers serve these weights, or the ones that they served before.
 
@@ -155,6 +156,7 @@ class Rollout:
             ranks: all ranks of the trainer call this, where each holds parts; only the source
                 talks to servers, and all return or raise together.
             on_progress: called after every bucket.
+            quantized: they are in the plan's FP8 form already: codes, each followed by its scale.
 
         Returns:
             What was sent, and in which time.
@@ -168,7 +170,8 @@ class Rollout:
         if hasattr(named_tensors, "__aiter__"):
             raise TypeError("the source is asynchronous: use `await rollout.aupdate(...)`")
         with self._alone():
-            return self._work(version, complete, ranks, on_progress).run(named_tensors)
+            work = self._work(version, complete, ranks, on_progress, quantized)
+            return work.run(named_tensors)
 
     async def aupdate(
         self,
@@ -178,6 +181,7 @@ class Rollout:
         complete: bool = True,
         ranks: Ranks | None = None,
         on_progress: Callable[[Progress], None] | None = None,
+        quantized: bool = False,
     ) -> Update:
         """Do as `update`, with a source of either kind, while the event loop goes on.
 
@@ -185,7 +189,8 @@ class Rollout:
         `on_progress` is called in another thread.
         """
         with self._alone():
-            return await self._work(version, complete, ranks, on_progress).arun(named_tensors)
+            work = self._work(version, complete, ranks, on_progress, quantized)
+            return await work.arun(named_tensors)
 
     def close(self) -> None:
         """Say goodbye to the servers and give back the carrier; a next update connects anew."""
@@ -220,6 +225,7 @@ class Rollout:
         complete: bool,
         ranks: Ranks | None,
         on_progress: Callable[[Progress], None] | None,
+        quantized: bool,
     ) -> Work:
         return Work(
             self._wish,
@@ -229,6 +235,7 @@ class Rollout:
             complete=complete,
             ranks=ranks,
             on_progress=on_progress,
+            quantized=quantized,
         )
 
     def _alone(self) -> _Alone:

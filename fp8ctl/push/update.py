@@ -7,6 +7,7 @@ for servers) is done aside; a cancellation ends what waits there before anything
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from fp8ctl.push.link import Served
 from fp8ctl.push.recorder import Recorder
 from fp8ctl.push.result import Update
 from fp8ctl.push.session import Session
+from fp8ctl.push.warm import warm
 from fp8ctl.stream import placed_weights
 from fp8ctl.wire import ALIGN
 
@@ -77,10 +79,11 @@ class Work:
         complete: bool,
         ranks: Ranks | None,
         on_progress: Callable[[Progress], None] | None,
+        quantized: bool = False,
     ) -> None:
         self.push = uuid.uuid4().hex
         self._wish, self._link, self._version = wish, link, version
-        self._complete, self._ranks = complete, ranks
+        self._complete, self._ranks, self._quantized = complete, ranks, quantized
         self._gives = ranks is None or ranks.is_source
         self._clock = Clock()
         self._fleet = Fleet(servers)
@@ -106,6 +109,7 @@ class Work:
             note=self._note if wish.record is not None else None,
             on_progress=on_progress,
             totals=totals,
+            made=quantized,
         )
 
     # ---- two ways through it ----
@@ -157,6 +161,7 @@ class Work:
             dtype=wish.dtype,
             complete=self._complete,
             ranks=self._ranks,
+            quantized=self._quantized,
         )
 
     def _prepare(self, named_tensors: object) -> None:
@@ -173,7 +178,8 @@ class Work:
                 tensors = (t for _, t in pairs if isinstance(t, torch.Tensor))
                 sizes = (t.numel() * t.element_size() + ALIGN for t in tensors)
                 self._slot = max([self._slot, *sizes])
-            self._link.open(self._fleet, self._slot)
+            self._link.look(self._fleet)
+            self._link.open(self._fleet, self._slot, self._warm)
             if self._wish.record is not None:
                 self._recorder = Recorder(
                     self._wish.record, self._wish.plan, self._version, self.push, self._before
@@ -184,6 +190,13 @@ class Work:
             raise
         if ranks is not None:
             together.meet(ranks, "more")
+
+    def _warm(self) -> None:
+        """Compile kernels, where there are any to compile; what is wrong shows when they run."""
+        plan, device = self._wish.plan, self._link.device
+        if plan is not None and device.type == "cuda":
+            with contextlib.suppress(Exception):
+                warm(plan, self._wish.dtype, device)
 
     def _deliver_by(self, nbytes: int) -> Delivery:
         """Return what takes the buckets; the servers begin while the first is written."""

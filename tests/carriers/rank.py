@@ -31,7 +31,7 @@ def left() -> dict[str, int]:
     """Return what this process holds that a carrier could have left."""
     gc.collect()
     with open("/proc/self/maps", encoding="utf-8") as maps:
-        mapped = sum("fp8ctl" in line for line in maps)
+        mapped = sum("memfd:fp8ctl" in line for line in maps)
     open_ = 0
     for fd in os.listdir("/proc/self/fd"):
         if os.path.lexists(f"/proc/self/fd/{fd}"):  # the listing's own is gone

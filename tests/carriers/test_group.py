@@ -346,6 +346,24 @@ def test_what_waits_in_another_thread_is_ended(pool: Pool, end: str) -> None:
         assert processes[0].answer()["error"] == "ConflictError"
 
 
+def test_a_group_that_is_being_made_is_given_up_at_once() -> None:
+    """Gloo itself waits for a rank that does not come until its time is over."""
+    with group(1, timeout=6.0) as sender, ThreadPoolExecutor(2) as threads:
+        offer = sender.offer(0)
+        deadline = time.monotonic() + PATIENCE
+        joining = threads.submit(sender.join)
+        rank = link.join(offer["host"], offer["port"], offer["key"], 1, {}, deadline)
+        with contextlib.closing(rank):
+            assert "go" in link.agree(rank, deadline), "now the trainer makes it, and this does not"
+            time.sleep(0.3)
+            assert not joining.done()
+            before = time.monotonic()
+            sender.cancel("the update was cancelled")
+            with pytest.raises(ConflictError, match="the update was cancelled"):
+                joining.result(PATIENCE)
+            assert time.monotonic() - before < 2.0
+
+
 def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
     processes = pool.take(2)
     with group(2) as sender, ThreadPoolExecutor(1) as threads:

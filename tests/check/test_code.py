@@ -132,6 +132,29 @@ def test_a_worker_that_says_nothing_fails() -> None:
     assert seen.evidence[1] == Evidence("code, process 7", "failed", "silent: timed out")
 
 
+def test_patches_are_in_force_where_every_worker_runs_them_and_only_there() -> None:
+    absent, bad = module("not imported"), module("replaced", names=["f"])
+    for workers, told in (
+        ([worker(0, module())], Evidence("patches", "ok", "refit; in force in 1 worker")),
+        (
+            [worker(0, module()), worker(1, module())],
+            Evidence("patches", "ok", "refit; in force in all 2 workers"),
+        ),
+        (
+            [worker(0, module()), worker(1, bad)],
+            Evidence(
+                "patches", "failed", "refit; not proven in rank 1", "in force in every worker"
+            ),
+        ),
+        (
+            [worker(0, module()), worker(1, absent)],
+            Evidence("patches", "not visible", "not every worker shows its code"),
+        ),
+    ):
+        assert code.judge(answer(*workers)).in_force == told
+    assert code.judge(None).in_force.result == "not visible"
+
+
 def test_a_server_that_is_made_to_tell_and_cannot_fails() -> None:
     seen = code.judge({"error": "HTTP 500: OSError"})
     assert seen.evidence == (Evidence("code, server", "failed", "HTTP 500: OSError"),)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -61,9 +62,13 @@ def test_a_healthy_server_passes_and_is_never_called_fp8_ok(serve: Serve) -> Non
         "health": "ok",
         "state": "ok",
         "code": "not visible",
+        "patches": "not visible",
         "model": "ok",
         "quantisation": "ok",
+        "versions": "ok",
+        "mode": "not visible",
         "chat": "ok",
+        "generation": "ok",
         "log-probabilities": "ok",
         "repeat": "ok",
     }
@@ -108,6 +113,44 @@ def test_what_makes_no_sense_fails(serve: Serve, arguments: list[str], check: st
     assert found.result == "failed"
 
 
+def test_a_server_without_a_chat_template_is_judged_by_its_raw_generation(serve: Serve) -> None:
+    found = live.check(serve("--quantization", "fp8", "--no-template"))
+    seen = results(found)
+    assert (seen["chat"], seen["generation"], found.result) == ("not visible", "ok", "ok")
+    [told] = [one for one in found.evidence if one.check == "log-probabilities"]
+    assert (told.result, told.found) == ("ok", "2, from -1.50 to -0.50")
+    found = live.check(serve("--quantization", "fp8", "--no-template", "--nan"))
+    assert results(found)["log-probabilities"] == "failed"
+    # And where neither answer carries any, that is said.
+    found = live.check(serve("--quantization", "fp8", "--no-template", "--bare"))
+    assert (results(found)["log-probabilities"], found.result) == ("not visible", "ok")
+
+
+def test_both_kinds_of_request_have_their_latency(serve: Serve) -> None:
+    found = live.check(serve("--quantization", "fp8"))
+    assert {"latency_s", "generation_s"} <= found.facts.keys()
+    for name in ("chat", "generation"):
+        [one] = [one for one in found.evidence if one.check == name]
+        assert re.search(r" in \d+\.\d\d s$", one.found), one
+
+
+def test_mode_and_versions_are_what_a_server_of_ours_tells(serve: Serve) -> None:
+    plan = {"mode": "block", "block_size": [64, 64], "recipe": "ieee", "digest": "ab" * 32}
+    about = {"plan": plan, "torch": "2.7.1", "python": "3.11.9", "fp8ctl": "0.1.0"}
+    found = live.check(serve("--quantization", "fp8", "--about", json.dumps(about)))
+    told = {one.check: (one.result, one.found) for one in found.evidence}
+    assert told["mode"] == ("ok", "block 64x64, ieee, plan abababababab")
+    assert told["versions"] == ("ok", "sglang 0.4.8, fp8ctl 0.1.0, torch 2.7.1, python 3.11.9")
+    bare = live.check(serve("--quantization", "fp8", "--state", "none"))
+    assert results(bare)["mode"] == "not visible"
+
+
+def test_of_an_engines_arguments_no_secret_is_kept(serve: Serve) -> None:
+    found = live.check(serve("--quantization", "fp8", "--tell-key", "k-in-the-arguments"))
+    assert found.facts["arguments"] == {"quantization": "fp8", "model_path": "/nowhere"}
+    assert "k-in-the-arguments" not in json.dumps(found.to_json())
+
+
 @pytest.mark.parametrize(
     ("state", "verdict"),
     [("unpushed", "unpushed"), ("updating", None), ("failed", "wrong-weights")],
@@ -121,7 +164,9 @@ def test_a_closed_gate_is_reported_and_nothing_is_asked(
     assert found.result == "failed"
     seen = results(found)
     assert seen["state"] == "failed"
-    assert {seen[c] for c in ("chat", "log-probabilities", "repeat")} == {"not visible"}
+    assert {seen[c] for c in ("chat", "generation", "log-probabilities", "repeat")} == {
+        "not visible"
+    }
     with pytest.raises(CheckFailedError) as caught:
         command.run(Reporter(out=io.StringIO(), err=io.StringIO()), url=url)
     assert caught.value.exit_code == 8
@@ -211,48 +256,8 @@ def test_what_is_no_address_is_a_usage_error(url: str) -> None:
 
 
 def test_an_unknown_level_is_a_usage_error() -> None:
-    with pytest.raises(UsageError, match="live and weights"):
+    with pytest.raises(UsageError, match="live, weights and logprobs"):
         command.run(Reporter(), url="http://127.0.0.1:1", level="deep")
-
-
-BLOCKS: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-
-
-@pytest.mark.parametrize(
-    ("info", "config", "word", "is_16_bit"),
-    [
-        pytest.param({}, None, None, False, id="nothing asked, folder not visible"),
-        pytest.param({}, {}, "none: a 16-bit checkpoint", True, id="16 bits"),
-        pytest.param({"quantization": "fp8"}, None, "fp8, by argument", False, id="remote"),
-        pytest.param({"quantization": "fp8"}, {}, "fp8, quantised at load", False, id="online"),
-        pytest.param({"torchao_config": "int8wo"}, {}, "torchao int8wo", False, id="torchao"),
-        pytest.param(
-            {"quantization": "fp8", "quantization_config": BLOCKS},
-            {},
-            "fp8 in blocks of 128x128, put over",
-            False,
-            id="override",
-        ),
-        pytest.param(
-            {}, {"quantization_config": BLOCKS}, "from the checkpoint", False, id="checkpoint"
-        ),
-    ],
-)
-def test_the_word_of_sglang(
-    info: dict[str, Any], config: dict[str, Any] | None, word: str | None, is_16_bit: bool
-) -> None:
-    own = info.pop("quantization_config", None)
-    override = json.dumps({"quantization_config": own}) if own else "{}"
-    found, plain = live.sglang_word({**info, "json_model_override_args": override}, config)
-    assert plain is is_16_bit
-    assert (found is None) if word is None else (found is not None and word in found)
-
-
-def test_the_word_of_vllm_is_read_from_its_server_info() -> None:
-    text = '{"vllm_config": "model=\'m\', quantization=fp8, enforce_eager=False"}'
-    assert live._vllm_word(live.Reply(200, {}, text, 0.0)) == "fp8, by the engine's config"
-    assert live._vllm_word(live.Reply(200, {}, text.replace("fp8", "None"), 0.0)) is None
-    assert live._vllm_word(live.Reply(404, {}, text, 0.0)) is None
 
 
 def test_only_the_words_of_the_contract_are_verdicts() -> None:
@@ -260,44 +265,3 @@ def test_only_the_words_of_the_contract_are_verdicts() -> None:
     assert as_verdict("ok") is None
     assert as_verdict(None) is None
     assert not_visible("weights", "no hooks").verdict is None
-
-
-def test_the_weights_level_is_not_reached_where_live_fails(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "fp8ctl.check.weights", None)
-    with pytest.raises(CheckFailedError):
-        command.run(
-            Reporter(out=io.StringIO(), err=io.StringIO()),
-            url=serve("--nan"),
-            level="weights",
-        )
-
-
-@pytest.mark.parametrize("word", ["fp8-ok", "stale", "not visible"])
-def test_only_fp8_ok_ends_the_weights_level_well(
-    serve: Serve, monkeypatch: pytest.MonkeyPatch, word: str
-) -> None:
-    import types
-
-    weights = types.ModuleType("fp8ctl.check.weights")
-    seen: list[object] = []
-
-    def verify(url: str, model: str | None, report: Reporter, api_key: str | None) -> object:
-        seen.append((url, model, api_key))
-        return {"verdict": word, "message": "layer 3"}
-
-    weights.__dict__["verify"] = verify
-    monkeypatch.setitem(sys.modules, "fp8ctl.check.weights", weights)
-    import fp8ctl.check
-
-    monkeypatch.setattr(fp8ctl.check, "weights", weights, raising=False)
-    url = serve("--quantization", "fp8")
-    report = Reporter(out=io.StringIO(), err=io.StringIO())
-    if word == "fp8-ok":
-        data = command.run(report, url=url, model="m", level="weights")
-        assert data["verdict"] == "fp8-ok"
-    else:
-        with pytest.raises(CheckFailedError, match="layer 3"):
-            command.run(report, url=url, model="m", level="weights")
-    assert seen == [(url, "m", None)]

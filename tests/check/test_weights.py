@@ -1,4 +1,4 @@
-"""The weights level: sums over ranks, what differs, the word for it, and a server's answers."""
+"""The weights level beside a server's answers: what is asked, and what is told of it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from fp8ctl import checkpoint
-from fp8ctl.check import weights
-from fp8ctl.check.weights import compare, judge
+from fp8ctl.check import comparison, weights
+from fp8ctl.check.tensors import compare
 from fp8ctl.errors import CheckFailedError, NotFoundError, UsageError
-from fp8ctl.formats import BlockSize, Mode
-from fp8ctl.held import Held, gather
-from fp8ctl.kernels.digest import to_text
-from fp8ctl.planning import make_plan
+from fp8ctl.held import Held
 from fp8ctl.render import Reporter
+from tests.check.reports import SCALE, Q, held_of, rank, shard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,215 +27,6 @@ if TYPE_CHECKING:
     from fp8ctl.manifest import Plan
 
     Serve = Callable[[int, object], str]
-
-LAYER = "model.layers.0"
-Q, SCALE = f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.self_attn.q_proj.weight_scale_inv"
-NORM, ROUTER, HEAD = f"{LAYER}.input_layernorm.weight", f"{LAYER}.mlp.gate.weight", "lm_head.weight"
-SHAPES = {
-    "model.embed_tokens.weight": (40, 64),
-    Q: (64, 64),
-    f"{LAYER}.self_attn.o_proj.weight": (64, 64),
-    NORM: (64,),
-    ROUTER: (2, 64),
-    HEAD: (40, 64),
-}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small checkpoint of a mixture of experts, without its experts."""
-    folder = tmp_path_factory.mktemp("model")
-    generator = torch.Generator().manual_seed(1)
-    tensors = {n: torch.randn(s, generator=generator).bfloat16() for n, s in SHAPES.items()}
-    save_file(tensors, folder / "model.safetensors")
-    config = {"model_type": "qwen3_moe", "num_attention_heads": 4, "num_key_value_heads": 4}
-    (folder / "config.json").write_text(json.dumps({**config, "head_dim": 16}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def plan(model: Path) -> Plan:
-    return make_plan(model, "sglang", Mode.BLOCK, 1, BlockSize(32, 32))
-
-
-@pytest.fixture(scope="module")
-def expected(plan: Plan) -> dict[str, int]:
-    return checkpoint.expected_digests(plan.model, plan)
-
-
-def shard(name: str, value: int, **changes: object) -> dict[str, object]:
-    dtype = "float32" if name.endswith("scale_inv") else "bfloat16"
-    if "_proj.weight" in name and not name.endswith("scale_inv"):
-        dtype = "float8_e4m3fn"
-    plain = {"name": name, "row": 0, "column": 0, "shape": [1], "dtype": dtype, "primary": True}
-    return {**plain, "digest": to_text(value), **changes}
-
-
-def rank(shards: list[dict[str, object]], number: int = 0) -> dict[str, Any]:
-    return {"rank": number, "pid": 1, "format": "checkpoint", "unfilled": {}, "tensors": shards}
-
-
-def held_of(expected: dict[str, int]) -> dict[str, Held]:
-    return gather([rank([shard(name, value) for name, value in expected.items()])])
-
-
-def word(plan: Plan, expected: dict[str, int], held: dict[str, Held]) -> tuple[str, str]:
-    return judge(plan, compare(plan, expected, held), held)
-
-
-def unequal(plan: Plan, expected: dict[str, int], held: dict[str, Held]) -> list[tuple[str, str]]:
-    return [(x.name, x.found) for x in compare(plan, expected, held) if x.found != "equal"]
-
-
-# --- compare and judge --------------------------------------------------------------------------
-
-
-def test_weights_that_are_the_sources_are_ok(plan: Plan, expected: dict[str, int]) -> None:
-    assert {Q, SCALE, NORM, ROUTER, HEAD} <= expected.keys()
-    held = held_of(expected)
-    assert unequal(plan, expected, held) == []
-    verdict, why = word(plan, expected, held)
-    assert verdict == "fp8-ok"
-    assert why.startswith("4 tensors of codes and scales equal the source's")
-
-
-@pytest.mark.parametrize("name", [Q, SCALE, NORM, HEAD])
-def test_one_digest_that_differs_is_found_by_name(
-    name: str, plan: Plan, expected: dict[str, int]
-) -> None:
-    held = held_of(expected)
-    held[name] = replace(held[name], digest=held[name].digest ^ 1)
-    assert unequal(plan, expected, held) == [(name, "different")]
-    assert word(plan, expected, held) == (
-        "wrong-weights",
-        f"1 tensors are not what the source makes: {name} is different",
-    )
-
-
-def test_weights_of_another_recipe_are_wrong(plan: Plan, expected: dict[str, int]) -> None:
-    other = replace(plan, recipe="ue8m0")
-    assert word(other, checkpoint.expected_digests(plan.model, other), held_of(expected))[0] == (
-        "wrong-weights"
-    )
-
-
-@pytest.mark.parametrize("name", [Q, SCALE])
-def test_a_code_or_a_scale_that_is_missing_is_wrong(
-    name: str, plan: Plan, expected: dict[str, int]
-) -> None:
-    held = held_of({n: d for n, d in expected.items() if n != name})
-    assert unequal(plan, expected, held) == [(name, "missing")]
-    verdict, why = word(plan, expected, held)
-    assert (verdict, f"{name} is missing" in why) == ("wrong-weights", True)
-
-
-@pytest.mark.parametrize("name", [HEAD, NORM])
-def test_a_kept_tensor_that_lives_elsewhere_is_no_fault(
-    name: str, plan: Plan, expected: dict[str, int]
-) -> None:
-    """A tied head is the embedding; it is listed all the same."""
-    held = held_of({n: d for n, d in expected.items() if n != name})
-    assert unequal(plan, expected, held) == [(name, "missing")]
-    assert word(plan, expected, held)[0] == "fp8-ok"
-
-
-def test_fp8_that_nobody_planned_is_wrong_and_a_buffer_is_not(
-    plan: Plan, expected: dict[str, int]
-) -> None:
-    buffer = {**held_of(expected), "rope.inv_freq": Held("float32", 1, True, (0,))}
-    assert unequal(plan, expected, buffer) == [("rope.inv_freq", "unexpected")]
-    assert word(plan, expected, buffer)[0] == "fp8-ok"
-    codes = {**held_of(expected), "model.extra.weight": Held("float8_e4m3fn", 1, True, (0,))}
-    verdict, why = word(plan, expected, codes)
-    assert (verdict, "model.extra.weight is unexpected" in why) == ("wrong-weights", True)
-
-
-def test_copies_that_are_not_alike_are_different(plan: Plan, expected: dict[str, int]) -> None:
-    held = held_of(expected)
-    held[Q] = replace(held[Q], replicas_agree=False, ranks=(0, 3))
-    [line] = [x for x in compare(plan, expected, held) if x.found != "equal"]
-    assert (line.name, line.found) == (Q, "different")
-    assert "0, 3" in line.detail
-    assert word(plan, expected, held)[0] == "wrong-weights"
-
-
-def test_a_router_in_fp8_is_named_before_anything_else(
-    plan: Plan, expected: dict[str, int]
-) -> None:
-    held = held_of(expected)
-    held[ROUTER] = replace(held[ROUTER], dtype="float8_e4m3fn", digest=0)
-    held[Q] = replace(held[Q], digest=0)
-    verdict, why = word(plan, expected, held)
-    assert verdict == "router-quantised"
-    assert why.startswith(f"{ROUTER} is float8_e4m3fn, and the plan keeps it: router")
-
-
-def test_a_head_in_fp8_is_wrong_but_no_router(plan: Plan, expected: dict[str, int]) -> None:
-    held = held_of(expected)
-    held[HEAD] = replace(held[HEAD], dtype="float8_e4m3fn", digest=0)
-    verdict, why = word(plan, expected, held)
-    assert verdict == "wrong-weights"
-    assert HEAD in why
-
-
-def test_sixteen_bits_everywhere_is_a_fallback_and_not_just_wrong(
-    plan: Plan, expected: dict[str, int]
-) -> None:
-    held = {n: replace(h, dtype="bfloat16") for n, h in held_of(expected).items() if n != SCALE}
-    for tensor in plan.quantized:
-        held[tensor.name] = replace(held[tensor.name], digest=0)
-    verdict, why = word(plan, expected, held)
-    assert verdict == "bf16-fallback"
-    assert "bfloat16" in why
-
-
-def test_sixteen_bits_in_one_place_is_wrong_weights(plan: Plan, expected: dict[str, int]) -> None:
-    held = held_of(expected)
-    held[Q] = replace(held[Q], dtype="bfloat16", digest=0)
-    assert word(plan, expected, held)[0] == "wrong-weights"
-
-
-def test_a_server_that_holds_nothing_is_not_ok(plan: Plan, expected: dict[str, int]) -> None:
-    assert word(plan, expected, {})[0] == "wrong-weights"
-
-
-@pytest.mark.parametrize(("name", "dtype"), [(Q, "float8_e5m2"), (SCALE, "bfloat16")])
-def test_equal_bits_of_another_type_are_different(
-    name: str, dtype: str, plan: Plan, expected: dict[str, int]
-) -> None:
-    held = held_of(expected)
-    held[name] = replace(held[name], dtype=dtype)
-    assert unequal(plan, expected, held) == [(name, "different")]
-    assert word(plan, expected, held)[0] == "wrong-weights"
-
-
-def test_a_kept_tensor_that_the_engine_cast_decides_nothing(
-    plan: Plan, expected: dict[str, int]
-) -> None:
-    """Engines hold everything in one type; an F32 norm of the checkpoint is not lost by that."""
-    held = held_of(expected)
-    held[NORM] = replace(held[NORM], dtype="float16", digest=1)
-    assert unequal(plan, expected, held) == [(NORM, "cast")]
-    assert word(plan, expected, held)[0] == "fp8-ok"
-
-
-def test_tensors_that_are_there_under_another_name_only_are_not_mapped(
-    plan: Plan, expected: dict[str, int]
-) -> None:
-    """A module that is fused on disk too (Phi-3): q_proj in the worker, qkv_proj in the plan."""
-
-    def seen(held: dict[str, Held]) -> bool:
-        return weights.unmapped(compare(plan, expected, held))
-
-    held = held_of(expected)
-    assert not seen(held)
-    renamed = {n: h for n, h in held.items() if n != Q} | {"other.weight": held[Q]}
-    assert seen(renamed)
-    assert not seen({n: h for n, h in held.items() if n != Q}), "one that is gone is wrong"
-    assert not seen({**held, "other.weight": held[Q]}), "one too many is wrong"
-    wrong = {**renamed, SCALE: replace(held[SCALE], digest=0)}
-    assert not seen(wrong), "what can be seen to differ is not hidden"
-
 
 # --- verify -------------------------------------------------------------------------------------
 
@@ -320,7 +107,8 @@ def test_the_expectation_is_made_under_the_plan_s_recipe(
 def test_a_bit_that_differs_is_told_with_its_place(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_expect", lambda *_: expected)
+    given = {name: [value] for name, value in expected.items()}
+    monkeypatch.setattr(comparison, "expect", lambda *_: (given, {}))
     shards = [shard(n, value ^ (n == Q)) for n, value in expected.items()]
     report, out = reporter()
     url = serve(200, answer(plan, shards))
@@ -368,7 +156,8 @@ def test_a_server_that_is_not_ready_is_judged_by_its_state(
 def test_weights_under_names_that_are_not_mapped_are_not_visible(
     serve: Serve, plan: Plan, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_expect", lambda *_: expected)
+    given = {name: [value] for name, value in expected.items()}
+    monkeypatch.setattr(comparison, "expect", lambda *_: (given, {}))
     shards = [shard(n.replace("q_proj", "qkv_proj"), value) for n, value in expected.items()]
     found = weights.verify(serve(200, answer(plan, shards)), None, reporter()[0], None)
     assert (found["result"], found["verdict"]) == ("not visible", None)
@@ -415,9 +204,11 @@ def test_a_long_list_of_faults_is_cut_on_the_screen_and_whole_in_the_data(
     plan: Plan, expected: dict[str, int]
 ) -> None:
     strays = {f"stray.{i}.weight": Held("float8_e4m3fn", i, True, (0, 1)) for i in range(20)}
-    lines = compare(plan, expected, held_of(expected) | strays)
+    given = {name: [value] for name, value in expected.items()}
+    lines = compare(plan, given, held_of(expected) | strays)
     report, out = reporter()
-    found = weights._tell(report, plan, lines, "wrong-weights", "why", 2)
+    ranks = [{"rank": 0}, {"rank": 1}]
+    found = weights._tell(report, plan, lines, "wrong-weights", "why", ranks)
     assert len(found["tensors"]) == 20  # type: ignore[arg-type]
     assert "and 12 more (--json lists them)" in out.getvalue()
     assert "stray.7.weight" in out.getvalue()

@@ -47,7 +47,7 @@ class Bucket:
 
     def say(self, name: str, /, **changes: Any) -> Bucket:
         """Return the bucket with something else said of one tensor."""
-        changed = tuple(replace(e, **changes) if e.name == name else e for e in self.entries)
+        changed = tuple(e._replace(**changes) if e.name == name else e for e in self.entries)
         return replace(self, entries=changed)
 
 

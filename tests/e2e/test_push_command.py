@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.parametrize("via", ["ipc", pytest.param("nccl", marks=pytest.mark.long)])
 def test_the_fsdp2_example_trains_updates_and_agrees_with_its_server(
-    cli: Cli, small_model: Path, tmp_path: Path
+    via: str, cli: Cli, small_model: Path, tmp_path: Path
 ) -> None:
     """Large steps, so that a server that missed its update would be seen."""
     record = tmp_path / "updates.jsonl"
@@ -30,7 +31,7 @@ def test_the_fsdp2_example_trains_updates_and_agrees_with_its_server(
             *(sys.executable, str(ROOT / "examples" / "fsdp2_rollout.py"), "--json"),
             *("--model", str(small_model), "--python", str(cli.python), "--record", str(record)),
             *("--steps", "2", "--lr", "1e-3", "--tokens", "64"),
-            *("--prompts", "3", "--answer", "8"),
+            *("--prompts", "3", "--answer", "8", "--via", via),
         ],
         env=cli.environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

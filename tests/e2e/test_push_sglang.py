@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -403,28 +404,37 @@ def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
-def test_ten_updates_of_experts(mode: str, cli: Cli, experts_model: Path) -> None:
-    with serving(cli, experts_model, mode) as one, Pusher(one.url) as pusher:
+def test_ten_updates_of_experts(mode: str, cli: Cli, experts_model: Path, tmp_path: Path) -> None:
+    with serving(cli, experts_model, mode) as one:
         seen: dict[str, list[float]] = {"A": one.fresh}
-        for i in range(10):
-            version = "BA"[i % 2]
-            pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
-            assert seen.setdefault(version, one.logprobs) == one.logprobs, i
-        assert far(seen["A"], seen["B"])
-        if mode != "online":  # there the loaders quantise
-            sent = [e for bucket in one.a for e in bucket.entries]
-            copied = [e for e in sent if not e.name.endswith("weight_scale")]
-            assert pusher.ways["copies"] == len(copied)
+        with Pusher(one.url) as pusher:
+            for i in range(10):
+                version = "BA"[i % 2]
+                pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+                assert seen.setdefault(version, one.logprobs) == one.logprobs, i
+            assert far(seen["A"], seen["B"])
+            if mode != "online":  # there the loaders quantise
+                sent = [e for bucket in one.a for e in bucket.entries]
+                copied = [e for e in sent if not e.name.endswith("weight_scale")]
+                assert pusher.ways["copies"] == len(copied)
+        with Pusher(one.url, "disk") as disk:
+            for i in range(10):
+                version = "BA"[i % 2]
+                made = one.b if version == "B" else one.a
+                disk.update_from(tmp_path / str(i), version, made)
+                assert seen[version] == one.logprobs, ("disk", i)
 
 
 @pytest.mark.long
-def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
-    cli: Cli, even_model: Path, tmp_path: Path
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_updates_of_several_ranks_from_disk_by_memory_and_by_a_group(
+    ranks: int, cli: Cli, even_model: Path, tmp_path: Path
 ) -> None:
-    with serving(cli, even_model, "block", "--tp", "2") as one:
+    """Of four, two and two hold the same heads of keys and values."""
+    with serving(cli, even_model, "block", "--tp", str(ranks)) as one:
         seen: dict[str, list[float]] = {"A": one.fresh}
         for kind in ("memory", "group"):
-            with Pusher(one.url, kind, 2) as pusher:
+            with Pusher(one.url, kind, ranks) as pusher:
                 for i in range(4):
                     version = "BA"[i % 2]
                     pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
@@ -442,15 +452,157 @@ def test_updates_of_two_ranks_from_disk_by_memory_and_by_a_group(
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
 def test_a_fresh_server_on_the_other_checkpoint_says_the_same(
+    mode: str, cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
+    state = step(load_file(str(small_model / "model.safetensors")))
+    other = write_model(tmp_path / "other", small_model, state, {})
+    with serving(cli, small_model, mode) as one, Pusher(one.url) as pusher:
+        pusher.update("B", one.b)
+        pushed = one.logprobs
+        assert far(pushed, one.fresh)
+    with serving(cli, other, mode) as fresh:
+        assert pushed == fresh.fresh
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["block", "online"])
+def test_without_a_tensor_no_complete_update_is_served(
+    mode: str, cli: Cli, small_model: Path
+) -> None:
+    """The head is tied to the embedding, and nobody sends it."""
+    with serving(cli, small_model, mode) as one, Pusher(one.url) as pusher:
+        named = [pair for sent in one.b for pair in sent.named]
+        assert not any("lm_head" in name for name, _ in named)
+        without = [pair for pair in named if pair[0] != "model.norm.weight"]
+        half = len(without) // 2
+        with pytest.raises(RefusedError) as refused:
+            pusher.update("B", [bucket(without[:half]), bucket(without[half:])])
+        assert refused.value.id == "FP8-INCOMPLETE"
+        assert refused.value.body["error"]["data"]["names"] == ["model.norm.weight"]
+        assert one.state["state"] == "failed"
+        pusher.update("A", one.a)
+        assert one.logprobs == one.fresh
+
+
+# --- ends of processes ----------------------------------------------------------------------------
+
+# A trainer that stops for ever when the servers have been given so many buckets; 0: none yet.
+_TRAINER = """
+import json, sys, time
+from pathlib import Path
+from fp8ctl.manifest import Plan
+from fp8ctl.push import Rollout, session
+from fp8ctl.source import read_tensors
+session.LEASE = 1.0
+url, plan, model, stop = sys.argv[1:]
+
+def told(progress):
+    if 0 < int(stop) <= progress.buckets:
+        hang()
+
+def hang():
+    print("stopped", flush=True)
+    time.sleep(600)
+
+def tensors():
+    for i, pair in enumerate(read_tensors(Path(model))):
+        if stop == "0" and i == 1:
+            hang()
+        yield pair
+
+rollout = Rollout(url, Plan.read(Path(plan)), bucket_bytes=8 << 20)
+rollout.update(tensors(), "B", on_progress=told)
+"""
+
+
+@pytest.mark.long
+def test_a_trainer_that_is_killed_at_any_bucket_leaves_the_old_weights_or_none(
     cli: Cli, small_model: Path, served: Served, pusher: Pusher, tmp_path: Path
 ) -> None:
     state = step(load_file(str(small_model / "model.safetensors")))
     other = write_model(tmp_path / "other", small_model, state, {})
-    pusher.update("B", served.b)
-    pushed = served.logprobs
-    with serving(cli, other) as fresh:
-        assert pushed == fresh.fresh
+    plan = HOME / "state" / "servers" / served.name / "manifest.json"
+    script = tmp_path / "trainer.py"
+    script.write_text(_TRAINER)
+    found: dict[int, str] = {}
+    for stop in range(9):
+        with subprocess.Popen(
+            [sys.executable, str(script), served.url, str(plan), str(other), str(stop)],
+            stdout=subprocess.PIPE,
+            env=cli.environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            text=True,
+        ) as trainer:
+            assert trainer.stdout is not None
+            try:
+                said = trainer.stdout.readline().strip()
+            finally:
+                trainer.kill()
+        if not said:
+            break  # there are no more buckets: it went through
+        until = time.monotonic() + 60
+        while served.state["state"] == "updating" and time.monotonic() < until:
+            time.sleep(0.1)
+        found[stop] = served.state["state"]
+        if found[stop] == "ready":
+            assert served.logprobs == served.fresh, stop
+        else:
+            assert found[stop] == "failed", stop
+            assert post(served.url, "/generate", {"text": "hi"}).status_code == 503
+        with Pusher(served.url) as again:
+            again.update("A", served.a)
+        assert served.logprobs == served.fresh, stop
+    assert len(found) >= 3, found
+    assert found.pop(0) == "ready"
+    assert "failed" in found.values(), "weights were written"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who", ["server", "scheduler"])
+def test_a_server_that_is_killed_within_an_update_is_named_and_its_successor_is_connected(
+    who: str, cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
+    from fp8ctl.errors import Fp8ctlError
+    from fp8ctl.manifest import Plan
+    from fp8ctl.push import Rollout
+
+    weights = load_file(str(small_model / "model.safetensors"))
+    port = str(free_port())
+    launch = (
+        *("launch", "--backend", "sglang", "--python", str(cli.python)),
+        *("--model", str(small_model), "--port", port, "--detach", "--no-check"),
+    )
+    first = cli.run(*launch)
+    url, plan_path = first["url"], tmp_path / "plan.json"
+    manifest = HOME / "state" / "servers" / first["name"] / "manifest.json"
+    plan_path.write_bytes(manifest.read_bytes())
+    server = psutil.Process(httpx.get(url + "/fp8ctl/state", trust_env=False).json()["pid"])
+    family = [server, *server.children(recursive=True)]
+    named = [p for p in family if "scheduler" in p.name() or "scheduler" in " ".join(p.cmdline())]
+
+    def kill(progress: Any) -> None:
+        if progress.buckets == 1:
+            for process in family if who == "server" else named:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+    try:
+        assert named, [p.cmdline() for p in family]
+        with Rollout(url, Plan.read(plan_path), bucket_bytes=8 << 20, timeout=60) as rollout:
+            before = time.monotonic()
+            with pytest.raises(Fp8ctlError, match=url):
+                rollout.update(weights.items(), "B", on_progress=kill)
+            assert time.monotonic() - before < 90
+            cli.raw("stop", first["name"])
+            second = cli.run(*launch)
+            try:
+                done = rollout.update(weights.items(), "B")
+                assert done.verified == done.sent
+            finally:
+                cli.run("stop", second["name"])
+    finally:
+        cli.raw("stop", first["name"])
 
 
 # --- the overlap schedule -----------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -147,12 +148,10 @@ def test_every_mode_starts_on_the_fully_patched_engine(
         *("--mode", mode, "--port", str(free_port()), "--detach"),
     )
     try:
-        if mode == "online":  # the engine's own quantisation: there is no plan to compare with
-            error = cli.run("check", launched["url"], "--level", "weights", expect=8)
-            assert error["data"]["weights"]["result"] == "not visible"
-        else:
-            found = cli.run("check", launched["url"], "--level", "weights")
-            assert found["verdict"] == "fp8-ok"
+        found = cli.run("check", launched["url"], "--level", "weights")
+        assert found["verdict"] == "fp8-ok"
+        own = "what SGLang's own kernel makes of the source"
+        assert (own in found["weights"]["message"]) is (mode == "online")
     finally:
         cli.run("stop", launched["name"])
 
@@ -223,7 +222,9 @@ def test_two_ranks_are_asked_refitted_and_logged_apart(
         cli.run("stop", name)
 
 
-def test_an_api_key_closes_every_route_and_stands_in_no_log(cli: Cli, small_model: Path) -> None:
+def test_an_api_key_closes_every_route_and_stands_in_no_log(
+    cli: Cli, small_model: Path, tmp_path: Path
+) -> None:
     keyed = replace(cli, api_key="s3cret-f0r-this-test")
     launched = keyed.run(
         "launch",
@@ -232,7 +233,15 @@ def test_an_api_key_closes_every_route_and_stands_in_no_log(cli: Cli, small_mode
     )
     try:
         url = launched["url"]
-        assert keyed.run("check", url, "--level", "weights")["verdict"] == "fp8-ok"
+        page = tmp_path / "check.html"
+        found = keyed.run("check", url, "--level", "weights", "--report", str(page))
+        assert found["verdict"] == "fp8-ok"
+        # SGLang tells its key among its arguments.
+        own = {"Authorization": f"Bearer {keyed.api_key}"}
+        told = httpx.get(f"{url}/get_server_info", headers=own, timeout=60, trust_env=False)
+        assert keyed.api_key in told.text, "the control"
+        assert found["live"]["facts"]["arguments"]["attention_backend"] == "torch_native"
+        assert keyed.api_key not in json.dumps(found) + page.read_text(encoding="utf-8")
         for route in ("/generate", "/fp8ctl/report", "/update_weights_from_disk"):
             assert post(url, route, {}).status_code == 401
         log = cli.raw("logs", launched["name"]).stdout

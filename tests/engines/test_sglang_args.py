@@ -31,7 +31,7 @@ BF16 = ModelFacts(Path("/models/m"), "m")
 BLOCK_64 = ModelFacts(Path("/models/m"), "m", "fp8", (64, 64))
 BLOCK_128 = ModelFacts(Path("/models/m"), "m", "fp8", (128, 128))
 ALL = frozenset({"cpu-fp8", "block-quant-override", "refit", "unscaled-guard"})
-PACKAGES = frozenset({"vllm", "bitsandbytes", "gemlite"})
+PACKAGES = frozenset({"vllm"})
 CONFIG = {"quant_method": "fp8", "weight_block_size": [128, 128], "ignored_layers": ["lm_head"]}
 
 
@@ -163,7 +163,6 @@ def test_a_method_with_a_checkpoint_of_its_own_refuses_a_16_bit_model(method: st
         ("marlin", "awq"),
         ("gptq_marlin", "gptq"),
         ("awq_marlin", "awq"),
-        ("bitsandbytes", "bitsandbytes"),
         ("modelopt", "modelopt"),
         ("w8a8_int8", "compressed-tensors"),
         ("w8a8_fp8", "compressed-tensors"),
@@ -172,14 +171,12 @@ def test_a_method_with_a_checkpoint_of_its_own_refuses_a_16_bit_model(method: st
         ("fp8", "fp8"),
         ("fp8", None),
         ("w8a8_fp8", None),
-        ("bitsandbytes", None),
     ],
 )
 def test_a_method_takes_the_checkpoints_of_its_kind(method: str, kind: str | None) -> None:
     model = ModelFacts(Path("/m"), "m", kind)
     plan = build(model=model, source="method", quantization=method, device=H100)
     assert value(plan, "--quantization") == method
-    assert ("--load-format" in plan.argv) is (method == "bitsandbytes")
 
 
 def test_a_checkpoint_of_another_kind_is_refused() -> None:
@@ -197,14 +194,12 @@ def test_methods_that_borrow_from_vllm_need_it() -> None:
     model = ModelFacts(Path("/m"), "m", "awq")
     with pytest.raises(UnsupportedError, match="package vllm"):
         build(model=model, source="method", quantization="awq", device=H100, installed=frozenset())
-    with pytest.raises(UnsupportedError, match="package bitsandbytes"):
-        build(
-            model=BF16,
-            source="method",
-            quantization="bitsandbytes",
-            device=H100,
-            installed=frozenset({"vllm"}),
-        )
+
+
+def test_bitsandbytes_cannot_load_beside_the_vllm_it_borrows_from() -> None:
+    with pytest.raises(UnsupportedError, match="named qweight") as caught:
+        build(model=BF16, source="method", quantization="bitsandbytes", device=H100)
+    assert "--backend vllm" in (caught.value.hint or "")
 
 
 GOOD_TORCHAO = [
@@ -217,11 +212,6 @@ GOOD_TORCHAO = [
     "fp8wo",
     "fp8dq-per_tensor",
     "fp8dq-per_row",
-    "gemlite-4-64",
-    "gemlite-8-4-64",
-    "gemlite-32-4-128",
-    "gemlite-8-None",
-    "gemlite-16-8-None",
 ]
 
 
@@ -262,15 +252,13 @@ def test_torchao_quantises_16_bit_models_only() -> None:
         build(source="torchao", torchao_config="int8wo", device=H100)
 
 
-def test_gemlite_needs_its_package() -> None:
-    with pytest.raises(UnsupportedError, match="package gemlite"):
-        build(
-            model=BF16,
-            source="torchao",
-            torchao_config="gemlite-4-64",
-            device=H100,
-            installed=frozenset(),
-        )
+@pytest.mark.parametrize(
+    "config",
+    ["gemlite-4-64", "gemlite-8-4-64", "gemlite-32-4-128", "gemlite-8-None", "gemlite-16-8-None"],
+)
+def test_gemlite_would_serve_16_bits_and_say_nothing(config: str) -> None:
+    with pytest.raises(UnsupportedError, match="quantises nothing"):
+        build(model=BF16, source="torchao", torchao_config=config, device=H100)
 
 
 @pytest.mark.parametrize("config", ["fp8wo", "fp8dq-per_tensor", "fp8dq-per_row"])
@@ -419,7 +407,7 @@ def test_names_are_those_of_the_released_source(engine_sources: Callable[[str], 
     plans = [
         build(tp=2),
         build(model=BF16, source="override", override=CONFIG),
-        build(model=BF16, source="method", quantization="bitsandbytes", device=H100),
+        build(model=BF16, source="method", quantization="w8a8_fp8", device=H100),
         build(model=BF16, source="torchao", torchao_config="int8dq", device=H100),
     ]
     for plan in plans:

@@ -19,9 +19,10 @@ import pytest
 from fp8ctl import wire
 from fp8ctl.engines.hooks import loaded, vllm_ranks
 from fp8ctl.engines.hooks.gate import Gate
+from fp8ctl.engines.hooks.report import INSPECT, REPORT
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.vllm_ranks import Workers
-from fp8ctl.engines.hooks.vllm_server import CODE, REPORT, STATE, UPDATE, Control
+from fp8ctl.engines.hooks.vllm_server import CODE, STATE, UPDATE, Control
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,18 +92,18 @@ class Engine:
     async def collective_rpc(
         self, method: str, timeout: float | None = None, args: tuple[Any, ...] = ()
     ) -> list[Any]:
-        if method == "fp8ctl_report":
-            self.calls.append((method,))
-            return [{"rank": i, **one} for i, one in enumerate(self.ranks)]
         assert method == "fp8ctl_ask"
         what, details = args
         if what == "reload":
             assert self.at_rest, "weights are written under requests that run"
         self.calls.append((what, json.loads(details)))
-        given: Any = {"reload": self.ranks, "progress": self.progress}.get(what)
+        given: Any = {"reload": self.ranks, "progress": self.progress, "digests": self.ranks}.get(
+            what
+        )
         if given is None:
             given = [{}] * len(self.ranks)
-        return [{"rank": i, "pid": 1, **one} for i, one in enumerate(given)]
+        whole = {"next": None, "seconds": 0.1} if what == "digests" else {}
+        return [{"rank": i, "pid": 1, **whole, **one} for i, one in enumerate(given)]
 
     async def call_utility_async(self, method: str, *args: object) -> Any:
         self.calls.append((method, *args))
@@ -312,13 +313,45 @@ def test_a_sleep_that_drops_the_weights_closes_the_gate(
     assert (("forget", {}) in server.engine.calls) == (state == "unpushed")
 
 
+@pytest.mark.parametrize(
+    ("woken", "refused"),
+    [
+        (None, True),
+        ("tags=kv_cache", True),
+        ("tags=weights&tags=other", True),  # vLLM ignores such a list
+        ("tags=weights", False),
+        ("", False),
+    ],
+)
+def test_nothing_is_written_to_an_engine_that_sleeps(woken: str | None, refused: bool) -> None:
+    """Also where it keeps a copy and the gate stays open."""
+    server = Server(await_push=False)
+    offer = {"protocol": wire.PROTOCOL, "client": {}, "carrier": None}
+
+    async def test() -> None:
+        assert (await server.soon("POST", "/sleep", query="level=1"))[0] == 200
+        if woken is not None:
+            assert (await server.soon("POST", "/wake_up", query=woken))[0] == 200
+        status, answer = await server.soon("POST", wire.CONNECT, offer)
+        if refused:
+            assert (status, answer["error"]["id"]) == (409, "FP8-RELEASED")
+            assert "/wake_up" in answer["error"]["hint"]
+        own = (await server.soon("POST", UPDATE, {"model_path": "/b"}))[0]
+        report = (await server.soon("POST", REPORT))[0]
+        assert (own, report) == ((409, 409) if refused else (200, 200))
+        if refused:
+            assert not server.engine.calls
+
+    asyncio.run(test())
+
+
 # --- routes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        *[("GET", STATE), ("GET", CODE), ("POST", REPORT), ("POST", UPDATE)],
+        *[("GET", STATE), ("GET", CODE), ("POST", REPORT), ("POST", UPDATE), ("POST", INSPECT)],
         *[("GET", wire.LOG), *(("POST", path) for path in PUSHES)],
     ],
 )
@@ -332,13 +365,16 @@ def test_the_key_guards_every_route_of_fp8ctl(method: str, path: str) -> None:
 
 
 def test_a_report_carries_state_plan_and_ranks() -> None:
-    server = Server(Engine({"tensors": []}), await_push=False)
+    held: dict[str, Any] = {"format": "checkpoint", "tensors": [], "next": None, "seconds": 0.25}
+    server = Server(Engine(held), await_push=False)
     status, answer = server.ask("POST", REPORT)
     assert status == 200
     assert answer["state"]["state"] == "ready"
     assert answer["manifest"] == MANIFEST
-    assert answer["ranks"] == [{"rank": 0, "tensors": []}]
-    broken = Server(Engine({"error": "E"}))
+    took = {"total": 0.25, "longest": 0.25, "slices": 1}
+    told = {"rank": 0, "pid": 1, "format": "checkpoint", "tensors": [], "seconds": took}
+    assert answer["ranks"] == [told]
+    broken = Server(Engine({"failed": "E"}))
     assert broken.ask("POST", REPORT) == (500, {"error": "rank 0: E"})
 
 

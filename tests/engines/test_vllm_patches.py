@@ -437,7 +437,7 @@ def test_buckets_make_the_model_of_their_weights_again_and_again(run: Run, mode:
         assert one["logits"] is True
         assert (one["progress"]["broken"], one["progress"]["missing_count"]) == (False, 0)
         assert one["progress"]["unfilled"] == {}
-        assert one["format"] == ("engine" if mode == "online" else "checkpoint")
+        assert one["format"] == ("online" if mode == "online" else "checkpoint")
         if mode != "online":
             assert one["unequal"] == []
     first, *later = found["pushes"]

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fp8ctl.kernels import digest as module
-from fp8ctl.kernels.digest import combine, digest, digests, from_text, to_text
+from fp8ctl.kernels.digest import combine, digest, digests, from_text, row_sums, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = (1 << 64) - 1
@@ -212,6 +212,31 @@ for n, k, dtype in ((1, 1, "uint8"), (70, 33, "uint8"), (9, 1030, "bfloat16"), (
 many = module.by_triton([sums for _, sums in held]).tolist()
 assert many == [int(module.by_torch(sums)) for _, sums in held]
 assert {sums.bits.element_size() for _, sums in held} == {1, 2, 4}
+
+# A list that comes again is known by what it is and where; its values are read anew.
+M = (1 << 64) - 1
+lists = module.Lists(most=2)
+xs = [torch.randn(70, 33), torch.randn(5).bfloat16(), torch.randn(4, 8, 6).half()]
+def agree(parts, known):
+    wanted = [int(module.by_torch(module._sums(*part))) & M for part in parts]
+    assert [one & M for one in lists.start(parts).tolist()] == wanted
+    assert len(lists._known) == known, len(lists._known)
+parts = [(x, 7 * i, 0) for i, x in enumerate(xs)]
+agree(parts, 1)
+for x in xs:
+    x.mul_(-3)
+agree(parts, 1)
+agree([(x, 8 * i, 0) for i, x in enumerate(xs)], 2)  # elsewhere in the whole
+agree([(x.clone(), 0, 0) for x in xs], 1)  # elsewhere in memory; there is room for two
+agree([(x.t(), 0, 0) for x in xs[:1]], 2)  # the same memory, another way
+# What has to be copied before it is read is no tensor that could be known again.
+before = dict(lists._known)
+agree([(torch.arange(12).view(3, 4).t(), 0, 0)], 2)
+agree([(xs[2].transpose(0, 2), 0, 0)], 2)
+minus = torch.imag(torch.complex(xs[0], xs[0]).conj())
+assert minus.is_neg()
+agree([(minus, 0, 0)], 2)
+assert lists._known == before
 """
 
 
@@ -256,3 +281,28 @@ def test_what_has_no_digest_is_refused() -> None:
         digest(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ValueError, match="negative"):
         digest(torch.zeros(2), -1)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7), (16, 64), (9,), (2, 3, 8), (70000, 3)])
+def test_sums_of_rows_with_their_keys_are_the_digest(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    t = random(shape, 3).to(dtype)
+    keys = [finish(2 * row + 1) | 1 for row in range(len(row_sums(t)))]
+    total = sum(key * int(one) for key, one in zip(keys, row_sums(t), strict=True))
+    assert total & MASK == digest(t)
+
+
+def test_sums_of_rows_of_column_slices_add_up() -> None:
+    t = random((9, 40), 1).to(torch.float8_e4m3fn)
+    for at in (1, 4, 13):
+        assert torch.equal(row_sums(t), row_sums(t[:, :at]) + row_sums(t[:, at:], at))
+    assert torch.equal(row_sums(t[:, :0]), torch.zeros(9, dtype=torch.int64))
+    with pytest.raises(ValueError, match="negative"):
+        row_sums(t, -1)
+    with pytest.raises(TypeError):
+        row_sums(t.to(torch.complex64))

@@ -113,6 +113,9 @@ class Table:
             "missing_count": len(missing),
         }
 
+    def _names(self, rank: int) -> dict[str, Any]:
+        return {"names": list(self.held[rank]), "same": {}}
+
     def _digests(self, rank: int) -> dict[str, Any]:
         shards = [
             {

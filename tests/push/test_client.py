@@ -115,3 +115,16 @@ def test_an_answer_that_is_none_of_ours_is_an_error_all_the_same(body: object) -
     assert type(error) is EngineFailedError
     assert "502" in str(error)
     assert error.hint
+
+
+def test_a_key_that_a_server_repeats_is_shown_nowhere() -> None:
+    told = {
+        "id": "FP8-ENGINE",
+        "message": "no s3cr3t",
+        "hint": "curl -H s3cr3t URL/x",
+        "data": {"headers": [{"Authorization": "Bearer s3cr3t"}], "s3cr3t": 1},
+    }
+    error = replies.refused("http://a", 500, {"error": told}, backend="vllm", secret="s3cr3t")
+    assert "s3cr3t" not in f"{error} {error.hint} {error.data}"
+    assert error.data["headers"] == [{"Authorization": "Bearer ***"}]
+    assert error.hint == "curl -H *** http://a/x", "what can be typed names the server"

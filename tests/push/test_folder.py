@@ -97,6 +97,23 @@ def test_what_a_killed_trainer_left_is_swept_and_a_living_ones_is_not(tmp_path: 
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_whose_trainer_was_killed_before_it_had_its_name_is_swept(tmp_path: Path) -> None:
+    made = {}
+    for name, files in (("bare", ()), ("locked", (".lock",)), ("fresh", ()), ("theirs", ("x",))):
+        folder = made[name] = tmp_path / f".new-{name}"
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+        if name != "fresh":  # who has just begun takes its lock in a moment
+            os.utime(folder, (1e9, 1e9))
+    with (
+        serving(PLAN) as server,
+        Rollout(server.url, PLAN, via="disk", folder=tmp_path) as rollout,
+    ):
+        rollout.update(WEIGHTS.items(), 1)
+    assert sorted(tmp_path.iterdir()) == [made["fresh"], made["theirs"]]
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()

@@ -27,6 +27,7 @@ from fp8ctl.errors import (
     UnsupportedError,
 )
 from fp8ctl.push import Rollout
+from fp8ctl.wire import Slot, place
 from tests.push.serving import CutOffError, Server, serving
 from tests.push.test_rollout import CHANGED, HOW, holds, update
 from tests.test_stream import PLAN, WEIGHTS, Source, planned, wanted
@@ -547,14 +548,43 @@ def test_a_bucket_that_is_refused_while_the_last_one_waits_says_why(
         assert serves_again(server, rollout)
 
 
-def test_a_group_whose_server_was_started_anew_is_made_again_by_the_next_update(
-    server: Server,
+@pytest.mark.parametrize("how", ["started anew", "another client"])
+def test_a_group_that_a_server_left_is_made_again_before_anything_is_sent(
+    how: str, server: Server
 ) -> None:
-    with Rollout(server.url, PLAN, via="nccl") as rollout:
+    with serving(PLAN) as other, Rollout([server.url, other.url], PLAN, via="nccl") as rollout:
         rollout.update(CHANGED.items(), 1)
-        server.restart()
-        with pytest.raises(ConflictError, match="no connection") as e:
-            rollout.update(CHANGED.items(), 2)
-        assert e.value.hint == "update again: that connects anew"
+        if how == "started anew":
+            server.restart()
+        else:
+            with Rollout(server.url, PLAN) as stranger:
+                stranger.update(CHANGED.items(), "theirs")
+        rollout.update(WEIGHTS.items(), 2)
         rollout.update(WEIGHTS.items(), 3)
+        for one in (server, other):
+            assert holds(one, wanted())
+        assert other.asked.count(wire.CONNECT) == 2, "once for all updates, and once again"
+        assert wire.ABORT not in [*server.asked, *other.asked]
+
+
+@each_way
+def test_what_is_in_fp8_already_comes_as_pairs(how: str, server: Server) -> None:
+    """Of a size that ends between a pair: both are in one bucket all the same."""
+    made = dict(wanted())
+    slots = [Slot("", str(t.dtype)[6:], tuple(t.shape)) for t in made.values()]
+    ends = [*place(slots)[0][1:], place(slots)[1]]
+    codes = next(end for end, slot in zip(ends, slots, strict=True) if slot.dtype[:6] == "float8")
+    with Rollout(server.url, PLAN, bucket_bytes=codes, delta=True) as rollout:
+        update(rollout, Source(made.items()), how, "1", quantized=True)
         assert holds(server, wanted())
+        scale = next(name for name in made if "_scale" in name)
+        alone = {n: t for n, t in made.items() if n != scale} | {scale: made[scale]}
+        with pytest.raises(ConflictError, match=f"{scale} does not come right after"):
+            update(rollout, Source(alone.items()), how, "2", quantized=True)
+        assert serves_again(server, rollout)
+        name = next(n for n, t in made.items() if t.dtype == torch.float8_e4m3fn)
+        bad = made[name].clone()
+        bad.view(torch.uint8).view(-1)[5] = 0xFF
+        with pytest.raises(PlanDoesNotFitError, match=f"{name}: non-finite value nan"):
+            update(rollout, Source(({**made, name: bad}).items()), how, "3", quantized=True)
+        assert serves_again(server, rollout)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks.expected import CODES
 from fp8ctl.engines.hooks.refused import RefusedError
+from fp8ctl.engines.hooks.shards import FUSED
 from fp8ctl.held import gather
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.engines.hooks.expected import Expected
     from fp8ctl.engines.hooks.openpush import OpenPush
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from fp8ctl.held import Held
 
 _HEAD = "lm_head.weight"
+#: What a client sends that no parameter has the name of: a tied head, a table that is computed.
+_UNASKED = (_HEAD, ".rotary_emb.inv_freq")
 
 
 class Evidence:
@@ -70,9 +73,7 @@ class Evidence:
         answers = await self._workers.ask("progress", expected=expected)
         if any(a["broken"] for a in answers):
             raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
-        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-        count = int(worst["missing_count"]) + len(worst["unfilled"])
-        return count, [*worst["missing"], *worst["unfilled"]]
+        return worst(answers)
 
     async def _not_sent(self, push: OpenPush) -> list[str]:
         """Return the names that a complete update should have brought, or skipped, and did not."""
@@ -84,18 +85,39 @@ class Evidence:
                 nowhere = self._expected.held_nowhere(missing, held) if held else set()
                 missing = [name for name in missing if name not in nowhere]
             return missing
-        if push.settled == "ready":
+        return await self._not_sent_unplanned(there, sure=push.settled != "ready")
+
+    async def _not_sent_unplanned(self, there: set[str], *, sure: bool) -> list[str]:
+        """Return what the ranks hold and was not sent: the engine quantises, and there is no plan.
+
+        Args:
+            there: what was sent.
+            sure: weights are mixed, so that everything must have been sent; otherwise names that
+                the engine has no parameter for say that its names are not the checkpoint's.
+        """
+        answers = await self._workers.ask("names")
+        held = list(dict.fromkeys(name for a in answers for name in a["names"]))
+        same: dict[str, str] = {n: other for a in answers for n, other in a["same"].items()}
+        known = {*held, *(whole for name in held for whole in _fused(name))}
+        if not sure and any(n not in known and not n.endswith(_UNASKED) for n in there):
             return []
-        # The engine quantises itself, and weights are mixed: what it holds says what it needs.
-        held = gather(await self._workers.ask("digests"))
-        missing = [n for n in held if "_scale" not in n and n not in there]
-        # vLLM names a tied head beside the embedding that it is, and nobody sends it.
-        sent = {(held[n].dtype, held[n].digest) for n in there if n in held}
-        return [
-            n
-            for n in missing
-            if not (n.endswith(_HEAD) and (held[n].dtype, held[n].digest) in sent)
+        came = {same.get(name, name) for name in there}
+        missing = [
+            name
+            for name in held
+            if same.get(name, name) not in came and not _fused(name) & there
+            if "_scale" not in name
         ]
+        # vLLM may name a tied head beside the embedding that it is, and nobody sends it.
+        if any(name.endswith(_HEAD) for name in missing):
+            digests = gather(await self._workers.ask("digests"))
+            sent = {(digests[n].dtype, digests[n].digest) for n in there if n in digests}
+            missing = [
+                n
+                for n in missing
+                if not (n.endswith(_HEAD) and (digests[n].dtype, digests[n].digest) in sent)
+            ]
+        return missing
 
     async def equal(self, push: OpenPush) -> list[str] | None:
         """Return the names of what is held as it was sent; None where that cannot be seen.
@@ -119,6 +141,28 @@ class Evidence:
             data: dict[str, object] = {"names": unequal[:20], "count": len(unequal)}
             raise RefusedError(500, "FP8-UNEQUAL", told, data=data)
         return equal
+
+
+def worst(answers: Sequence[Mapping[str, Any]]) -> tuple[int, list[str]]:
+    """Return how much the rank that lacks most of its weights misses, and some names.
+
+    Args:
+        answers: of all ranks, to "progress".
+    """
+    told = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
+    count = int(told["missing_count"]) + len(told["unfilled"])
+    return count, [*told["missing"], *told["unfilled"]]
+
+
+def _fused(name: str) -> set[str]:
+    """Return the tensors of a checkpoint that may hold this part of a fused module."""
+    module, _, attribute = name.rpartition(".")
+    parent, _, part = module.rpartition(".")
+    return {
+        ".".join(filter(None, (parent, whole, attribute)))
+        for whole, parts in FUSED.items()
+        if part in parts
+    }
 
 
 def compare(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import sys
 import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -178,6 +180,8 @@ class Gate:
                 "engine": self.engine,
                 "engine_version": self.engine_version,
                 "fp8ctl": __version__,
+                "python": platform.python_version(),
+                "torch": getattr(sys.modules.get("torch"), "__version__", None),
                 "pid": os.getpid(),
                 "await_push": self.await_push,
                 "updates": self._updates_done,

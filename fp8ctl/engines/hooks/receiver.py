@@ -9,24 +9,48 @@ proven where they lie, by copies (`rectangles`).
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import time
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
 from fp8ctl import wire
-from fp8ctl.engines.hooks import shards
+from fp8ctl.engines.hooks import inspection, manifest
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
+from fp8ctl.engines.hooks.shards import Walk
+from fp8ctl.engines.hooks.walk import Known
+from fp8ctl.kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Receiver as Carrier
-    from fp8ctl.engines.hooks.shards import Form
+    from fp8ctl.engines.hooks.shards import Form, More
 
 Named = tuple[str, torch.Tensor]
+
+#: Views that are kept: more than a model has tensors, in each of the slots.
+_MOST_SEEN = 1 << 18
+
+
+class Own(NamedTuple):
+    """What a model shows whose engine made codes and scales of its own, in a way that is known.
+
+    Attributes:
+        word: "online": the engine quantised 16-bit weights, with a scale for each row; "shared": of
+            a per-tensor checkpoint, with one scale for all that it fuses.
+        form: gives a parameter the form [out, in] that it has in a checkpoint.
+        more: yields the scales that are no parameters, as `weight_scale` [out, 1].
+    """
+
+    word: Literal["online", "shared"]
+    form: Form
+    more: More | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,8 @@ class Engine:
         guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
             {} where that patch is not applied.
         settle: brings up to date what the engine derived from the weights.
+        own: returns how a model shows what its engine made itself; None where it made nothing, or
+            in a way that is not known.
     """
 
     form: Callable[[torch.nn.Module], Form | None]
@@ -50,6 +76,21 @@ class Engine:
     obstacles: Callable[[torch.nn.Module], Iterable[str]]
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
+    own: Callable[[torch.nn.Module], Own | None] = lambda _model: None
+
+
+def guard_in(module: str) -> Callable[[str, torch.nn.Module], Any]:
+    """Return what calls the unscaled guard of a patched engine, as `Engine.guard` says.
+
+    Args:
+        module: of the engine, that the patch puts it in.
+    """
+
+    def guard(function: str, model: torch.nn.Module) -> Any:
+        known = getattr(importlib.import_module(module), function, None)
+        return known(model) if known is not None else {}
+
+    return guard
 
 
 class Receiver:
@@ -93,6 +134,9 @@ class Receiver:
         self._carrier: Carrier | None = None
         self._by_loader: set[str] = set()
         self._rectangles = Rectangles(model, self._tp_rank, engine.copies)
+        self._known = Known()
+        #: Views of the carrier's slots: where a tensor lay, it most often lies again.
+        self._seen: dict[tuple[object, ...], torch.Tensor] = {}
         self._settled = True
 
     @property
@@ -107,7 +151,7 @@ class Receiver:
 
         Args:
             what: "connect", "disconnect", "receive", "progress", "forget", "digests",
-                "trust" or "refittable".
+                "names", "inspect", "trust" or "refittable".
             details: of the question, as the method of that name takes them.
 
         Raises:
@@ -127,7 +171,12 @@ class Receiver:
         if what == "forget":
             return self.forget()
         if what == "digests":
-            return self.digests()
+            starts = details.get("starts")
+            return self.digests(starts[self.rank] if starts else 0, details.get("most"))
+        if what == "names":
+            return self.names()
+        if what == "inspect":
+            return self.inspect(details["names"], details["rows"], details["most"])
         if what == "trust":
             return self.trust(details["names"])
         if what == "refittable":
@@ -141,15 +190,28 @@ class Receiver:
             Exception: of the carrier, with the reason.
         """
         self.disconnect()
+        self._known.forget()
         self._carrier = self._open(offer, self.rank, self.device)
+        if self.device.type == "cuda":
+            # Compiled now, and not when the gate is closed for an update's end.
+            with contextlib.suppress(Exception):
+                self.digests()
         return {"device": self.device.type}
 
     def disconnect(self) -> dict[str, Any]:
         """Close the carrier, if one is open."""
         carrier, self._carrier = self._carrier, None
+        # No tensor may be left that uses the carrier's memory.
+        self._let_go()
         if carrier is not None:
             carrier.close()
         return {}
+
+    def _let_go(self) -> None:
+        """Hold no tensor that uses a carrier's memory, and nothing that was found out for it."""
+        self._seen.clear()
+        self._rectangles.forget()
+        digest.forget()
 
     def refittable(self) -> dict[str, Any]:
         """Say whether the model can be loaded a second time: refittable, why not."""
@@ -201,6 +263,7 @@ class Receiver:
         except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}"
+            self._let_go()
             if "weight_loader" in error:
                 error += " (is the patch `refit` applied?)"
             self.broken |= touched
@@ -241,14 +304,61 @@ class Receiver:
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
 
-    def digests(self) -> dict[str, Any]:
-        """Return place, type and digest of everything that this rank holds."""
+    def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
+        """Return place, type and digest of what this rank holds.
+
+        Args:
+            start, most: of a slice, as `inspection.digests` takes them; None for a start asks
+                for nothing.
+
+        Returns:
+            rank; format: "checkpoint", the word of an `Own`, or "engine" (a kernel's own form);
+            unfilled: what the unscaled guard saw nobody load; tensors, next and seconds as
+            `inspection.digests`.
+        """
+        word, walk = self._walk()
+        told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
+        if start is not None:
+            # A slice is asked for by a check, which is to look for itself.
+            told = inspection.digests(self._known.of(walk) if most is None else walk, start, most)
+        unfilled = self._engine.guard("fp8ctl_unfilled", self.model)
+        return {"rank": self.rank, "format": word, "unfilled": unfilled, **told}
+
+    def inspect(
+        self, names: Sequence[str], rows: Mapping[str, Sequence[int]], most: int
+    ) -> dict[str, Any]:
+        """Return more of a few tensors: `tensors`, as `inspection.inspect` has them."""
+        told = inspection.inspect(self._walk()[1], names, rows, most)
+        return {"rank": self.rank, "tensors": told}
+
+    def _walk(self) -> tuple[str, Walk]:
+        """Return the word for the form that weights are shown in, and the way to them."""
         form = self._engine.form(self.model)
-        return {
-            "rank": self.rank,
-            "format": "engine" if form is None else "checkpoint",
-            "tensors": shards.describe(shards.shards(self.model, self._tp_rank, form)),
-        }
+        own = None if form is not None else self._engine.own(self.model)
+        if own is not None:
+            walk = Walk(self.model, self._tp_rank, own.form, own.more, self._on_disk)
+            return own.word, walk
+        word = "engine" if form is None else "checkpoint"
+        return word, Walk(self.model, self._tp_rank, form, on_disk=self._on_disk)
+
+    @functools.cached_property
+    def _on_disk(self) -> frozenset[str]:
+        """Names of the tensors of the plan's checkpoint."""
+        return frozenset(tensor["name"] for tensor in manifest.read().get("tensors", []))
+
+    def names(self) -> dict[str, Any]:
+        """Return the checkpoint tensors that this rank holds: names, and those tied to others."""
+        where: dict[tuple[int, torch.Size], str] = {}
+        same: dict[str, str] = {}
+        names: dict[str, None] = {}
+        walk = Walk(self.model, self._tp_rank, self._engine.form(self.model))
+        for held in walk.shards():
+            names[held.name] = None
+            if held.tensor.numel():
+                first = where.setdefault((held.tensor.data_ptr(), held.tensor.shape), held.name)
+                if first != held.name:
+                    same[held.name] = first
+        return {"names": [*names], "same": same}
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
         """Let tensors be copied from now on, as `rectangles` says.
@@ -268,6 +378,9 @@ class Receiver:
     def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
         """Load by a route of the engine's own; remember what was taken or that it raised."""
         self._rectangles.distrust()
+        # It may put parameters elsewhere: nothing here may keep the old ones alive.
+        self._known.forget()
+        self._rectangles.forget()
         self._settled = False
         return self._load(named, *args, **kwargs)
 
@@ -288,7 +401,16 @@ class Receiver:
         if self._carrier is None:
             raise RuntimeError("no carrier is open")
         bucket = self._carrier.bucket(slot, nbytes)
-        return [(entry.name, view(bucket, entry)) for entry in entries]
+        address, found = bucket.data_ptr(), []
+        for entry in entries:
+            key = (address, *entry[:4])  # name, dtype, shape, offset
+            tensor = self._seen.get(key)
+            if tensor is None:
+                if len(self._seen) >= _MOST_SEEN:  # other layouts than before
+                    self._seen.clear()
+                tensor = self._seen[key] = view(bucket, entry)
+            found.append((entry.name, tensor))
+        return found
 
 
 def view(bucket: torch.Tensor, entry: wire.Entry) -> torch.Tensor:

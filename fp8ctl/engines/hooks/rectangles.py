@@ -17,7 +17,7 @@ all of this:
 
 Later digests cannot prove it again: they look where the copies went. So what could bring
 the weights into another form, a load by a route of the engine's own, takes all trust
-away, and so does a push that broke off; where parameters lie is looked up anew for each
+away, and so does a push that broke off; where parameters lie is looked at again for each
 push. `FP8CTL_PUSH_LOADERS=1` in the engine's environment leaves all to the loaders.
 """
 
@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8ctl.engines.hooks import shards
+from fp8ctl.engines.hooks.shards import Walk
+from fp8ctl.engines.hooks.walk import Known
 from fp8ctl.kernels.digest import digests
 
 if TYPE_CHECKING:
@@ -64,23 +65,39 @@ class Rectangles:
             copies: `receiver.Engine.copies`.
         """
         self._model = model
-        self._tp_rank = tp_rank
         self._copies = copies
         self._trusted: set[str] = set()
+        self._tp_rank = tp_rank
+        self._walk = Known()
+        self._list: list[Shard] | None = None
         self._held: dict[str, list[Shard]] | None = None
+        #: By name: what it was copied from last, and the pairs of that.
+        self._known: dict[str, tuple[torch.Tensor, list[Pair]]] = {}
 
     def look_anew(self) -> None:
         """Look up where parameters lie when it is asked next."""
         self._held = None
 
+    def forget(self) -> None:
+        """Hold nothing of what was copied from, and look at every module again."""
+        self._held = self._list = None
+        self._known.clear()
+        self._walk.forget()
+
     def held(self) -> dict[str, list[Shard]]:
         """Return the rectangles into which each tensor may be copied."""
-        if self._held is None:
-            found: dict[str, list[Shard]] = defaultdict(list)
-            form = self._copies(self._model)
-            for shard in shards.shards(self._model, self._tp_rank, form) if form else ():
-                found[shard.name].append(shard)
-            self._held = dict(found)
+        if self._held is not None:
+            return self._held
+        form = self._copies(self._model)
+        walk = Walk(self._model, self._tp_rank, form)
+        listed = self._walk.of(walk).shards() if form else []
+        if listed is not self._list:
+            self._known.clear()
+        self._list = listed
+        found: dict[str, list[Shard]] = defaultdict(list)
+        for shard in listed:
+            found[shard.name].append(shard)
+        self._held = dict(found)
         return self._held
 
     def trust(self, names: Iterable[str]) -> int:
@@ -105,12 +122,18 @@ class Rectangles:
         """Part a bucket into what is copied, by name, and what loaders take."""
         copies, others = {}, []
         trusted = set() if os.environ.get(LOADERS_ONLY) == "1" else self._trusted
+        held = self.held()
         for name, tensor in named:
-            pairs = _pairs(tensor, self.held().get(name, ())) if name in trusted else []
-            if not pairs:
+            if name not in trusted:
                 others.append((name, tensor))
+                continue
+            known = self._known.get(name)
+            if known is None or known[0] is not tensor:
+                known = self._known[name] = tensor, _pairs(tensor, held.get(name, ()))
+            if known[1]:
+                copies[name] = known[1]
             else:
-                copies[name] = pairs
+                others.append((name, tensor))
         return copies, others
 
 

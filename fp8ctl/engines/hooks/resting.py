@@ -20,10 +20,15 @@ GRACE = 30.0
 
 
 class Rest:
-    """Holds an engine for one update after the other."""
+    """Holds an engine for one update after the other.
+
+    Attributes:
+        stuck: it was left at rest, with requests that nobody could end.
+    """
 
     def __init__(self, workers: Workers) -> None:
         self._workers = workers
+        self.stuck = False
         self._holding: asyncio.Future[None] | None = None
 
     async def hold(self, in_flight: InFlight, within: float) -> None:
@@ -33,6 +38,8 @@ class Rest:
             RefusedError: requests still run, the engine hangs, or `cancel` was called.
             Exception: whatever else the engine says.
         """
+        if self.stuck:
+            in_flight = "abort"  # they would wait for this update, and it for them
         holding = asyncio.ensure_future(self._workers.hold(in_flight, within))
         self._holding = holding
         try:
@@ -56,6 +63,21 @@ class Rest:
             )
         if error is not None:
             raise error
+        self.stuck = False
+
+    async def let_go(self) -> None:
+        """End what an earlier failure left, for the engine's own routes: they wait for it.
+
+        Raises:
+            RefusedError: it cannot be.
+        """
+        if not self.stuck:
+            return
+        await self.hold("abort", GRACE)
+        trouble = await self.release(mixed=False)
+        if trouble:
+            told = f"the engine rests since an update failed, and could not be woken: {trouble}"
+            raise RefusedError(500, "FP8-ENGINE", told)
 
     def cancel(self) -> None:
         """End a `hold` that waits."""
@@ -77,8 +99,11 @@ class Rest:
             trouble = await quietly(ended)
             await quietly(self._workers.flush())
             if trouble:
+                self.stuck = True
                 return ""
-        return await quietly(self._workers.resume())
+        trouble = await quietly(self._workers.resume())
+        self.stuck = bool(trouble)
+        return trouble
 
 
 async def quietly(doing: Awaitable[object]) -> str:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    from fp8ctl.wire import InFlight
+
 ABORTED = "ended for an update of the weights"
 
 #: Of this process; a scheduler process has one scheduler.
@@ -106,23 +108,26 @@ class Holding:
         self.scheduler = scheduler
         self.held = False
 
-    def hold(self, *, abort: bool) -> dict[str, Any]:
+    def hold(self, how: InFlight) -> dict[str, Any]:
         """Bring the scheduler to rest; may be called again, to abort what waits.
 
         Args:
-            abort: end all requests, those that wait included, with an answer to their
-                clients; otherwise those that run wait for `resume`.
+            how: "finish" leaves it at work where a request has begun and not ended; "abort" ends
+                all requests, those that wait included, with an answer to their clients; "pause"
+                has those that run wait for `resume`.
 
         Returns:
-            aborted, paused: how many requests.
+            held; aborted, paused: how many requests.
 
         Raises:
             CannotHoldError: the scheduler is of a kind that cannot be held; it goes on.
         """
-        reason = self._refusal(abort)
+        reason = self._refusal(how)
         if reason:
             raise CannotHoldError(reason)
         scheduler = self.scheduler
+        if how == "finish" and not self.held and self._any_begun():
+            return {"held": False, "aborted": 0, "paused": 0}
         self._take_in_what_is_under_way()
         running = list(self._running())
         for req in running:
@@ -135,8 +140,9 @@ class Holding:
         scheduler.cur_batch = scheduler.last_batch = scheduler.chunked_req = None
         self.held = True
         self.flush()
-        aborted = self._abort() if abort else 0
-        return {"aborted": aborted, "paused": 0 if abort else len(running)}
+        if how == "abort":
+            return {"held": True, "aborted": self._abort(), "paused": 0}
+        return {"held": True, "aborted": 0, "paused": len(running)}
 
     def resume(self) -> dict[str, Any]:
         """Let the scheduler work on."""
@@ -162,13 +168,13 @@ class Holding:
         _forget_images()
         return {}
 
-    def _refusal(self, abort: bool) -> str:
+    def _refusal(self, how: InFlight) -> str:
         scheduler = self.scheduler
         if scheduler.disaggregation_mode.name != "NULL":
             return "prefill and decode on different servers: requests cannot be held"
         if scheduler.pp_size > 1:
             return "pipeline parallelism: requests cannot be held"
-        if scheduler.draft_worker is not None and not abort and any(self._running()):
+        if scheduler.draft_worker is not None and how == "pause" and any(self._running()):
             return "speculative decoding: requests cannot be paused; finish or abort them"
         return ""
 
@@ -191,6 +197,12 @@ class Holding:
             if id(req) not in seen and not req.finished():
                 seen.add(id(req))
                 yield req
+
+    def _any_begun(self) -> bool:
+        """Say whether anything was generated of a request that has not ended."""
+        if any(self._running()):
+            return True
+        return any(req.output_ids for req in self.scheduler.waiting_queue)  # memory had run out
 
     def _abort(self) -> int:
         """End all requests that wait; their clients get what was generated so far."""

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
     from fp8ctl.wire import InFlight
 
-#: Seconds for every rank to answer a question: digests of a large model take a while.
-ANSWER_WITHIN = 600.0
+#: Seconds for every rank to answer: digests of a large model, a trainer that joins a group.
+ANSWER_WITHIN = 1800.0
+#: Seconds that an answer which did not come in time may still take when the next one is asked.
+GRACE = 10.0
 #: Seconds between two looks for an answer; rank 0's is there when SGLang's own comes.
 _LOOK = 0.001
 #: Seconds between two looks whether requests have ended.
@@ -40,6 +42,8 @@ class Workers:
     def __init__(self, http_server: Any, server_args: Any) -> None:
         self._http_server = http_server
         self._one_at_a_time = asyncio.Lock()
+        #: A question that was not answered in time.
+        self._late: asyncio.Future[list[Any]] | None = None
         self.ranks: int = server_args.tp_size
         #: Without the memory saver, releasing gives nothing up.
         self.can_release = bool(server_args.enable_memory_saver)
@@ -91,8 +95,7 @@ class Workers:
         )
         try:
             async with self._one_at_a_time:
-                self.listen()
-                results = await self._manager.update_weights_from_tensor_communicator(request)
+                results = await self._heard(request)
             if len(results) > 1:
                 why = "data parallelism: one server would have several sets of weights"
                 raise RuntimeError(why)
@@ -101,12 +104,44 @@ class Workers:
                 raise RuntimeError(result.message)
             answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]
         finally:
-            for rank in range(self.ranks):
-                _answer(folder, number, rank).unlink(missing_ok=True)
+            self._forget(folder, number)
         failed = [f"rank {a['rank']}: {a['failed']}" for a in answers if "failed" in a]
         if failed:
             raise RuntimeError("; ".join(failed))
         return answers
+
+    async def _heard(self, request: Any) -> list[Any]:
+        """Return what the schedulers answer; SGLang waits for that without an end.
+
+        Raises:
+            RuntimeError: they do not, or not even to the question before.
+        """
+        late = self._late
+        if late is not None:
+            # SGLang's communicator takes the next question when it has the answer to this one.
+            await asyncio.wait({late}, timeout=GRACE)
+            if not late.done():
+                raise RuntimeError("the schedulers have not answered the question before")
+            self._late = None
+        self.listen()
+        call = self._manager.update_weights_from_tensor_communicator(request)
+        asked: asyncio.Future[list[Any]] = asyncio.ensure_future(call)
+        await asyncio.wait({asked}, timeout=ANSWER_WITHIN)
+        if not asked.done():
+            self._late = asked
+            raise RuntimeError(f"the schedulers did not answer within {ANSWER_WITHIN:.0f} s")
+        return asked.result()
+
+    def _forget(self, folder: Path, number: str) -> None:
+        """Remove the answers to a question; those that are yet to come, when they have."""
+
+        def remove(_: object = None) -> None:
+            for rank in range(self.ranks):
+                _answer(folder, number, rank).unlink(missing_ok=True)
+
+        remove()
+        if self._late is not None and not self._late.done():
+            self._late.add_done_callback(remove)
 
     async def load_from_disk(self, path: str) -> Reloaded:
         """Have every rank load a folder, by the engine's own code."""
@@ -121,13 +156,18 @@ class Workers:
             TimeoutError: requests still run after `within` seconds.
             RuntimeError: the schedulers cannot be held.
         """
-        if in_flight == "finish":
-            until = time.monotonic() + within
-            while running := len(self._manager.rid_to_state):
-                if time.monotonic() > until:
-                    raise TimeoutError(f"{running} requests still run after {within:g} s")
-                await asyncio.sleep(_LOOK_FOR_REST)
-        await self.ask("hold", abort=in_flight == "abort")
+        if in_flight != "finish":
+            await self.ask("hold", how=in_flight)
+            return
+        until = time.monotonic() + within
+        while True:
+            running = len(self._manager.rid_to_state)
+            # One that came since is let finish, too: it would be of two sets of weights.
+            if not running and all(a["held"] for a in await self.ask("hold", how="finish")):
+                return
+            if time.monotonic() > until:
+                raise TimeoutError(f"{running or 'some'} requests still run after {within:g} s")
+            await asyncio.sleep(_LOOK_FOR_REST)
 
     async def resume(self) -> None:
         """Let all ranks compute again."""

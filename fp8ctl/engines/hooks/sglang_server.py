@@ -4,8 +4,8 @@ Takes the arguments of `sglang.launch_server` and starts that server, with
 
 - the gate of `gate.py` around every route that generates,
 - the push of `updates.py`,
-- `GET /fp8ctl/state`, `GET /fp8ctl/code` and `POST /fp8ctl/report`, behind the API key if
-  there is one,
+- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and `POST /fp8ctl/inspect`,
+  behind the API key if there is one,
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
 - what `sglang_worker` installs in the scheduler processes.
 
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import os
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import loaded, manifest, ranklog, sglang_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, report, sglang_worker
+from fp8ctl.engines.hooks.evidence import worst
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -33,6 +34,7 @@ from fp8ctl.engines.hooks.gate import (
     answer_json,
     below_root,
 )
+from fp8ctl.engines.hooks.memory import WEIGHTS, released_by, resumed_by
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.resting import quietly
 from fp8ctl.engines.hooks.routes import PushRoutes
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 sglang_worker.install()
 
 FROM_DISK = "/update_weights_from_disk"
-RELEASING = "/release_memory_occupation"
+RELEASING, RESUMING = "/release_memory_occupation", "/resume_memory_occupation"
 #: Routes that write weights; the gate is closed until their outcome is known.
 UPDATING = frozenset(
     {
@@ -78,11 +80,15 @@ class UpdateWatch:
         if scope["type"] == "http":
             self._workers.listen()
             path = below_root(scope)
-            watched = self._update if path in UPDATING else self._release
-            if path in UPDATING or path == RELEASING:
+            watched = {RELEASING: self._release, RESUMING: self._resume}.get(path, self._update)
+            if path in UPDATING or path in (RELEASING, RESUMING):
                 try:
                     async with self._updates.alone(path):
-                        await watched(scope, receive, send)
+                        memory = self._updates.memory
+                        if path in UPDATING:
+                            memory.require_weights()
+                        async with memory.turn if path == RELEASING else nullcontext():
+                            await watched(scope, receive, send)
                 except RefusedError as e:
                     await answer_json(send, e.status, e.body(self._gate.state))
                 return
@@ -121,11 +127,9 @@ class UpdateWatch:
             return Outcome("failed", message=said)
         if not taken:
             return Outcome("rejected", message=said)
-        worst = max(answers, key=lambda a: int(a["missing_count"]) + len(a["unfilled"]))
-        missing = int(worst["missing_count"]) + len(worst["unfilled"])
+        missing, names = worst(answers)
         if missing:
-            first = [*worst["missing"], *worst["unfilled"]][0]
-            told = f"{missing} tensors have not arrived, such as {first}"
+            told = f"{missing} tensors have not arrived, such as {names[0]}"
             return Outcome("applied", missing=missing, message=told)
         if not self._expected and self._gate.settled != "ready" and path != FROM_DISK:
             # Without a plan nobody knows what a whole set is, but a checkpoint is one.
@@ -135,36 +139,65 @@ class UpdateWatch:
 
     async def _release(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Close the gate when the memory of the weights is given up: resuming brings none back."""
-        body = b""
-        status = 0
-
-        async def listen() -> Any:
-            nonlocal body
-            message = await receive()
-            body += message.get("body", b"")
-            return message
+        if not self._workers.can_release:
+            await self._app(scope, receive, send)
+            return
+        request = _Watched(receive)
 
         async def look(message: Any) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            if message["type"] == "http.response.start" and status == 200 and releases(body):
-                self._gate.lose("the memory of the weights was released: push them again")
-                await quietly(self._workers.ask("forget"))
+            if request.answered(message) == 200:
+                await given_up()
             await send(message)
 
-        if self._workers.can_release:
-            await self._app(scope, listen, look)
-        else:
-            await self._app(scope, receive, send)
+        async def given_up() -> None:
+            parts = released_by(request.body)
+            self._updates.memory.give_up(parts)
+            if WEIGHTS in parts:
+                self._gate.lose("the memory of the weights was released: push them again")
+                await quietly(self._workers.ask("forget"))
+
+        try:
+            await self._app(scope, request.receive, look)
+        except BaseException:
+            if not request.status:  # nobody knows how far it came
+                await given_up()
+            raise
+
+    async def _resume(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Note what of the memory is there again."""
+        request = _Watched(receive)
+
+        async def look(message: Any) -> None:
+            if request.answered(message) == 200:
+                self._updates.memory.bring_back(resumed_by(request.body))
+            await send(message)
+
+        await self._app(scope, request.receive, look)
 
 
-def releases(body: bytes) -> bool:
-    """Say whether a body of /release_memory_occupation means the weights; no body means all."""
-    try:
-        tags = json.loads(body or b"{}").get("tags")
-    except (ValueError, AttributeError):
-        return False
-    return tags is None or "weights" in tags
+class _Watched:
+    """A request whose body and status are looked at on their way.
+
+    Attributes:
+        body: as far as it was read.
+        status: of the answer; 0 before there is one.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.body, self.status = b"", 0
+        self._receive = receive
+
+    async def receive(self) -> Any:
+        message = await self._receive()
+        self.body += message.get("body", b"")
+        return message
+
+    def answered(self, message: Any) -> int:
+        """Return the status where an answer begins, else 0."""
+        if message["type"] != "http.response.start":
+            return 0
+        self.status = int(message["status"])
+        return self.status
 
 
 def main(argv: list[str]) -> None:
@@ -196,14 +229,18 @@ def main(argv: list[str]) -> None:
     async def code() -> Any:
         return await asyncio.to_thread(loaded.everyone, gate.ranks)
 
-    @app.post("/fp8ctl/report")  # type: ignore[untyped-decorator]
-    async def report() -> Any:
-        try:
-            ranks = await workers.ask("digests")
-        except RuntimeError as e:
-            return http_server.ORJSONResponse({"error": str(e)}, status_code=500)
-        return {"state": gate.describe(), "manifest": plan, "ranks": ranks}
+    @app.post(report.REPORT)  # type: ignore[untyped-decorator]
+    async def digests() -> Any:
+        status, body = await report.answer(
+            workers, gate, updates.memory, plan, server_args.model_path
+        )
+        return http_server.ORJSONResponse(body, status_code=status)
 
+    async def inspect(request: Any) -> Any:
+        status, body = await report.answer_more(workers, updates.memory, await request.body())
+        return http_server.ORJSONResponse(body, status_code=status)
+
+    app.add_route(report.INSPECT, inspect, methods=["POST"])
     updates = Updates(gate, workers, plan, device=str(server_args.device), folder=ranklog.run_dir())
     # The last one added is the outermost: the gate first, then the watch.
     app.add_middleware(PushRoutes, updates=updates)

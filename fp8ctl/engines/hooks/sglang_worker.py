@@ -20,7 +20,7 @@ import torch
 
 from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver
+from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, guard_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from fp8ctl.engines.hooks.shards import Form
 
+#: The unscaled guard; {} where that patch is not applied.
+_guard = guard_in("sglang.srt.layers.quantization.fp8")
 LOADER = "fp8ctl.engines.hooks.sglang_worker.load"
 #: Name of the one "tensor" that a question is.
 QUESTION = "fp8ctl.question"
@@ -161,7 +163,7 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
 
 def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str, Any]:
     if what == "hold":
-        return sglang_holding.this().hold(abort=details["abort"])
+        return sglang_holding.this().hold(details["how"])
     if what == "resume":
         return sglang_holding.this().resume()
     if what == "flush":
@@ -269,6 +271,48 @@ def _as_in_checkpoint(module: Any, attribute: str, t: torch.Tensor) -> torch.Ten
     return shards.collapse(channels.reshape(t.numel(), -1).unbind()).view(t.shape)
 
 
+def _own(model: torch.nn.Module) -> Own | None:
+    """Return how the model shows what SGLang made of all its FP8 layers; None where unknown."""
+    kinds = [(kind, method) for _, _, kind, method in _methods(model)]
+    ours = [m for kind, m in kinds if kind in ("Fp8LinearMethod", "Fp8MoEMethod")]
+    other = any(kind == "Fp8EPMoEMethod" for kind, _ in kinds)
+    if not ours or other or any(m.block_quant for m in ours):
+        return None
+    serialized = {bool(m.quant_config.is_checkpoint_fp8_serialized) for m in ours}
+    if serialized == {False} and all(getattr(m, "refittable", False) for m in ours):
+        return Own("online", _without_activations, _row_scales)
+    stock = not any(hasattr(m, "refittable") for m in ours)
+    # With cutlass, parts keep their scales, one for each channel; Marlin packs the codes.
+    plain = not any(
+        getattr(m, "cutlass_fp8_supported", False) or getattr(m, "use_marlin", False) for m in ours
+    )
+    return Own("shared", _shared) if serialized == {True} and stock and plain else None
+
+
+def _shared(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter of a stock per-tensor layer: [out, in], and its scale for each part."""
+    if attribute.endswith("input_scale"):
+        return None
+    if type(getattr(module, "quant_method", None)).__name__ != "Fp8LinearMethod":
+        return t
+    if attribute == "weight":
+        return t.t()
+    if attribute == "weight_scale":
+        return t.reshape(1).repeat(len(module.logical_widths))
+    return t
+
+
+def _without_activations(_module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    return None if attribute.endswith("input_scale") else t
+
+
+def _row_scales(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what the kernels multiply with, which stands beside the parameters."""
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if attribute.endswith("weight_scale_channel"):
+            yield attribute.removesuffix("_channel"), buffer
+
+
 def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
     """Return a parameter that is in memory as in the checkpoint, and whose loader only copies.
 
@@ -293,20 +337,12 @@ def _copied(module: Any, attribute: str, t: torch.Tensor) -> torch.Tensor | None
     return t if serialized and attribute.endswith("weight") else None
 
 
-def _guard(function: str, model: torch.nn.Module) -> Any:
-    """Call the unscaled guard of the patched engine; {} where that patch is not applied."""
-    from sglang.srt.layers.quantization import fp8
-
-    known = getattr(fp8, function, None)
-    return known(model) if known is not None else {}
-
-
 def _copies(model: torch.nn.Module) -> Form | None:
     # Multi-head latent attention multiplies kv_b_proj out, at the end of load_weights.
     return None if hasattr(model, "post_load_weights") else _copied
 
 
-ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard)
+ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard, own=_own)
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:

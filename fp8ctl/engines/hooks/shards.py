@@ -8,6 +8,7 @@ fused into it. So one walk over the modules serves both engines.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +16,20 @@ import torch
 from fp8ctl.kernels.digest import digests, to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
     Form = Callable[[torch.nn.Module, str, torch.Tensor], torch.Tensor | None]
+    #: What a module holds that is no parameter: name and value of each.
+    More = Callable[[torch.nn.Module], Iterable[tuple[str, torch.Tensor]]]
 
 #: Last name of a fused module -> the modules it was made of, in order.
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+#: DeepSeek's first projections of queries, and of keys and values, which SGLang builds as one
+#: where queries have a low rank: the parts, in order.
+LATENT = ("fused_qkv_a_proj_with_mqa", ("q_a_proj", "kv_a_proj_with_mqa"))
 #: Classes of methods that quantise no weight, in both engines: those that leave them as they
 #: are, and those that have scales of keys and values alone.
 UNQUANTIZED = (
@@ -54,24 +60,71 @@ class Shard:
     primary: bool
 
 
-def shards(
-    model: torch.nn.Module, tp_rank: int, as_in_checkpoint: Form | None = None
-) -> Iterator[Shard]:
-    """Yield what every parameter of `model` holds; parameters of unknown layers whole.
+@dataclass(frozen=True)
+class Walk:
+    """How the modules of a model are walked.
 
-    Args:
+    Attributes:
         model: as the engine built and loaded it.
         tp_rank: of this process.
         as_in_checkpoint: gives a parameter the form that it has in a checkpoint; what
             it returns None for is left out.
+        more: what modules hold beside their parameters.
+        on_disk: names of the checkpoint's tensors, where they are known: a module that the
+            checkpoint fuses, too (Phi-3), is shown as that tensor.
     """
-    for prefix, module in model.named_modules():
+
+    model: torch.nn.Module
+    tp_rank: int
+    as_in_checkpoint: Form | None = None
+    more: More | None = None
+    on_disk: Container[str] = ()
+
+    def by_module(self, start: int = 0) -> Iterator[tuple[int, list[Shard]]]:
+        """Yield the number of each module from `start` on, and what its parameters hold."""
+        modules = list(self.model.named_modules())
+        parents = dict(modules)
+        for number, (prefix, module) in islice(enumerate(modules), start, None):
+            parent = parents.get(prefix.rpartition(".")[0])
+            yield number, self.of(prefix, module, parent)
+
+    def of(self, prefix: str, module: torch.nn.Module, parent: Any) -> list[Shard]:
+        """Return what the parameters of one module hold.
+
+        Args:
+            prefix: its name.
+            module: itself.
+            parent: the module that it is in.
+        """
+        held: list[Shard] = []
+        for attribute, tensor in self._tensors(module):
+            if prefix.rpartition(".")[2] == LATENT[0]:
+                held += _latent(module, parent, prefix, attribute, tensor, self.tp_rank)
+            else:
+                held += _of(module, prefix, attribute, tensor, self.tp_rank, self.on_disk)
+        return held
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield what every parameter holds; parameters of unknown layers whole."""
+        for _, held in self.by_module():
+            yield from held
+
+    def _tensors(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for attribute, parameter in module.named_parameters(recurse=False):
             tensor: torch.Tensor | None = parameter.detach()
-            if as_in_checkpoint is not None:
-                tensor = as_in_checkpoint(module, attribute, parameter.detach())
+            if self.as_in_checkpoint is not None:
+                tensor = self.as_in_checkpoint(module, attribute, parameter.detach())
             if tensor is not None:
-                yield from _of(module, prefix, attribute, tensor, tp_rank)
+                yield attribute, tensor
+        if self.more is not None:
+            yield from self.more(module)
+
+
+def shards(
+    model: torch.nn.Module, tp_rank: int, as_in_checkpoint: Form | None = None
+) -> Iterator[Shard]:
+    """Yield what every parameter of `model` holds; see `Walk`."""
+    return Walk(model, tp_rank, as_in_checkpoint).shards()
 
 
 def describe(held: Iterable[Shard]) -> list[dict[str, object]]:
@@ -101,7 +154,14 @@ def collapse(groups: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(values)
 
 
-def _of(module: Any, prefix: str, attribute: str, t: torch.Tensor, tp_rank: int) -> Iterator[Shard]:
+def _of(
+    module: Any,
+    prefix: str,
+    attribute: str,
+    t: torch.Tensor,
+    tp_rank: int,
+    on_disk: Container[str] = (),
+) -> Iterator[Shard]:
     kinds = {base.__name__ for base in type(module).__mro__}
     # A layer may be cut otherwise than the model: attention that every rank holds whole.
     tp_rank = int(getattr(module, "tp_rank", tp_rank))
@@ -109,7 +169,7 @@ def _of(module: Any, prefix: str, attribute: str, t: torch.Tensor, tp_rank: int)
     if kinds & {"FusedMoE", "EPMoE"} and attribute.startswith(("w13_", "w2_")):
         yield from _experts(module, prefix, attribute, t, tp_rank)
     elif kinds & {"QKVParallelLinear", "MergedColumnParallelLinear"}:
-        yield from _merged(module, prefix, attribute, t, tp_rank)
+        yield from _merged(module, prefix, attribute, t, tp_rank, f"{prefix}.weight" in on_disk)
     elif "VocabParallelEmbedding" in kinds and t.dim() == 2:
         # The vocabulary is padded for the kernels; only the real rows count.
         indices = module.shard_indices
@@ -129,19 +189,26 @@ def _per_tensor(attribute: str, t: torch.Tensor) -> bool:
 
 
 def _merged(
-    module: Any, prefix: str, attribute: str, t: torch.Tensor, tp_rank: int
+    module: Any, prefix: str, attribute: str, t: torch.Tensor, tp_rank: int, on_disk: bool
 ) -> Iterator[Shard]:
-    """Cut a fused column-parallel parameter back into the tensors it was made of."""
+    """Cut a fused column-parallel parameter back into the tensors it was made of.
+
+    Args:
+        on_disk: the checkpoint has one tensor of all parts, one behind the other.
+    """
     parent, _, last = prefix.rpartition(".")
     sizes: Sequence[int] = list(module.output_partition_sizes)
     names = FUSED.get(last, tuple(f"{last}#{i}" for i in range(len(sizes))))
     replicas = int(getattr(module, "num_kv_head_replicas", 1))
+    tp_size = int(getattr(module, "tp_size", 1))
     total = sum(sizes)
     start = 0
+    above = 0  # rows of the parts before, in the whole checkpoint tensor
     for i, (part, size) in enumerate(zip(names, sizes, strict=True)):
-        full = ".".join(filter(None, (parent, part, attribute)))
+        full = ".".join(filter(None, (parent, last if on_disk else part, attribute)))
         if _per_tensor(attribute, t):
-            yield Shard(full, t[i : i + 1], 0, 0, tp_rank == 0)
+            # One scale on disk is that of every part.
+            yield Shard(full, t[i : i + 1], 0, 0, tp_rank == 0 and not (on_disk and i))
             continue
         # Block scales have fewer rows than weights, in the same proportion.
         rows = t.shape[0] * size // total
@@ -150,11 +217,28 @@ def _merged(
         yield Shard(
             full,
             t[start : start + rows],
-            (tp_rank // copies) * rows,
+            above + (tp_rank // copies) * rows,
             0,
             tp_rank % copies == 0,
         )
         start += rows
+        if on_disk:
+            above += rows * tp_size // copies
+
+
+def _latent(
+    module: Any, parent: Any, prefix: str, attribute: str, t: torch.Tensor, tp_rank: int
+) -> Iterator[Shard]:
+    """Cut DeepSeek's fused first projections, which every rank holds whole."""
+    rank = int(getattr(parent, "q_lora_rank", 0) or 0)
+    if "scale" in attribute:  # as many rows of blocks as the rows of queries fill
+        config = getattr(getattr(module, "quant_method", None), "quant_config", None)
+        side = getattr(config, "weight_block_size", None)
+        rank = -(-rank // int(side[0])) if side else 1
+    outer = prefix.rpartition(".")[0]
+    names = [f"{outer}.{part}.{attribute}" for part in LATENT[1]]
+    yield Shard(names[0], t[:rank], 0, 0, tp_rank == 0)
+    yield Shard(names[1], t[rank:], 0, 0, tp_rank == 0)
 
 
 def _experts(

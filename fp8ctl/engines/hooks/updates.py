@@ -33,6 +33,7 @@ from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.openpush import OpenPush
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -71,6 +72,7 @@ class Updates:
     Attributes:
         log: what they brought.
         plan: the manifest of what they must bring; {} without one.
+        memory: what the engine's own routes have released of it.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Updates:
         """
         self.log = PushLog(folder)
         self.plan = plan
+        self.memory = Memory(gate.engine)
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
@@ -107,7 +110,8 @@ class Updates:
         self._push: OpenPush | None = None
         self._ended: dict[str, _Ended] = {}
         self._watching: asyncio.Future[None] | None = None
-        gate.about.update(device=device, version=None, push=wire.PROTOCOL)
+        gate.about.update(device=device, version=None, push=wire.PROTOCOL, plan=_brief(plan))
+        gate.about["connection"] = ""
 
     @property
     def state(self) -> str:
@@ -141,13 +145,14 @@ class Updates:
             what: the route, for messages.
 
         Raises:
-            RefusedError: a push is open.
+            RefusedError: a push is open, or the engine rests and cannot be woken.
         """
         self._without_push()
         async with self._engines_turn:
             async with self._turn:
                 await self._expire()
                 self._without_push()
+                await self._rest.let_go()
                 self._alone = what
             before = self._gate.updates
             try:
@@ -202,7 +207,10 @@ class Updates:
         async with self._turn:
             await self._expire()
             self._free()
-            await self._connection.open(offer)
+            try:
+                await self._connection.open(offer)
+            finally:
+                self._gate.about["connection"] = wire.shown(self._connection.id)
             return {
                 "connection": self._connection.id,
                 "ranks": self._workers.ranks,
@@ -219,6 +227,7 @@ class Updates:
             if self._push is not None:
                 await self._close(self._push, _broken(self._push, "the client disconnected"))
             await self._connection.close()
+            self._gate.about["connection"] = ""
             return {"connection": found["connection"]}
 
     # --- an update --------------------------------------------------------------------------
@@ -363,6 +372,7 @@ class Updates:
         if self._alone:
             raise RefusedError(409, "FP8-BUSY", f"{self._alone} is on its way")
         self._without_push()
+        self.memory.require_weights()
 
     def _without_push(self) -> None:
         push = self._push
@@ -476,6 +486,12 @@ class Updates:
         self._watching = None
         await asyncio.to_thread(self.log.write, list(push.lines(outcome)))
         return outcome
+
+
+def _brief(plan: Mapping[str, Any]) -> dict[str, object] | None:
+    """Return what the state tells of the plan; None where the engine quantises itself."""
+    keys = ("mode", "block_size", "recipe", "digest")
+    return {key: plan.get(key) for key in keys} if plan else None
 
 
 def _broken(push: OpenPush, why: str) -> Outcome:

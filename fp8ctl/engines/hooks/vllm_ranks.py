@@ -94,18 +94,6 @@ class Workers:
             raise RuntimeError("; ".join(failed))
         return answers
 
-    async def report(self) -> list[dict[str, Any]]:
-        """Return what every rank holds.
-
-        Raises:
-            RuntimeError: a rank could not say it.
-        """
-        ranks: list[dict[str, Any]] = await self._whole(self.engine.collective_rpc("fp8ctl_report"))
-        failed = [f"rank {r['rank']}: {r['error']}" for r in ranks if r.get("error")]
-        if failed:
-            raise RuntimeError("; ".join(failed))
-        return ranks
-
     async def load_from_disk(self, path: str) -> Reloaded:
         """Have every rank load a folder of safetensors."""
         answers = await self.ask("reload", path=path)

@@ -5,8 +5,8 @@ server, with
 
 - the gate of `gate.py` around every route that generates,
 - the push of `updates.py`,
-- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report` and
-  `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
+- `GET /fp8ctl/state`, `GET /fp8ctl/code`, `POST /fp8ctl/report`, `POST /fp8ctl/inspect`
+  and `POST /fp8ctl/update_weights_from_disk {"model_path": ...}`, behind the API
   key if there is one (vLLM itself asks for it under /v1 only),
 - the API key from `FP8CTL_API_KEY`, which must not stand in argv,
 - `vllm_worker.Extension` in every worker.
@@ -21,10 +21,11 @@ import hmac
 import json
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 from urllib.parse import parse_qs
 
-from fp8ctl.engines.hooks import loaded, manifest, ranklog, vllm_worker
+from fp8ctl.engines.hooks import loaded, manifest, ranklog, report, vllm_worker
 from fp8ctl.engines.hooks.gate import (
     App,
     Gate,
@@ -35,6 +36,7 @@ from fp8ctl.engines.hooks.gate import (
     answer_json,
     below_root,
 )
+from fp8ctl.engines.hooks.memory import ALL
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.resting import quietly
 from fp8ctl.engines.hooks.routes import PushRoutes, read_body
@@ -43,7 +45,7 @@ from fp8ctl.engines.hooks.vllm_ranks import Workers
 
 vllm_worker.install()
 
-STATE, CODE, REPORT = "/fp8ctl/state", "/fp8ctl/code", "/fp8ctl/report"
+STATE, CODE = "/fp8ctl/state", "/fp8ctl/code"
 UPDATE = "/fp8ctl/update_weights_from_disk"
 #: Routes of a server in development mode that give weights up or bring them back.
 SLEEPING = frozenset({"/sleep", "/wake_up"})
@@ -61,6 +63,7 @@ class Control:
         key: str | None,
         workers: Workers,
         updates: Updates,
+        model: str = "",
     ) -> None:
         self._app = PushRoutes(app, updates)
         self._gate = gate
@@ -68,6 +71,7 @@ class Control:
         self._key = key
         self._workers = workers
         self._updates = updates
+        self._model = model
         self._working: set[asyncio.Future[Any]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +80,8 @@ class Control:
         routes = {
             ("GET", STATE): self._state,
             ("GET", CODE): self._code,
-            ("POST", REPORT): self._report,
+            ("POST", report.REPORT): self._report,
+            ("POST", report.INSPECT): self._inspect,
             ("POST", UPDATE): self._update,
         }
         if path in SLEEPING:
@@ -108,11 +113,15 @@ class Control:
         return 200, await asyncio.to_thread(loaded.everyone, self._gate.ranks)
 
     async def _report(self, _receive: Receive) -> tuple[int, object]:
+        memory = self._updates.memory
+        return await report.answer(self._workers, self._gate, memory, self._plan, self._model)
+
+    async def _inspect(self, receive: Receive) -> tuple[int, object]:
         try:
-            ranks = await self._workers.report()
-        except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
-            return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
-        return 200, {"state": self._gate.describe(), "manifest": self._plan, "ranks": ranks}
+            body = await read_body(receive, _MAX_BODY)
+        except RefusedError as e:
+            return e.status, {"error": e.message}
+        return await report.answer_more(self._workers, self._updates.memory, body)
 
     async def _update(self, receive: Receive) -> tuple[int, object]:
         try:
@@ -129,27 +138,47 @@ class Control:
         try:
             outcome = await asyncio.shield(task)
         except RefusedError as e:
-            status = 409 if e.id == "FP8-BUSY" else 400
+            status = 409 if e.id in ("FP8-BUSY", "FP8-RELEASED") else 400
             return status, {"success": False, "message": e.message, "missing": 0}
         return 200, {"success": True, "message": outcome.message, "missing": outcome.missing}
 
     async def _sleep(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        memory = self._updates.memory
+
         async def look(message: Any) -> None:
-            if message.get("status") == 200 and drops(path, scope) and self._workers.can_release:
-                self._gate.lose("the weights were dropped for a sleep: push them again")
-                await quietly(self._workers.ask("forget"))
+            if message.get("status") == 200 and self._workers.can_release:
+                if path == "/sleep":
+                    memory.give_up(ALL)
+                else:
+                    memory.bring_back(_woken(scope, memory.released))
+                if drops(path, scope):
+                    self._gate.lose("the weights were dropped for a sleep: push them again")
+                    await quietly(self._workers.ask("forget"))
             await send(message)
 
         try:
-            async with self._updates.alone(path):
+            async with (
+                self._updates.alone(path),
+                memory.turn if path == "/sleep" else nullcontext(),
+            ):
                 await self._app(scope, receive, look)
         except RefusedError as e:
             await answer_json(send, e.status, e.body(self._gate.state))
 
 
+def _woken(scope: Scope, released: frozenset[str]) -> frozenset[str]:
+    """Return the parts that /wake_up brings back: vLLM ignores a list with one that is there."""
+    tags = frozenset(_query(scope).get("tags", ()))
+    return ALL if not tags else tags if tags <= released else frozenset()
+
+
+def _query(scope: Scope) -> dict[str, list[str]]:
+    return parse_qs(scope.get("query_string", b"").decode("latin-1"))
+
+
 def drops(path: str, scope: Scope) -> bool:
     """Say whether a request gives the weights up: every sleep does that does not keep a copy."""
-    asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("level", ["1"])
+    asked = _query(scope).get("level", ["1"])
     return path == "/sleep" and asked[-1].strip() != "1"
 
 
@@ -187,7 +216,15 @@ def main(argv: list[str]) -> None:
         device = current_platform.device_type
         updates = Updates(gate, workers, plan, device=device, folder=ranklog.run_dir())
         # The last one added is the outermost.
-        app.add_middleware(Control, gate=gate, plan=plan, key=key, workers=workers, updates=updates)
+        app.add_middleware(
+            Control,
+            gate=gate,
+            plan=plan,
+            key=key,
+            workers=workers,
+            updates=updates,
+            model=args.model,
+        )
         app.add_middleware(GateMiddleware, gate=gate)
         return app
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Receiver, wait_for
+from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, guard_in, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from fp8ctl.engines.hooks.shards import Form
 
+#: The unscaled guard; {} where that patch is not applied.
+_guard = guard_in("vllm.model_executor.layers.quantization.fp8")
 EXTENSION = "fp8ctl.engines.hooks.vllm_worker.Extension"
 
 
@@ -114,18 +116,6 @@ class Extension:
                 state.sampling_params = copy.copy(state.sampling_params)
                 state.sampling_params.prompt_logprobs = None
 
-    def fp8ctl_report(self) -> dict[str, Any]:
-        """Return place, type and digest of everything that this worker holds."""
-        answer: dict[str, Any] = {"rank": self.rank, "pid": os.getpid()}
-        try:
-            receiver = self._fp8ctl_receiver()
-            answer["unfilled"] = _guard("fp8ctl_unfilled", receiver.model)
-            answer |= receiver.digests()
-        except Exception as e:  # noqa: BLE001 - the answer says it
-            traceback.print_exc()
-            answer["error"] = f"{type(e).__name__}: {e}"
-        return answer
-
     def _fp8ctl_receiver(self) -> Receiver:
         """Return what receives weights for this worker's model."""
         from vllm.distributed import get_tensor_model_parallel_rank
@@ -205,14 +195,6 @@ def _derived(model: torch.nn.Module) -> Iterator[tuple[Any, Callable[[torch.dtyp
             yield impl, process
 
 
-def _guard(function: str, model: torch.nn.Module) -> Any:
-    """Call the unscaled guard of the patched engine; {} where that patch is not applied."""
-    from vllm.model_executor.layers.quantization import fp8
-
-    known = getattr(fp8, function, None)
-    return known(model) if known is not None else {}
-
-
 # --- what is there ------------------------------------------------------------------------------
 
 
@@ -270,6 +252,51 @@ def _as_in_checkpoint(
         per_shard = expanded.reshape(t.numel(), -1)
         return shards.collapse(per_shard.unbind()).view(t.shape)
     return t
+
+
+def _own(model: torch.nn.Module) -> Own | None:
+    """Return how the model shows what vLLM made of all its FP8 layers; None where unknown."""
+    methods = [found for module in model.modules() if (found := _method(module))[1] is not None]
+    if not methods or any(method.block_quant for _, method in methods):
+        return None
+    serialized = {bool(m.quant_config.is_checkpoint_fp8_serialized) for _, m in methods}
+    refit = [
+        hasattr(method, "_can_refit") and method._can_refit()
+        if name == "Fp8LinearMethod"
+        else getattr(method, "can_refit", False)
+        for name, method in methods
+    ]
+    if serialized == {False} and all(refit):
+        return Own("online", _online_form, _row_scales)
+    known = any(hasattr(m, "_can_refit") or hasattr(m, "can_refit") for _, m in methods)
+    packed = any(getattr(m, "use_marlin", False) for _, m in methods)
+    return Own("shared", _shared) if serialized == {True} and not (known or packed) else None
+
+
+def _shared(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter of a stock per-tensor layer: [out, in], and its scale for each part."""
+    if attribute.endswith("input_scale"):
+        return None
+    if _method(module)[0] != "Fp8LinearMethod":
+        return t
+    if attribute == "weight":
+        return t.t()
+    return t.reshape(1).repeat(len(_widths(module))) if attribute == "weight_scale" else t
+
+
+def _online_form(module: torch.nn.Module, attribute: str, t: torch.Tensor) -> torch.Tensor | None:
+    """Return a parameter in the checkpoint's form; codes of a Linear lie as [in, out]."""
+    if attribute.endswith("input_scale"):
+        return None
+    transposed = _method(module)[0] == "Fp8LinearMethod" and attribute == "weight"
+    return t.t() if transposed else t
+
+
+def _row_scales(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the scales of experts, which stand beside the parameters."""
+    for attribute, buffer in module.named_buffers(recurse=False):
+        if attribute.endswith("weight_scale_expanded") and not hasattr(module, attribute[:-9]):
+            yield attribute.removesuffix("_expanded"), buffer
 
 
 def _widths(module: Any) -> list[int]:
@@ -346,4 +373,5 @@ def engine(dtype: torch.dtype) -> Engine:
         obstacles=_obstacles,
         guard=_guard,
         settle=functools.partial(_rederive, dtype=dtype),
+        own=_own,
     )

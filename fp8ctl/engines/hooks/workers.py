@@ -59,7 +59,11 @@ class Workers(Protocol):
           the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
           nothing.
-        - "digests" {}: `rank`, `format` ("checkpoint" or "engine"), `tensors` (`shards.describe`).
+        - "names" {}: `names` of the checkpoint tensors that the rank holds something of, as far as
+          the engine's own names say it, and `same` {name: another one in the same memory}.
+            - "digests" {} or {starts: by rank, most}: `rank`, `format` ("checkpoint", "online",
+          "shared" or "engine"), `unfilled`, `tensors` (`shards.describe`), `next` and `seconds`.
+        - "inspect" {names, rows, most}: `rank`, `tensors` (`inspection.inspect`).
 
         Raises:
             RuntimeError: a rank failed or did not answer; the message names it.

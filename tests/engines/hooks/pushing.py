@@ -63,6 +63,7 @@ class Ranks:
         held: by rank, name -> digest of the version it is of.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
         calls: what was asked, in order.
+        parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
     """
 
@@ -80,6 +81,8 @@ class Ranks:
         self.flushed = 0
         self.form = "checkpoint"
         self.unfilled: dict[str, str] = {}
+        self.parameters = list(full)
+        self.same: dict[str, str] = {}
         self.broken = False
 
     async def _maybe(self, what: str) -> None:
@@ -137,6 +140,9 @@ class Ranks:
             "missing_count": len(missing),
         }
 
+    def _names(self, rank: int) -> dict[str, Any]:
+        return {"names": self.parameters, "same": self.same}
+
     def _digests(self, rank: int) -> dict[str, Any]:
         shards = []
         for name, text in self.held[rank].items():
@@ -169,7 +175,7 @@ class Ranks:
             self.paused += self.running
         if in_flight == "abort":
             self.paused = 0
-        if in_flight == "finish" and self.running:
+        if in_flight == "finish" and (self.running or self.paused):
             await asyncio.sleep(within)
             raise TimeoutError
         self.running = 0

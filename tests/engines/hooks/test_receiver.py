@@ -451,3 +451,39 @@ def test_a_question_that_nobody_knows_is_an_error(servers: list[Server]) -> None
     server = serve(servers, checkpoint("bf16"))
     with pytest.raises(ValueError, match="'nonsense'"):
         server.ranks[0].answer("nonsense", {})
+
+
+def test_names_are_those_of_the_checkpoint_and_say_what_is_one_memory() -> None:
+    whole = checkpoint("block")
+    rank = Loading(whole, 0, 2)
+    receiver = Receiver(rank.model, 0, Settled().engine())
+    told = receiver.answer("names", {})
+    assert sorted(told["names"]) == sorted({held["name"] for held in receiver.digests()["tensors"]})
+    assert told["same"] == {}
+    rank.model.other = torch.nn.Module()
+    rank.model.other.weight = rank.model.get_parameter(NORM)
+    assert receiver.names()["same"] == {"other.weight": NORM}
+    assert receiver.names()["names"] == [*told["names"], "other.weight"]
+
+
+def test_on_a_gpu_digests_are_compiled_when_a_client_connects() -> None:
+    """Else the first update would do it with the gate closed; what fails then, fails there."""
+    asked: list[str] = []
+
+    class Compiling(Receiver):
+        device = torch.device("cuda")
+
+        def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
+            asked.append("digests")
+            raise RuntimeError("no compiler")
+
+    def carrier(*_: object) -> Any:
+        asked.append("carrier")
+
+    rank = Loading(checkpoint("block"), 0, 1)
+    receiver = Compiling(rank.model, 0, Settled().engine(), open_carrier=carrier)
+    assert receiver.connect({}) == {"device": "cuda"}
+    assert asked == ["carrier", "digests"]
+    asked.clear()
+    Receiver(rank.model, 0, Settled().engine(), open_carrier=carrier).connect({})
+    assert asked == ["carrier"], "on a CPU they take a while, and nothing is compiled"

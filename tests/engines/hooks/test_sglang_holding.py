@@ -22,6 +22,7 @@ class Request:
 
     def __init__(self, name: str, *, done: bool = False) -> None:
         self.name, self.done = name, done
+        self.output_ids: list[int] = []
         self.retracted = 0
 
     def finished(self) -> bool:
@@ -111,7 +112,7 @@ def test_what_has_begun_waits_before_what_has_not_and_everything_is_computed_ane
     scheduler.chunked_req = part
     scheduler.waiting_queue = [Request("waiting")]
     holding = Holding(scheduler)
-    assert holding.hold(abort=False) == {"aborted": 0, "paused": 3}
+    assert holding.hold("pause") == {"held": True, "aborted": 0, "paused": 3}
     assert names(scheduler.waiting_queue) == ["decoding", "prefilled", "in part", "waiting"]
     assert [req.retracted for req in (decoding, prefilled, part, done)] == [1, 1, 1, 0]
     for name in ("last_batch", "cur_batch", "chunked_req"):
@@ -120,8 +121,25 @@ def test_what_has_begun_waits_before_what_has_not_and_everything_is_computed_ane
     assert not scheduler.running_batch.batch_is_full
     assert scheduler.emptied == (1, 1, 1)
     # A second time there is nothing left to do.
-    assert holding.hold(abort=False) == {"aborted": 0, "paused": 0}
+    assert holding.hold("pause") == {"held": True, "aborted": 0, "paused": 0}
     assert decoding.retracted == 1
+
+
+@pytest.mark.parametrize("where", ["running", "under way", "retracted", "waiting"])
+def test_finishing_leaves_at_work_what_has_begun(where: str) -> None:
+    """Paused, it would go on with the new weights: one answer of two sets."""
+    req = Request("late")
+    scheduler = Scheduler(*([req] if where == "running" else []))
+    if where == "under way":
+        scheduler.last_batch = Batch([req], False)
+    if where in ("retracted", "waiting"):
+        scheduler.waiting_queue = [req]
+    req.output_ids = [5] if where == "retracted" else []
+    holding = Holding(scheduler)
+    told = holding.hold("finish")
+    assert told["held"] is holding.held is (where == "waiting"), "that one has seen no weights yet"
+    assert req.retracted == 0
+    assert scheduler.emptied == ((1, 1, 1) if where == "waiting" else (0, 0, 0))
 
 
 def test_the_result_of_a_batch_under_way_is_taken_in_first() -> None:
@@ -131,27 +149,27 @@ def test_the_result_of_a_batch_under_way_is_taken_in_first() -> None:
     scheduler.last_batch = scheduler.running_batch
     under_way = Batch([ending, going], False)
     scheduler.result_queue = deque([(under_way, "the last token")])  # type: ignore[attr-defined]
-    Holding(scheduler).hold(abort=False)
+    Holding(scheduler).hold("pause")
     assert scheduler.processed == [(under_way, "the last token", None)]
     assert under_way.next_batch_sampling_info is None, "nothing follows it"
     assert names(scheduler.waiting_queue) == ["going on"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "abort", "why"),
+    ("changes", "how", "why"),
     [
-        ({"disaggregation_mode": SimpleNamespace(name="DECODE")}, True, "different servers"),
-        ({"pp_size": 2}, True, "pipeline"),
-        ({"draft_worker": object()}, False, "speculative"),
+        ({"disaggregation_mode": SimpleNamespace(name="DECODE")}, "abort", "different servers"),
+        ({"pp_size": 2}, "abort", "pipeline"),
+        ({"draft_worker": object()}, "pause", "speculative"),
     ],
 )
 def test_a_scheduler_that_cannot_be_held_goes_on(
-    changes: dict[str, Any], abort: bool, why: str
+    changes: dict[str, Any], how: Any, why: str
 ) -> None:
     scheduler = Scheduler(Request("running"), **changes)
     holding = Holding(scheduler)
     with pytest.raises(sglang_holding.CannotHoldError, match=why):
-        holding.hold(abort=abort)
+        holding.hold(how)
     assert not holding.held
     assert names(scheduler.running_batch.reqs) == ["running"]
     assert scheduler.emptied == (0, 0, 0)
@@ -160,7 +178,7 @@ def test_a_scheduler_that_cannot_be_held_goes_on(
 def test_a_speculating_scheduler_that_has_nothing_to_do_can_rest() -> None:
     runner = SimpleNamespace(req_to_token_pool=Pool(), token_to_kv_pool_allocator=Pool())
     scheduler = Scheduler(draft_worker=SimpleNamespace(model_runner=runner))
-    Holding(scheduler).hold(abort=False)
+    Holding(scheduler).hold("pause")
     assert runner.req_to_token_pool.emptied == runner.token_to_kv_pool_allocator.emptied == 1
 
 
@@ -170,7 +188,7 @@ def test_caches_are_emptied_only_at_rest() -> None:
     with pytest.raises(RuntimeError, match="rests"):
         holding.flush()
     assert scheduler.emptied == (0, 0, 0)
-    holding.hold(abort=False)
+    holding.hold("pause")
     holding.resume()
     with pytest.raises(RuntimeError, match="rests"):
         holding.flush()
@@ -190,7 +208,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_scheduler_finds_nothing_to_do_while_it_is_held(scheduler: Any) -> None:
     assert scheduler.get_next_batch_to_run() == "a batch"
-    sglang_holding.this().hold(abort=False)
+    sglang_holding.this().hold("pause")
     assert scheduler.get_next_batch_to_run() is None
     sglang_holding.this().resume()
     assert scheduler.get_next_batch_to_run() == "a batch"
@@ -200,7 +218,7 @@ def test_an_update_of_the_engine_may_flush_while_requests_are_paused(scheduler: 
     """Stock code refuses, and asserts that it did not: the server would end."""
     assert scheduler.flush_cache()
     assert (scheduler.flushed, scheduler.emptied) == (1, (0, 0, 0))
-    sglang_holding.this().hold(abort=False)
+    sglang_holding.this().hold("pause")
     assert scheduler.waiting_queue
     assert scheduler.flush_cache()
     assert (scheduler.flushed, scheduler.emptied) == (1, (2, 2, 2))

@@ -17,8 +17,10 @@ import pytest
 import torch
 from torch import nn
 
+from fp8ctl import wire
 from fp8ctl.engines.hooks import manifest, ranklog, sglang_ranks, sglang_server, sglang_worker
 from fp8ctl.engines.hooks.gate import Gate, GateMiddleware
+from fp8ctl.engines.hooks.routes import PushRoutes
 from fp8ctl.engines.hooks.secret import Secret
 from fp8ctl.engines.hooks.sglang_ranks import Workers
 from fp8ctl.engines.hooks.sglang_server import UPDATING, UpdateWatch
@@ -37,7 +39,7 @@ PART = {**COMPLETE, "missing": ["norm.weight"], "missing_count": 1}
 UNFILLED = {**COMPLETE, "unfilled": {"a.weight": "rows 2-3", "b.weight": "rows 0-3"}}
 DISK = "/update_weights_from_disk"
 TENSOR = "/update_weights_from_tensor"
-RELEASE = "/release_memory_occupation"
+RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
 
 
 class Asked:
@@ -47,6 +49,7 @@ class Asked:
         self.answers = answers
         self.error = error
         self.can_release = True
+        self.ranks = len(answers)
         self.questions: list[tuple[str, dict[str, Any]]] = []
         self.listening = 0
 
@@ -98,6 +101,7 @@ class Server:
                 more = i < len(parts) - 1
                 await send({"type": "http.response.body", "body": part, "more_body": more})
 
+        self.engine = engine
         workers: Any = self.workers
         self.updates = Updates(self.gate, workers, {}, device="cpu", folder=None)
         watch = UpdateWatch(engine, self.gate, workers, expected, self.updates)
@@ -269,7 +273,9 @@ def test_weights_that_are_released_close_the_gate_before_the_answer_leaves(body:
     assert states == ["unpushed", "ready"], "resuming brings no weights back, a push does"
 
 
-@pytest.mark.parametrize("body", [b'{"tags": ["kv_cache"]}', b'{"tags": []}', b"no json", b"[]"])
+@pytest.mark.parametrize(
+    "body", [b'{"tags": ["kv_cache"]}', b'{"tags": []}', b'{"tags": 1}', b"no json", b"[]"]
+)
 def test_what_releases_no_weights_leaves_the_gate_open(body: bytes) -> None:
     server = Server(COMPLETE, await_push=False)
     server.ask(RELEASE, body=body)
@@ -290,6 +296,52 @@ def test_a_release_that_is_refused_or_gives_nothing_up_leaves_the_gate_open() ->
     without_saver.workers.can_release = False
     without_saver.ask(RELEASE)
     assert without_saver.gate.state == "ready"
+
+
+@pytest.mark.parametrize(
+    ("released", "resumed", "refused"),
+    [
+        (b"", None, True),
+        (b'{"tags": ["weights"]}', None, True),
+        (b"", b'{"tags": ["kv_cache"]}', True),
+        (b"", b'{"tags": ["weights"]}', False),  # keys and values may come back later
+        (b"", b'{"tags": []}', False),
+        (b'{"tags": ["kv_cache"]}', None, False),
+    ],
+)
+def test_nothing_is_written_to_memory_that_is_released(
+    released: bytes, resumed: bytes | None, refused: bool
+) -> None:
+    server = Server({**COMPLETE, "refittable": True}, await_push=False)
+    offer = json.dumps({"protocol": wire.PROTOCOL, "client": {}, "carrier": None}).encode()
+
+    async def test() -> tuple[int, dict[str, Any]]:
+        await server.ask_soon(RELEASE, body=released)
+        if resumed is not None:
+            await server.ask_soon(RESUME, body=resumed)
+        own, _ = await server.ask_soon(TENSOR)
+        status, answer = await PushRoutes(server.engine, server.updates).answer(
+            "POST", wire.CONNECT, offer
+        )
+        assert (own == 409) == (status == 409), "the engine's own updates as well"
+        return status, answer
+
+    server.gate.started = True
+    status, answer = asyncio.run(test())
+    if not refused:
+        assert status == 200
+        return
+    assert (status, answer["error"]["id"]) == (409, "FP8-RELEASED")
+    assert RESUME in answer["error"]["hint"]
+    assert "progress" not in [what for what, _ in server.workers.questions]
+
+
+def test_a_release_that_breaks_off_may_have_given_up_everything() -> None:
+    server = Server(COMPLETE, await_push=False, raises=RuntimeError("connection lost"))
+    with pytest.raises(RuntimeError, match="connection lost"):
+        server.ask(RELEASE)
+    assert server.gate.state == "unpushed"
+    assert server.updates.memory.released == {"weights", "kv_cache"}
 
 
 def test_every_http_request_makes_sure_that_the_schedulers_are_heard() -> None:
@@ -422,6 +474,7 @@ def quantised(kind: str, **facts: object) -> nn.Module:
     """Return a layer with a method of SGLang's, as far as it is looked at."""
     config = SimpleNamespace(is_checkpoint_fp8_serialized=True)
     module = nn.Linear(2, 4)
+    module.logical_widths = [4]  # type: ignore[assignment]
     method = type(kind, (), {"block_quant": False, "quant_config": config, **facts})()
     module.quant_method = method
     return module
@@ -433,7 +486,9 @@ def quantised(kind: str, **facts: object) -> nn.Module:
         (nn.Linear(2, 4), "checkpoint"),
         (quantised("Fp8LinearMethod", block_quant=True), "checkpoint"),
         (quantised("Fp8MoEMethod", refittable=True), "checkpoint"),
-        (quantised("Fp8LinearMethod"), "engine"),  # not patched: the kernel's own form
+        (quantised("Fp8LinearMethod"), "shared"),  # not patched: one scale for what is fused
+        (quantised("Fp8LinearMethod", cutlass_fp8_supported=True), "engine"),
+        (quantised("Fp8LinearMethod", use_marlin=True), "engine"),
         (quantised("Fp8LinearMethod", refittable=False), "engine"),
         (
             quantised(
@@ -441,7 +496,7 @@ def quantised(kind: str, **facts: object) -> nn.Module:
                 refittable=True,
                 quant_config=SimpleNamespace(is_checkpoint_fp8_serialized=False),
             ),
-            "engine",
+            "online",  # a scale for every row
         ),
         (quantised("Fp8EPMoEMethod", block_quant=True), "engine"),
     ],
@@ -452,6 +507,33 @@ def test_weights_in_the_form_of_a_kernel_are_told_apart(
     engine.models = (nn.Sequential(nn.Linear(3, 2), layer),)
     [answer] = asyncio.run(workers(engine).ask("digests"))
     assert answer["format"] == form
+
+
+def test_what_the_engine_quantised_by_rows_shows_the_scales_that_kernels_read(
+    run_dir: Path, engine: Engine
+) -> None:
+    config = SimpleNamespace(is_checkpoint_fp8_serialized=False)
+    layer = quantised("Fp8LinearMethod", refittable=True, quant_config=config)
+    layer.register_buffer("weight_scale_channel", torch.randn(4, 1))
+    engine.models = (nn.Sequential(layer),)
+    [answer] = asyncio.run(workers(engine).ask("digests"))
+    told = {line["name"]: (line["shape"], line["digest"]) for line in answer["tensors"]}
+    scales = layer.weight_scale_channel
+    assert told["0.weight_scale"] == ([4, 1], to_text(digest(scales)))  # type: ignore[arg-type]
+
+
+def test_a_stock_layer_shows_its_codes_as_the_checkpoint_has_them(
+    run_dir: Path, engine: Engine
+) -> None:
+    layer: Any = quantised("Fp8LinearMethod")
+    codes = layer.weight.detach().clone()
+    layer.weight = nn.Parameter(codes.t())
+    layer.weight_scale = nn.Parameter(torch.tensor(2.0))
+    engine.models = (nn.Sequential(layer),)
+    [answer] = asyncio.run(workers(engine).ask("digests"))
+    told = {line["name"]: line["digest"] for line in answer["tensors"]}
+    assert told["0.weight"] == to_text(digest(codes))
+    assert told["0.weight_scale"] == to_text(digest(torch.tensor([2.0])))
 
 
 def test_scales_are_those_that_the_kernels_multiply_with(run_dir: Path, engine: Engine) -> None:
@@ -528,6 +610,34 @@ def test_a_rank_that_stays_silent_is_named(
     with pytest.raises(RuntimeError, match=r"no \w+\.1\.json within 0 s"):
         asyncio.run(workers(engine).ask("digests"))
     assert list((run_dir / "reports").iterdir()) == [], "the other's answer is left behind"
+
+
+def test_schedulers_that_hang_do_not_keep_the_server_waiting_for_ever(
+    run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_ranks, "ANSWER_WITHIN", 0.05)
+    monkeypatch.setattr(sglang_ranks, "GRACE", 0.05)
+    stock = engine.update_weights_from_tensor_communicator
+
+    async def test() -> None:
+        asked, go_on = workers(engine), asyncio.Event()
+
+        async def hang(request: Any) -> list[Any]:
+            await go_on.wait()
+            return await stock(request)
+
+        monkeypatch.setattr(engine, "update_weights_from_tensor_communicator", hang)
+        with pytest.raises(RuntimeError, match="did not answer within"):
+            await asked.ask("digests")
+        # The communicator takes one at a time, so that another would never be sent.
+        with pytest.raises(RuntimeError, match="have not answered the question before"):
+            await asked.ask("digests")
+        assert engine.requests == []
+        go_on.set()
+        assert len(await asked.ask("digests")) == 2
+        assert list((run_dir / "reports").iterdir()) == [], "the late answer is left behind"
+
+    asyncio.run(test())
 
 
 def test_without_a_run_folder_nothing_is_asked(

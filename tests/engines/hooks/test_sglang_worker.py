@@ -143,11 +143,16 @@ def test_a_question_goes_the_way_of_a_tensor() -> None:
 
 
 class Server:
-    """SGLang's tokenizer manager with requests that run."""
+    """SGLang's tokenizer manager with requests that run.
+
+    Attributes:
+        late: how often a request is found that has begun since nothing ran.
+    """
 
     def __init__(self, running: int) -> None:
         self.rid_to_state = dict.fromkeys(range(running))
         self.asked: list[dict[str, Any]] = []
+        self.late = 0
         self.workers = Workers(
             SimpleNamespace(_global_state=SimpleNamespace(tokenizer_manager=self)),
             SimpleNamespace(tp_size=1, enable_memory_saver=False),
@@ -156,7 +161,8 @@ class Server:
 
     async def _ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
         self.asked.append({"what": what, "running": len(self.rid_to_state), **details})
-        return [{"rank": 0}]
+        self.late -= 1
+        return [{"rank": 0, "held": self.late < 0}]
 
 
 def test_ranks_rest_when_the_last_request_has_ended() -> None:
@@ -171,7 +177,7 @@ def test_ranks_rest_when_the_last_request_has_ended() -> None:
         await hold
 
     asyncio.run(ending())
-    assert server.asked == [{"what": "hold", "running": 0, "abort": False}]
+    assert server.asked == [{"what": "hold", "running": 0, "how": "finish"}]
 
 
 def test_requests_that_do_not_end_are_counted_and_go_on() -> None:
@@ -181,11 +187,42 @@ def test_requests_that_do_not_end_are_counted_and_go_on() -> None:
     assert server.asked == []
 
 
-@pytest.mark.parametrize(("in_flight", "abort"), [("abort", True), ("pause", False)])
-def test_what_need_not_end_is_not_waited_for(in_flight: Any, abort: bool) -> None:
+def test_a_request_that_comes_between_the_last_ones_end_and_the_question_is_waited_for() -> None:
+    """Held, it would go on with the new weights: an answer of two sets, said to be finished."""
+    server = Server(0)
+    server.late = 2
+    asyncio.run(server.workers.hold("finish", 30))
+    assert server.asked == [{"what": "hold", "running": 0, "how": "finish"}] * 3
+    server.late = 1000
+    with pytest.raises(TimeoutError, match="some requests still run after 0 s"):
+        asyncio.run(server.workers.hold("finish", 0.0))
+
+
+@pytest.mark.parametrize("in_flight", ["abort", "pause"])
+def test_what_need_not_end_is_not_waited_for(in_flight: Any) -> None:
     server = Server(3)
+    server.late = 1
     asyncio.run(server.workers.hold(in_flight, 30))
-    assert server.asked == [{"what": "hold", "running": 3, "abort": abort}]
+    assert server.asked == [{"what": "hold", "running": 3, "how": in_flight}]
+
+
+@pytest.mark.parametrize("what", ["receive", "connect", "digests"])
+def test_sglangs_watchdog_sees_no_batch_while_the_weights_are_worked_on(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trainer that joins late, or a bucket of a slow one, must not end the server."""
+    scheduler = SimpleNamespace(cur_batch="a batch", watchdog_last_time=0.0)
+    monkeypatch.setattr(sglang_holding, "_holding", sglang_holding.Holding(scheduler))
+    seen: list[object] = []
+
+    class Slow(Receiver):
+        def answer(self, what: str, details: Any) -> dict[str, Any]:
+            seen.append((what, scheduler.cur_batch))
+            return {}
+
+    assert sglang_worker._answer(Slow(nn.Linear(2, 2), 0, ENGINE), what, {}) == {}
+    assert seen == [(what, None)]
+    assert scheduler.cur_batch == "a batch"
 
 
 # --- a folder -----------------------------------------------------------------------------------

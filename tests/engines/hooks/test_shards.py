@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fp8ctl.engines.hooks.shards import Shard, describe, shards
+from fp8ctl.engines.hooks.shards import Shard, Walk, describe, shards
 from fp8ctl.kernels.digest import combine, digest, from_text
 
 if TYPE_CHECKING:
@@ -470,3 +470,85 @@ def test_a_layer_says_itself_how_it_was_cut() -> None:
         outer.qkv_proj = layer
         seen |= {shard.row for shard in shards(outer, rank)}
     assert seen == {0}
+
+
+@pytest.mark.parametrize("form", ["bf16", "block"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_modules_that_are_fused_on_disk_too_are_shown_as_such(form: str, tp: int) -> None:
+    """Phi-3: q, k and v stand in one tensor, one behind the other, on every rank its part of each.
+
+    With more ranks than key heads, neighbours hold the same.
+    """
+    whole = checkpoint(form)
+    parts = {
+        f"{ATTENTION}.qkv_proj": [f"{ATTENTION}.{p}_proj" for p in "qkv"],
+        f"{MLP}.gate_up_proj": [f"{MLP}.{p}_proj" for p in ("gate", "up")],
+    }
+    kinds = ["weight"] if form == "bf16" else ["weight", "weight_scale_inv"]
+    fused = {
+        f"{name}.{kind}": torch.cat([whole[f"{one}.{kind}"] for one in ones])
+        for name, ones in parts.items()
+        for kind in kinds
+    }
+    told = []
+    for rank in range(tp):
+        model = Rank(whole, rank, tp).model()
+        for name in parts:
+            model.get_submodule(name).tp_size = tp  # type: ignore[assignment]
+        held = list(Walk(model, rank, on_disk=set(fused)).shards())
+        told += list(zip(held, describe(held), strict=True))
+    found = totals(told)
+    assert {name: found[name] for name in fused} == {n: digest(t) for n, t in fused.items()}
+    assert not {f"{ATTENTION}.q_proj.weight", f"{MLP}.up_proj.weight"} & set(found)
+
+
+def test_one_scale_on_disk_is_that_of_every_part() -> None:
+    layer = MergedColumnParallelLinear()
+    layer.output_partition_sizes = [4, 4]
+    layer.weight_scale = nn.Parameter(torch.tensor([2.0, 2.0]))
+    layer.weight = nn.Parameter(torch.zeros(8, 4))
+    model = nest("gate_up_proj", layer)
+    held = [
+        s for s in Walk(model, 0, on_disk={"gate_up_proj.weight"}).shards() if "scale" in s.name
+    ]
+    assert [(s.name, s.primary) for s in held] == [
+        ("gate_up_proj.weight_scale", True),
+        ("gate_up_proj.weight_scale", False),
+    ]
+
+
+def test_the_first_projections_of_latent_attention_are_told_apart() -> None:
+    """SGLang fuses q_a_proj and kv_a_proj_with_mqa; scales end in half a block."""
+    whole = {
+        f"{ATTENTION}.q_a_proj.weight": torch.randn(32, HIDDEN).to(torch.float8_e4m3fn),
+        f"{ATTENTION}.kv_a_proj_with_mqa.weight": torch.randn(20, HIDDEN).to(torch.float8_e4m3fn),
+        f"{ATTENTION}.q_a_proj.weight_scale_inv": torch.randn(4, 4),
+        f"{ATTENTION}.kv_a_proj_with_mqa.weight_scale_inv": torch.randn(3, 4),
+    }
+    layer: Any = ReplicatedLinear()
+    for kind in ("weight", "weight_scale_inv"):
+        parts = [whole[f"{ATTENTION}.{p}.{kind}"] for p in ("q_a_proj", "kv_a_proj_with_mqa")]
+        bits = [p.view(torch.uint8) if kind == "weight" else p for p in parts]
+        value = torch.cat(bits)
+        value = value.view(torch.float8_e4m3fn) if kind == "weight" else value
+        layer.register_parameter(kind, nn.Parameter(value, requires_grad=False))
+    layer.quant_method = type("Fp8LinearMethod", (), {})()
+    layer.quant_method.quant_config = type("Fp8Config", (), {"weight_block_size": [8, 16]})()
+    attention: Any = nn.Module()
+    attention.q_lora_rank = 32
+    attention.fused_qkv_a_proj_with_mqa = layer
+    told = report([nest(ATTENTION, attention), nest(ATTENTION, attention)])
+    assert differ(told, whole) == set()
+
+
+def test_a_walk_goes_on_where_it_was_left() -> None:
+    model = Rank(checkpoint("block"), 0, 1).model()
+    every = [shard.name for shard in shards(model, 0)]
+    walked, start = [], 0
+    while True:
+        number, held = next(Walk(model, 0).by_module(start), (None, []))
+        if number is None:
+            break
+        walked += [shard.name for shard in held]
+        start = number + 1
+    assert walked == every

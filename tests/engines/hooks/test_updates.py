@@ -106,6 +106,12 @@ def test_the_state_says_of_pushes_what_a_client_must_know() -> None:
     assert (about["device"], about["version"], about["push"]) == ("cpu", None, wire.PROTOCOL)
 
 
+def test_the_state_says_by_which_plan_the_weights_are_quantised() -> None:
+    plan: Any = Server().gate.describe()["plan"]
+    assert set(plan) == {"mode", "block_size", "recipe", "digest"}
+    assert plan["mode"] == "block"
+
+
 def test_a_server_that_waits_for_weights_is_ready_after_its_first_push() -> None:
     async def test() -> None:
         server = Server(version=None)
@@ -585,10 +591,33 @@ def test_what_was_paused_is_ended_after_a_failure_or_stays_at_rest(ends: bool) -
         await server.abort()
         assert server.state == "failed"
         assert server.workers.at_rest is not ends
-        # A whole push lets go on what could not be ended.
+        # The next push does not wait for what waits for it.
         server.workers.faults.clear()
-        assert (await server.push("C", in_flight="pause"))[0] == 200
-        assert server.workers.running == (0 if ends else 2)
+        assert (await server.push("C", in_flight="finish"))[0] == 200
+        assert (server.workers.running, server.workers.paused) == (0, 0)
+
+    run(test())
+
+
+def test_an_engine_that_was_left_at_rest_does_not_keep_its_own_routes_waiting() -> None:
+    """SGLang's wait for requests that run, and those that were paused do so for ever."""
+
+    async def test() -> None:
+        server = Server()
+        server.workers.running = 1
+        await server.begin(in_flight="pause")
+        await server.bucket(0, NAMES[:1])
+        server.workers.faults["hold abort"] = BOOM
+        await server.abort()
+        with pytest.raises(RuntimeError):
+            async with server.updates.alone("/update_weights_from_disk"):
+                raise AssertionError("it would wait for ever")
+        assert server.workers.at_rest
+        assert server.state == "failed"
+        server.workers.faults.clear()
+        server.workers.held = [{n: digest("A", n) for n in NAMES} for _ in server.workers.held]
+        async with server.updates.alone("/update_weights_from_disk"):
+            assert (server.workers.paused, server.workers.at_rest) == (0, False)
 
     run(test())
 
@@ -998,11 +1027,56 @@ def test_an_engine_that_quantises_itself_takes_floats_under_any_name() -> None:
     async def test() -> None:
         server = Server(plan={})
         server.workers.form = "engine"
+        # Names that no parameter has: the engine calls its own otherwise.
         status, ended = await _push_16_bits(server, ["embed.weight", "new.weight"], "B")
         assert (status, ended["verified"], ended["state"]) == (200, None, "ready")
         await server.begin("C")
         answer = await server.bucket(0, ["a.weight"], "C")
         assert error(answer) == (422, "FP8-TENSOR", "ready")
+
+    run(test())
+
+
+@pytest.mark.parametrize("skipped", ["embed.weight", "a.weight", "norm.weight"])
+def test_without_a_plan_a_complete_update_brings_what_the_ranks_hold(skipped: str) -> None:
+    """A server that is ready as well: a tensor that a trainer forgot would be of another step."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        some = [name for name in _sixteen() if name != skipped]
+        status, answer = await _push_16_bits(server, some, "B")
+        assert (status, answer["error"]["id"]) == (422, "FP8-INCOMPLETE")
+        assert answer["error"]["data"]["names"] == [skipped]
+        assert server.state == "failed", "some of it is in place"
+        status, ended = await _push_16_bits(server, _sixteen(), "A")
+        assert (status, ended["state"]) == (200, "ready")
+        # Who says that it is a part may send one.
+        await server.begin("B", push="part", complete=False)
+        server.workers.calls.clear()
+        assert (await server.end(0, "B", push="part"))[0] == 200
+        assert "names" not in server.workers.calls
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("held", "sent"),
+    [
+        ("layer.q_proj.weight", "layer.qkv_proj.weight"),  # one tensor in the checkpoint
+        ("lm_head.weight", ""),  # in the memory of the embedding
+    ],
+)
+def test_what_comes_under_another_name_is_not_missing(held: str, sent: str) -> None:
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        server.workers.same = {"lm_head.weight": NAMES[0]}
+        server.workers.parameters.append(held)
+        names = [*_sixteen(), *filter(None, [sent])]
+        status, answer = await _push_16_bits(server, names, "B")
+        assert (status, answer["state"]) == (200, "ready")
+        assert server.workers.calls.count("digests") == 1, "it is verified, and no more"
 
     run(test())
 
@@ -1030,6 +1104,8 @@ def test_a_tied_head_need_not_be_sent_to_lead_out_of_a_failure(tied: bool) -> No
     async def test() -> None:
         server = Server(plan={})
         server.workers.form = "engine"
+
+        server.workers.parameters.append("lm_head.weight")
 
         def embed(version: str) -> None:
             for held in server.workers.held:
