@@ -228,7 +228,7 @@ def made(plan: Plan, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", ["block", "per-tensor"])
+@pytest.mark.parametrize("mode", ["block", pytest.param("per-tensor", marks=pytest.mark.long)])
 def test_a_checkpoint_in_fp8_is_sent_as_it_is(
     mode: str, source: Path, report: Reporter, tmp_path: Path
 ) -> None:

@@ -215,7 +215,7 @@ def test_half_an_update(dense: Patient) -> None:
         assert pusher.end(push, 1)["state"] == "ready"
     arrived = {entry.name for entry in dense.served.b[0].entries}
     found = dense.check(dense.b)
-    assert found["verdict"] == "stale"
+    assert found["verdict"] == "stale", found["message"]
     assert not arrived & set(told(found))
     assert {line["version"] for line in told(found).values()} == {"version A"}
     found = dense.check()
