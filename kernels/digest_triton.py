@@ -68,32 +68,6 @@ def _tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _add_up(  # type: ignore[no-untyped-def]
-    bits_ptr,
-    outer_ptr,
-    inner_ptr,
-    sum_ptr,
-    N,
-    K,
-    step_n,
-    step_k,
-    across,
-    SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """Add one tile's sum to `sum_ptr`."""
-    pid = tl.program_id(0)
-    top = (pid // across).to(tl.int64) * (ROWS * STEPS)
-    left = (pid % across).to(tl.int64) * COLUMNS
-    total = _tile(
-        bits_ptr, outer_ptr, inner_ptr, N, K, step_n, step_k, top, left, SIZE, ROWS, COLUMNS, STEPS
-    )
-    tl.atomic_add(sum_ptr, total, sem="relaxed")
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _add_up_many(  # type: ignore[no-untyped-def]
     table_ptr,
     owner_ptr,
@@ -148,7 +122,8 @@ class Prepared:
         """Make the tables.
 
         Args:
-            matrices: at least one; see `add_up`.
+            matrices: at least one: bits [N, K] of uint8, int16 or int32, taken as unsigned, with
+                any strides; int64 keys [N] and [K], contiguous.
         """
         self._where = matrices[0][0].device
         self._count = len(matrices)
@@ -169,7 +144,11 @@ class Prepared:
 
     @torch.no_grad()
     def run(self) -> torch.Tensor:
-        """Return the sums, int64 [number of matrices], on the device, without waiting for it."""
+        """Return the sums of bits[i, j] * outer[i] * inner[j], modulo 2^64, of each matrix.
+
+        Returns:
+            int64 [number of matrices], on the device, which is not waited for.
+        """
         found = torch.zeros(self._count, dtype=torch.int64, device=self._where)
         with torch.cuda.device_of(found):  # type: ignore[no-untyped-call]
             for table, owners, (size, rows, columns, aligned) in self._launches:
@@ -208,36 +187,3 @@ def _table(
         table.append((*addresses, n, k, *bits.stride(), first, across, i))
         first += counts[-1]
     return np.array(table, dtype=np.int64), np.array(counts, dtype=np.int64)
-
-
-def add_up(bits: torch.Tensor, outer: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
-    """Return the sum of bits[i, j] * outer[i] * inner[j], modulo 2^64, as an int64 on the device.
-
-    Args:
-        bits: [N, K] of uint8, int16 or int32, taken as unsigned; any strides.
-        outer, inner: int64 keys, [N] and [K], contiguous.
-    """
-    n, k = bits.shape
-    size = bits.element_size()
-    columns = min(triton.next_power_of_2(k), _WIDTH // size)
-    # Narrow matrices have more rows at a time, so that programs are as large.
-    rows = min(triton.next_power_of_2(n), max(_ROWS, _ROWS * _WIDTH // size // columns))
-    total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    down, across = triton.cdiv(n, rows * _STEPS), triton.cdiv(k, columns)
-    with torch.cuda.device_of(bits):  # type: ignore[no-untyped-call]
-        _add_up[(down * across,)](
-            bits,
-            outer,
-            inner,
-            total,
-            n,
-            k,
-            *bits.stride(),
-            across,
-            SIZE=size,
-            ROWS=rows,
-            COLUMNS=columns,
-            STEPS=_STEPS,
-            num_warps=_WARPS,
-        )
-    return total

@@ -210,3 +210,61 @@ def logprobs(url: str, text: str) -> tuple[list[int], list[float]]:
     assert answer.status_code == 200, answer.text
     tokens = answer.json()["meta_info"]["input_token_logprobs"]
     return [token[1] for token in tokens], [token[0] for token in tokens[1:]]
+
+
+def random_experts(demo_model: Path, folder: Path, spread: float = 0.05) -> Path:
+    """Write a tiny random mixture of experts with the demo model's tokenizer.
+
+    Args:
+        demo_model: whose tokenizer it gets.
+        folder: where to write it.
+        spread: standard deviation of its weights: with more of it, the model is surer of itself.
+    """
+    sizes = {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "moe_intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "attention_bias": False,
+        "tie_word_embeddings": False,  # SGLang's class does not tie them
+    }
+    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (vocabulary, 256),
+        "lm_head.weight": (vocabulary, 256),
+        "model.norm.weight": (256,),
+    }
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.self_attn.q_proj.weight": (256, 256),
+            f"{at}.self_attn.k_proj.weight": (128, 256),
+            f"{at}.self_attn.v_proj.weight": (128, 256),
+            f"{at}.self_attn.o_proj.weight": (256, 256),
+            f"{at}.self_attn.q_norm.weight": (64,),
+            f"{at}.self_attn.k_norm.weight": (64,),
+            f"{at}.mlp.gate.weight": (4, 256),
+            f"{at}.input_layernorm.weight": (256,),
+            f"{at}.post_attention_layernorm.weight": (256,),
+            **{
+                f"{at}.mlp.experts.{e}.{part}_proj.weight": (256, 256)
+                for e in range(4)
+                for part in ("gate", "up", "down")
+            },
+        }
+    random = torch.Generator().manual_seed(5)
+    state = {
+        name: (torch.randn(shape, generator=random) * spread + (len(shape) == 1)).bfloat16()
+        for name, shape in shapes.items()
+    }
+    return write_model(folder, demo_model, state, sizes)

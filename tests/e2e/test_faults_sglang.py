@@ -6,17 +6,12 @@ refit, after which the server is well again.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import subprocess
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import httpx
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -25,7 +20,8 @@ from fp8ctl.check import weights
 from fp8ctl.render import Reporter
 from tests.conftest import ROOT
 from tests.e2e import plant
-from tests.e2e.conftest import free_port, post, write_model
+from tests.e2e.conftest import post, random_experts, write_model
+from tests.e2e.entry import EntryModule
 from tests.e2e.pushing import Bucket, Pusher, bucket
 from tests.e2e.test_push_sglang import Served, serving, step
 
@@ -278,52 +274,12 @@ def test_a_server_that_was_started_in_16_bits(cli: Cli, small_model: Path, tmp_p
     fp8 = tmp_path / "fp8"
     cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang")
     plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
-    with started(cli, small_model, plan, tmp_path / "run") as url:
+    entry = EntryModule(cli, small_model, plan, tmp_path / "run")
+    with entry.served("--disable-overlap-schedule") as url:
         found = check(url)
     assert found["verdict"] == "bf16-fallback"
     assert found["message"] == "the server holds bfloat16 where the plan says FP8"
     assert looks(found)[OUT] == looks(found)[f"{OUT}{SCALE}"] == "bf16"
-
-
-@contextmanager
-def started(cli: Cli, model: Path, plan: Json, run: Path) -> Iterator[str]:
-    """Start the engine by its entry module, with a plan that it knows nothing of."""
-    run.mkdir()
-    (run / "manifest.json").write_text(json.dumps(plan))
-    port = free_port()
-    argv = [
-        *(str(cli.python), "-m", "fp8ctl.engines.hooks.sglang_server", "--model-path", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu"),
-        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--disable-overlap-schedule"),
-        *("--sleep-on-idle", "--max-total-tokens", "2048", "--max-running-requests", "8"),
-    ]
-    environment = cli.environment() | {
-        "PYTHONPATH": str(ROOT),
-        "FP8CTL_RUN_DIR": str(run),
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "SPT_NOENV": "1",
-    }
-    url = f"http://127.0.0.1:{port}"
-    with (run / "server.log").open("w") as log:
-        server = subprocess.Popen(argv, cwd=run, env=environment, stdout=log, stderr=log)
-    try:
-        until = time.monotonic() + 600
-        while True:
-            assert server.poll() is None, (run / "server.log").read_text()
-            assert time.monotonic() < until
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + "/fp8ctl/state", trust_env=False).status_code == 200:
-                    break
-            time.sleep(0.5)
-        yield url
-    finally:
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, timeout=60)
-        server.wait(60)
 
 
 # --- experts --------------------------------------------------------------------------------------
@@ -331,52 +287,7 @@ def started(cli: Cli, model: Path, plan: Json, run: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _experts(demo_model, tmp_path_factory.mktemp("experts") / "experts")
-
-
-def _experts(demo_model: Path, folder: Path) -> Path:
-    """Write a tiny random mixture of experts with the demo model's tokenizer."""
-    side, layers, experts = 256, 2, 4
-    config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": side,
-        "intermediate_size": side,
-        "moe_intermediate_size": side,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_experts": experts,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    }
-    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
-    names: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, side),
-        "lm_head.weight": (vocabulary, side),
-        "model.norm.weight": (side,),
-    }
-    for layer in range(layers):
-        at = f"model.layers.{layer}"
-        names |= {f"{at}.self_attn.{p}_proj.weight": (side, side) for p in "qo"}
-        names |= {f"{at}.self_attn.{p}_proj.weight": (side // 2, side) for p in "kv"}
-        names |= {f"{at}.self_attn.{p}_norm.weight": (64,) for p in "qk"}
-        names |= {f"{at}.mlp.gate.weight": (experts, side)}
-        names |= {f"{at}.{p}_layernorm.weight": (side,) for p in ("input", "post_attention")}
-        for e in range(experts):
-            at_expert = f"{at}.mlp.experts.{e}"
-            names |= {f"{at_expert}.{p}_proj.weight": (side, side) for p in ("gate", "up", "down")}
-    random = torch.Generator().manual_seed(5)
-    state = {
-        name: (torch.randn(shape, generator=random) * 0.05 + (len(shape) == 1)).bfloat16()
-        for name, shape in names.items()
-    }
-    return write_model(folder, demo_model, state, config)
+    return random_experts(demo_model, tmp_path_factory.mktemp("experts") / "experts")
 
 
 @pytest.fixture(scope="module")
@@ -525,7 +436,8 @@ def test_a_stock_engine_that_gives_fused_parts_one_scale(
     stock = ("--patch", "refit", "--patch", "unscaled-guard")
     cli.run("revert", *target, *stock)
     try:
-        with started(cli, fp8, plan, tmp_path / "run") as url:
+        entry = EntryModule(cli, fp8, plan, tmp_path / "run")
+        with entry.served("--disable-overlap-schedule") as url:
             found = check(url)
             other = check(url, _scaled(small_model, tmp_path / "other"))
     finally:

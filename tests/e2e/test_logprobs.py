@@ -25,7 +25,7 @@ from fp8ctl.kernels.quantize import quantize
 from fp8ctl.planning import make_plan
 from fp8ctl.render import Reporter
 from tests.conftest import HOME
-from tests.e2e.conftest import free_port, post, write_model
+from tests.e2e.conftest import free_port, post, random_experts, write_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -252,55 +252,8 @@ def test_dummy_weights_and_16_bits_of_the_whole_model(
 @pytest.fixture(scope="module")
 def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small random mixture of experts that is sure enough of itself to be wrong."""
-    sizes = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-    }
-    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, 256),
-        "lm_head.weight": (vocabulary, 256),
-        "model.norm.weight": (256,),
-    }
-    for layer in range(2):
-        at = f"model.layers.{layer}"
-        shapes |= {
-            f"{at}.self_attn.q_proj.weight": (256, 256),
-            f"{at}.self_attn.k_proj.weight": (128, 256),
-            f"{at}.self_attn.v_proj.weight": (128, 256),
-            f"{at}.self_attn.o_proj.weight": (256, 256),
-            f"{at}.self_attn.q_norm.weight": (64,),
-            f"{at}.self_attn.k_norm.weight": (64,),
-            f"{at}.mlp.gate.weight": (4, 256),
-            f"{at}.input_layernorm.weight": (256,),
-            f"{at}.post_attention_layernorm.weight": (256,),
-            **{
-                f"{at}.mlp.experts.{e}.{part}_proj.weight": (256, 256)
-                for e in range(4)
-                for part in ("gate", "up", "down")
-            },
-        }
-    random = torch.Generator().manual_seed(5)
-    state = {
-        name: (torch.randn(shape, generator=random) * 0.1 + (len(shape) == 1)).bfloat16()
-        for name, shape in shapes.items()
-    }
     folder = tmp_path_factory.mktemp("experts") / "random-experts"
-    return write_model(folder, demo_model, state, sizes)
+    return random_experts(demo_model, folder, spread=0.1)
 
 
 @dataclass

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 
 from fp8ctl import wire
 from tests.conftest import HOME, ROOT
-from tests.e2e.conftest import free_port, logprobs, post, write_model
+from tests.e2e.conftest import free_port, logprobs, post, random_experts, write_model
+from tests.e2e.entry import EntryModule
 from tests.e2e.pushing import Bucket, Pusher, RefusedError, bucket, quantized
 
 if TYPE_CHECKING:
@@ -350,56 +351,7 @@ def test_ten_updates_by_memory_by_a_group_and_from_disk(
 
 @pytest.fixture(scope="module")
 def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a tiny random mixture of experts with the demo model's tokenizer."""
-    sizes = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "moe_intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "attention_bias": False,
-        "tie_word_embeddings": False,  # SGLang's class does not tie them
-    }
-    vocabulary = json.loads((demo_model / "config.json").read_text())["vocab_size"]
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (vocabulary, 256),
-        "lm_head.weight": (vocabulary, 256),
-        "model.norm.weight": (256,),
-    }
-    for layer in range(2):
-        at = f"model.layers.{layer}"
-        shapes |= {
-            f"{at}.self_attn.q_proj.weight": (256, 256),
-            f"{at}.self_attn.k_proj.weight": (128, 256),
-            f"{at}.self_attn.v_proj.weight": (128, 256),
-            f"{at}.self_attn.o_proj.weight": (256, 256),
-            f"{at}.self_attn.q_norm.weight": (64,),
-            f"{at}.self_attn.k_norm.weight": (64,),
-            f"{at}.mlp.gate.weight": (4, 256),
-            f"{at}.input_layernorm.weight": (256,),
-            f"{at}.post_attention_layernorm.weight": (256,),
-            **{
-                f"{at}.mlp.experts.{e}.{part}_proj.weight": (256, 256)
-                for e in range(4)
-                for part in ("gate", "up", "down")
-            },
-        }
-    random = torch.Generator().manual_seed(5)
-    state = {
-        name: (torch.randn(shape, generator=random) * 0.05 + (len(shape) == 1)).bfloat16()
-        for name, shape in shapes.items()
-    }
-    folder = tmp_path_factory.mktemp("experts") / "random-experts"
-    return write_model(folder, demo_model, state, sizes)
+    return random_experts(demo_model, tmp_path_factory.mktemp("experts") / "random-experts")
 
 
 @pytest.mark.long
@@ -620,45 +572,12 @@ def overlapping(
     fp8 = run / "fp8"
     cli.run("quantize", "--model", str(small_model), "--out", str(fp8), "--backend", "sglang")
     plan = json.loads((fp8 / "fp8ctl.json").read_text())["plan"]
-    (run / "manifest.json").write_text(json.dumps(plan))
-    port = free_port()
-    argv = [
-        *(str(cli.python), "-m", "fp8ctl.engines.hooks.sglang_server", "--model-path", str(fp8)),
-        *("--host", "127.0.0.1", "--port", str(port), "--device", "cpu"),
-        *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
-        *("--disable-cuda-graph", "--disable-custom-all-reduce", "--sleep-on-idle"),
-        *("--max-total-tokens", "2048", "--max-running-requests", "8"),
-        *("--mem-fraction-static", "0.8", "--chunked-prefill-size", "64"),
-    ]
-    environment = cli.environment() | {
-        "PYTHONPATH": str(ROOT),
-        "FP8CTL_RUN_DIR": str(run),
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "SPT_NOENV": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    url = f"http://127.0.0.1:{port}"
-    with (run / "server.log").open("w") as log:
-        server = subprocess.Popen(argv, cwd=run, env=environment, stdout=log, stderr=log)
-    try:
-        until = time.monotonic() + 600
-        while True:
-            assert server.poll() is None, (run / "server.log").read_text()
-            assert time.monotonic() < until
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(url + "/fp8ctl/state", trust_env=False).status_code == 200:
-                    break
-            time.sleep(0.5)
+    entry = EntryModule(cli, fp8, plan, run / "run")
+    more = ("--mem-fraction-static", "0.8", "--chunked-prefill-size", "64")
+    with entry.served(*more, OMP_WAIT_POLICY="PASSIVE") as url:
         state = load_file(str(small_model / "model.safetensors"))
         a, b = _buckets(state, plan), _buckets(step(state), plan)
         yield Served("", url, plan, a, b, logprobs(url, TEXT)[1])
-    finally:
-        family = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, timeout=60)
-        server.wait(60)
 
 
 @pytest.mark.long
