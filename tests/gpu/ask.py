@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import threading
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tests.gpu.leg import FailedError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Json = dict[str, Any]
 Backend = Literal["sglang", "vllm"]
@@ -139,6 +144,27 @@ def require_equal(one: Said, other: Said, what: str) -> Json:
     if not (found["finite"] and found["same_tokens"] and found["max_difference"] == 0.0):
         raise FailedError(f"{what}: {found['seen']}, mean {found['mean_difference']:.3g}")
     return found
+
+
+@contextlib.contextmanager
+def meanwhile(url: str, backend: Backend, model: str) -> Iterator[list[float]]:
+    """Ask for a few tokens, again and again; yield the seconds that each answer took so far."""
+    waits: list[float] = []
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.is_set():
+            began = time.perf_counter()
+            said(url, backend, model, [[1, 2, 3, 4]], 4)
+            waits.append(time.perf_counter() - began)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(go_on)
+        try:
+            yield waits
+        finally:
+            over.set()
+    asking.result()
 
 
 def chat(url: str, model: str) -> Json:

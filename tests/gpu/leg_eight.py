@@ -10,12 +10,13 @@ import contextlib
 import json
 import random
 import statistics
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tests.gpu import path
+from tests.gpu import ask, path
 from tests.gpu.host import Trainer
-from tests.gpu.leg import FailedError
+from tests.gpu.leg import FailedError, SkippedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +30,8 @@ _START = 200.0
 _INPUT, _OUTPUT = 256, 128
 WEIGHTS = ("block", "16-bit", "per-tensor", "online")
 UPDATES = 7  # the first is told apart: it compiles
+#: Seconds of an update, its part of ours in 16 bits, seconds of a worker that is checked.
+UPDATE, PART, CHECK = 1.0, 0.6, 1.0
 
 
 def run(host: Host) -> None:
@@ -65,7 +68,8 @@ def run(host: Host) -> None:
             measured = data if what != "push" else None
             leg.job(name, partial(one, host, backend, model, row, measured, trainer))
             table(host, rows)
-
+    if what != "speed" and host.device == "cuda":
+        leg.job("bars", partial(bars, host, rows))
     leg.job("end", partial(path.reverted, host, backend))
 
 
@@ -83,6 +87,9 @@ def one(
             if before is not None:
                 row["gpu_used_gb"] = round(row["gpu_used_gb"] - before, 2)
             seen |= {**row, "seen": f"ready after {server.seconds:.1f} s; {row['log']}"}
+        if row["weights"] in ("block", "per-tensor"):
+            leg.job(f"{row['weights']} check", partial(proof, host, server, row))
+            leg.enter(row["weights"])
         if data is not None:
             leg.job(f"{row['weights']} speed", partial(speed, host, server, model, row, data))
             leg.enter(row["weights"])
@@ -101,7 +108,31 @@ def speed(host: Host, server: Server, model: Path, row: Json, data: Path) -> Non
             seen |= {"client": told, "seen": f"{told['output_throughput']:.1f} tokens/s"}
 
 
-def push(host: Host, server: Server, model: Path, row: Json, trainer: Trainer) -> None:
+def proof(host: Host, server: Server, row: Json) -> None:
+    """Check every weight, twice, while somebody asks the server for tokens."""
+    for turn in ("cold", "warm"):
+        with (
+            host.leg.step(f"check --level weights, {turn}") as seen,
+            ask.meanwhile(server.url, server.backend, server.model) as waits,
+        ):
+            began = time.monotonic()
+            told = host.data("check", server.url, "--level", "weights", limit=120)
+            wall = time.monotonic() - began
+            workers = told["weights"]["seconds"]
+            spent = max(worker["total"] for worker in workers)
+            row[f"check_{turn}_s"] = round(spent, 3)
+            seen |= {"workers": workers, "wall": wall, "waits": sorted(waits)[-3:]}
+            seen["seen"] = f"{told['verdict']}; {spent:.3f} s in the worker, {wall:.1f} s in all; "
+            seen["seen"] += f"meanwhile {len(waits)} answers, after {max(waits, default=0):.2f} s"
+            if told["verdict"] != "fp8-ok" or not waits:
+                raise FailedError(f"{seen['seen']}: {told['weights']['message']}")
+            if turn == "warm" and spent > CHECK and host.device == "cuda":
+                raise FailedError(f"{spent} s in the worker; the bar is {CHECK} s")
+
+
+def push(
+    host: Host, server: Server, model: Path, row: Json, trainer: Trainer, via: str = "ipc"
+) -> None:
     """Push every weight, changed each time."""
     leg, name = host.leg, row["weights"]
     for megabytes in (1024, 512) if host.device == "cuda" else (64,):
@@ -109,19 +140,34 @@ def push(host: Host, server: Server, model: Path, row: Json, trainer: Trainer) -
             told = []
             for turn in range(UPDATES):
                 more: Json = {"bucket_mb": megabytes, "version": f"{name}-{megabytes}-{turn}"}
+                more["via"] = via
                 more |= {"factor": 0.995 if turn % 2 else 1.01}
                 more |= {"sixteen": name in ("16-bit", "online")}
                 told.append(trainer.push(server, model, 60, **more))
             with (leg.folder / "push.jsonl").open("a") as file:
                 file.writelines(json.dumps({"weights": name, **one}) + "\n" for one in told)
             walls = [round(one["wall"], 4) for one in told]
-            if name != "online" and None in [one["verified"] for one in told]:
-                raise FailedError("an update was not verified")
+            if name != "online" and any(one["verified"] != one["sent"] for one in told):
+                raise FailedError(f"equal: {[(one['verified'], one['sent']) for one in told]}")
             middle = statistics.median(walls[1:])
             row |= {f"push_s_{megabytes}": middle, "push_gb": told[-1]["bytes_sent"] / 1e9}
             seen |= {"walls": walls, "stages": told[-1]["stages"], "loading": told[-1]["loading"]}
             seen["seen"] = f"first {walls[0]} s, then {min(walls[1:])} to {max(walls[1:])} s"
             seen["seen"] += f", median {middle} s; {row['push_gb']:.2f} GB"
+
+
+def bars(host: Host, rows: list[Json]) -> None:
+    """Compare the updates with what was promised."""
+    by_name = {row["weights"]: row for row in rows}
+    fp8, wide = by_name.get("block", {}), by_name.get("16-bit", {})
+    for size in ("512", "1024"):
+        with host.leg.step(f"bars, buckets of {size} MiB") as seen:
+            ours, theirs = fp8.get(f"push_s_{size}"), wide.get(f"push_s_{size}")
+            if ours is None or theirs is None:
+                raise SkippedError("block and 16-bit were not both measured")
+            seen["seen"] = f"{ours} s, bar {UPDATE} s; {ours / theirs:.2f} of 16 bits, bar {PART}"
+            if ours > UPDATE or ours > PART * theirs:
+                raise FailedError(seen["seen"])
 
 
 def copy_rate(host: Host, trainer: Trainer) -> None:
@@ -141,7 +187,10 @@ def _started(host: Host, backend: Backend, model: Path, name: str) -> Iterator[S
             yield server
     else:
         options = ("--mode", name, "--no-check")
-        with host.launched(backend, model, *options, limit=_START, extra=[*extra, *more]) as server:
+        again = int(backend == "vllm")
+        with host.launched(
+            backend, model, *options, limit=_START, extra=[*extra, *more], again=again
+        ) as server:
             yield server
 
 
@@ -216,7 +265,7 @@ def table(host: Host, rows: list[Json]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (host.leg.folder / "rows.jsonl").write_text(text, encoding="utf-8")
     keys = ["engine", "weights", "start_s", "gpu_used_gb", "tokens_s_1", "tokens_s_8"]
-    keys += ["tokens_s_64", "push_s_1024", "push_s_512", "push_gb"]
+    keys += ["tokens_s_64", "check_warm_s", "push_s_1024", "push_s_512", "push_gb"]
     lines = [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
     lines += ["| " + " | ".join(str(row.get(key, "")) for key in keys) + " |" for row in rows]
     (host.leg.folder / "rows.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
