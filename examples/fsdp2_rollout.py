@@ -275,6 +275,8 @@ def process_group() -> Iterator[tuple[int, torch.device]]:
     """Join the other ranks; on GPUs each has its own."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
+        # As in the engines' processes: NCCL waits for ever between ranks that differ in it.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

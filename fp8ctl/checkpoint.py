@@ -21,9 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl import __version__, formats, models, partial
-from fp8ctl.dtypes import DTYPES
 from fp8ctl.errors import (
-    CheckpointError,
     ConflictError,
     Fp8ctlError,
     NotPermittedError,
@@ -34,9 +32,10 @@ from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.layout import PART, Layout, layouts
 from fp8ctl.manifest import RECORD, dumps
-from fp8ctl.models import INDEX, Checkpoint, TensorInfo
-from fp8ctl.pipeline import Bad, Pipeline, Shard, bytes_of, groups_of, writing
+from fp8ctl.models import INDEX, Checkpoint
+from fp8ctl.pipeline import Bad, Pipeline, Shard, groups_of, writing
 from fp8ctl.quality import measure
+from fp8ctl.reading import default_device, each
 
 if TYPE_CHECKING:
     from fp8ctl.layout import Part
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from fp8ctl.partial import Partial
 
 Progress = Callable[[int, int], None]
+Made = dict[str, torch.Tensor]
 
 # Raised when the same plan and source would give other bytes: no partial counts then.
 _SCHEMA = 1
@@ -201,55 +201,30 @@ def expected_digests(
     """
     source = models.read_checkpoint(model)
     require_planned(source, plan)
-    tell = progress or (lambda done, total: None)
-    done, total = 0, plan.bytes_before
+
+    def make(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Made, dict[str, float] | None]:
+        made = become(planned, weight, plan)
+        if quality is None or not planned.quantize:
+            return made, None
+        codes, scales = made.values()
+        return made, measure(weight, codes, scales, groups_of(plan))
+
     result: dict[str, int] = {}
-    for planned, info, tensor in read_planned(source, plan, only):
-        weight = tensor.to(default_device())
-        found = become(planned, weight, plan)
-        for name, value in found.items():
-            result[name] = digests.digest(value)
-        if quality is not None and planned.quantize:
-            codes, scales = found.values()
-            quality[planned.name] = measure(weight, codes, scales, groups_of(plan))
-        done += info.nbytes
-        tell(done, total)
+    with contextlib.closing(each(source, plan, make, progress, only)) as several:
+        for planned, (made, measured) in several:
+            for name, value in made.items():
+                result[name] = digests.digest(value)
+            if quality is not None and measured is not None:
+                quality[planned.name] = measured
     return result
 
 
-def become(planned: PlannedTensor, tensor: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
+def become(planned: PlannedTensor, tensor: torch.Tensor, plan: Plan) -> Made:
     """Return what a tensor of the source becomes, by name: itself, or codes and scales."""
     if not planned.quantize:
         return {planned.name: tensor}
     codes, scales = quantize_tensor(planned.name, tensor, plan)
     return {planned.name: codes, formats.scale_name(planned.name, plan.mode): scales}
-
-
-def read_planned(
-    source: Checkpoint, plan: Plan, only: Container[str] | None = None
-) -> Iterator[tuple[PlannedTensor, TensorInfo, torch.Tensor]]:
-    """Yield every tensor, or some by name, in the order of the disk."""
-    planned = {tensor.name: tensor for tensor in plan.tensors}
-    order = sorted(source.tensors.values(), key=lambda info: (info.file, info.start))
-    with contextlib.ExitStack() as stack:
-        name, file = "", None
-        for info in order:
-            if only is not None and info.name not in only:
-                continue
-            if file is None or info.file != name:
-                stack.pop_all().close()
-                name, file = info.file, stack.enter_context((source.folder / info.file).open("rb"))
-            yield planned[info.name], info, _read(file, info)
-
-
-def _read(file: Any, info: TensorInfo) -> torch.Tensor:
-    if info.dtype not in DTYPES:
-        raise CheckpointError(f"{info.file}: {info.name} has dtype {info.dtype}, unknown here")
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
-    file.seek(info.start)
-    if file.readinto(bytes_of(data)) != info.nbytes:
-        raise CheckpointError(f"{info.file} ends inside {info.name}; it changed while it was read")
-    return data.view(DTYPES[info.dtype]).view(info.shape)
 
 
 def _write_rest(
@@ -410,11 +385,6 @@ def _require_free(out: Path, source: Checkpoint, plan: Plan) -> None:
             hint="--out /a/folder/on/a/larger/disk",
             data={"free": free, "needed": needed},
         )
-
-
-def default_device() -> torch.device:
-    """Return the GPU, where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import checkpoint, models
+from fp8ctl import checkpoint, models, reading
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.dequantize import dequantize
 from fp8ctl.kernels.digest import row_sums
@@ -104,8 +104,8 @@ def examine(
     owners = {_owner(name): name for name in parts}
     found: dict[str, dict[str, Any]] = {}
     source = models.read_checkpoint(plan.model)
-    for planned, info, tensor in checkpoint.read_planned(source, plan, owners):
-        weight = tensor.to(checkpoint.default_device())
+    for planned, info, tensor in reading.read_planned(source, plan, owners):
+        weight = tensor.to(reading.default_device())
         made = become(planned, weight) if become else checkpoint.become(planned, weight, plan)
         for name, want in made.items():
             if name in parts:

@@ -10,6 +10,7 @@ Python 3.10.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import checkpoint, difference, formats, models
+from fp8ctl import checkpoint, difference, formats, models, reading
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.groups import PER_CHANNEL
@@ -87,23 +88,27 @@ def expected_digests(
         progress: as of `checkpoint.expected_digests`.
         quality: as there; of the first recipe, and of weights that are not cut.
     """
-    tell = progress or (lambda done, total: None)
-    done = 0
     found: dict[str, list[int]] = defaultdict(list)
     source = models.read_checkpoint(plan.model)
     checkpoint.require_planned(source, plan)
-    for planned, info, tensor in checkpoint.read_planned(source, plan):
-        weight = tensor.to(checkpoint.default_device())
-        for recipe in kernel.recipes if planned.quantize else kernel.recipes[:1]:
-            made = become(planned, weight, plan, kernel, recipe)
-            for name, value in made.items():
+
+    def make(
+        planned: PlannedTensor, weight: torch.Tensor
+    ) -> tuple[list[checkpoint.Made], dict[str, float] | None]:
+        recipes = kernel.recipes if planned.quantize else kernel.recipes[:1]
+        made = [become(planned, weight, plan, kernel, recipe) for recipe in recipes]
+        if quality is None or not planned.quantize:
+            return made, None
+        codes, scales = made[0].values()
+        of_rows = scales.shape[1] == 1
+        return made, measure(weight, codes, scales, PER_CHANNEL) if of_rows else None
+
+    with contextlib.closing(reading.each(source, plan, make, progress)) as several:
+        for planned, (made, measured) in several:
+            for name, value in (pair for one in made for pair in one.items()):
                 found[name].append(digests.digest(value))
-            if quality is not None and planned.quantize and planned.name not in quality:
-                codes, scales = made.values()
-                if scales.shape[1] == 1:
-                    quality[planned.name] = measure(weight, codes, scales, PER_CHANNEL)
-        done += info.nbytes
-        tell(done, plan.bytes_before)
+            if quality is not None and measured is not None:
+                quality[planned.name] = measured
     return dict(found)
 
 
@@ -125,7 +130,7 @@ def examine(
         parts[str(line["name"])].append(difference.read_part(line))
     names = {name for name in parts if name.endswith(".weight") and f"{name}_scale" in parts}
     source = models.read_checkpoint(plan.model)
-    for planned, _, tensor in checkpoint.read_planned(source, plan, names):
+    for planned, _, tensor in reading.read_planned(source, plan, names):
         scales = formats.scale_name(planned.name, plan.mode)
         weight = tensor.to(getattr(torch, kernel.dtype))
         width = weight.shape[1] // kernel.parts.get(planned.name, 1)

@@ -9,11 +9,12 @@ on disk already, and w2 of experts, stays. Runs where torch is, called by `worke
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import torch
 
-from fp8ctl import checkpoint, formats, models
+from fp8ctl import checkpoint, formats, models, reading
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels.recipes import FP8_MAX
 from fp8ctl.pipeline import groups_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.checkpoint import Progress
-    from fp8ctl.manifest import Plan
+    from fp8ctl.manifest import Plan, PlannedTensor
 
 #: Last names of modules that the engines build as one, beside each other.
 _FUSED = {
@@ -46,8 +47,6 @@ def expected_digests(
         progress: as of `checkpoint.expected_digests`.
         quality: as there, of what the checkpoint holds.
     """
-    tell = progress or (lambda done, total: None)
-    done = 0
     found: dict[str, list[int]] = {}
     source = models.read_checkpoint(plan.model)
     checkpoint.require_planned(source, plan)
@@ -56,24 +55,31 @@ def expected_digests(
         group = _group(one.name)
         sizes[group] = sizes.get(group, 0) + 1
     waiting: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-    for planned, info, tensor in checkpoint.read_planned(source, plan):
-        weight = tensor.to(checkpoint.default_device())
-        become = checkpoint.become(planned, weight, plan)
-        if not planned.quantize:
-            found[planned.name] = [digests.digest(weight)]
-        else:
-            codes, scale = become.values()
-            if quality is not None:
-                quality[planned.name] = measure(weight, codes, scale, groups_of(plan))
+
+    def make(
+        planned: PlannedTensor, weight: torch.Tensor
+    ) -> tuple[checkpoint.Made, dict[str, float] | None]:
+        made = checkpoint.become(planned, weight, plan)
+        if quality is None or not planned.quantize:
+            return made, None
+        codes, scale = made.values()
+        return made, measure(weight, codes, scale, groups_of(plan))
+
+    with contextlib.closing(reading.each(source, plan, make, progress)) as several:
+        for planned, (made, measured) in several:
+            if not planned.quantize:
+                found[planned.name] = [digests.digest(made[planned.name])]
+                continue
+            if quality is not None and measured is not None:
+                quality[planned.name] = measured
             group = _group(planned.name)
             parts = waiting.setdefault(group, {})
+            codes, scale = made.values()
             parts[planned.name] = (codes, scale)
             if len(parts) == sizes[group]:
-                for name, (several, shared) in share(waiting.pop(group)).items():
-                    found[name] = [digests.digest(made) for made in several]
+                for name, (several_codes, shared) in share(waiting.pop(group)).items():
+                    found[name] = [digests.digest(one) for one in several_codes]
                     found[formats.scale_name(name, plan.mode)] = [digests.digest(shared)]
-        done += info.nbytes
-        tell(done, plan.bytes_before)
     return found
 
 

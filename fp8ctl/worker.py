@@ -173,6 +173,7 @@ def push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     from fp8ctl import models
     from fp8ctl.push import Rollout
 
+    _as_engines()
     folder = Path(arguments["model"])
     rollout = Rollout(
         arguments["urls"],
@@ -212,6 +213,7 @@ def bench_push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Push `model` once and `updates` times more; return what `push.Update` says of each."""
     from fp8ctl.push import Rollout
 
+    _as_engines()
     where = arguments["device"]
     # In memory, as a trainer has them.
     weights = [
@@ -233,6 +235,13 @@ def bench_push(arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
             found.append(done.to_json())
     progress(count, count)
     return {"updates": found}
+
+
+def _as_engines() -> None:
+    """Have NCCL share memory as it does in both engines: ranks that differ in it wait for ever."""
+    from fp8ctl.carriers.nccl import CUMEM
+
+    os.environ.setdefault(CUMEM, "0")
 
 
 @contextlib.contextmanager

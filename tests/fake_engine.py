@@ -30,6 +30,7 @@ parser.add_argument("--state", default="ready", help="the gate's state; none: a 
 parser.add_argument("--answer", default="The capital of France is Paris.")
 parser.add_argument("--nan", action="store_true", help="log-probabilities are null")
 parser.add_argument("--moody", action="store_true", help="every completion is another one")
+parser.add_argument("--torn", type=float, help="one of two tokens, so many nats apart, in turn")
 parser.add_argument("--mute", action="store_true", help="/get_server_info never answers")
 parser.add_argument("--quantization")
 parser.add_argument("--model-path", default="/nowhere")
@@ -128,9 +129,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             completions += 1
             mood = str(completions) if asked.moody else ""
+            if asked.torn is not None:
+                mood = (" a", " b")[completions % 2]
             choice = {"text": asked.answer + mood}
             if json.loads(body or b"{}").get("logprobs") and not asked.bare:
-                choice["logprobs"] = {"token_logprobs": [None if asked.nan else -0.5, -1.5]}
+                told: dict[str, object] = {"token_logprobs": [None if asked.nan else -0.5, -1.5]}
+                if asked.torn is not None:
+                    last = {" a": -1.5, " b": -1.5 - asked.torn}
+                    told["tokens"] = [asked.answer, mood]
+                    told["top_logprobs"] = [{asked.answer: -0.5}, last]
+                choice["logprobs"] = told
             self.send(200, {"choices": [choice]})
 
     def log_message(self, *arguments: object) -> None:

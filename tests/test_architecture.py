@@ -52,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         *("carriers", "checkpoint", "checksum", "difference", "expectation", "fitting"),
-        *("fusing", "gguf", "hfconfig", "online", "quality", "requantised"),
+        *("fusing", "gguf", "hfconfig", "online", "quality", "reading", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
         *("forms", "ranks"),
@@ -65,12 +65,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
+    "reading",
     *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
     *("difference", "dtypes", "expectation", "online", "quality", "requantised"),
 )
 WITH_TORCH = (
     *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
-    *("quality", "requantised", "source"),
+    *("quality", "reading", "requantised", "source"),
 )
 # What the worker's tasks are made of.
 WORKERS = (*WITH_TORCH, "gguf", "layout")

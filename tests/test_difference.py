@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8ctl import checkpoint, difference, models
+from fp8ctl import checkpoint, difference, models, reading
 from fp8ctl.engines.hooks import inspection
 from fp8ctl.formats import BlockSize, Mode
 from fp8ctl.kernels import quantize as kernels
@@ -46,7 +46,7 @@ def right(plan: Plan) -> dict[str, torch.Tensor]:
     """Return what the kernel makes of the source."""
     made: dict[str, torch.Tensor] = {}
     source = models.read_checkpoint(plan.model)
-    for planned, _, tensor in checkpoint.read_planned(source, plan):
+    for planned, _, tensor in reading.read_planned(source, plan):
         made |= checkpoint.become(planned, tensor, plan)
     return made
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from fp8ctl import gate
-from fp8ctl.check import code, words
+from fp8ctl.check import code, repeat, words
 from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
 from fp8ctl.engines.base import is_loopback
 
@@ -299,21 +299,26 @@ def _judge_generation(
         probabilities: judge the log-probabilities of the first: no chat had any.
     """
     request = {"model": model, "prompt": PROMPT, "temperature": 0, "max_tokens": REPEAT_TOKENS}
-    texts: list[str] = []
+    choices: list[Any] = []
     for number in range(3):
-        more = {"logprobs": 1} if probabilities and number == 0 else {}
+        # Of the two that are compared, how near to the next each token was.
+        wanted = 2 if number else 1
+        more = {"logprobs": wanted} if number or probabilities else {}
         reply = _post(client, url, "/v1/completions", request | more)
+        if reply.status == 400 and number:
+            reply = _post(client, url, "/v1/completions", request)
         try:
             choice = reply.body["choices"][0]
-            texts.append(choice["text"] if isinstance(choice["text"], str) else "")
+            text = choice["text"] if isinstance(choice["text"], str) else ""
         except (TypeError, KeyError, IndexError):
-            name = "repeat" if texts else "generation"
+            name = "repeat" if choices else "generation"
             look.failed(name, f"HTTP {reply.status}: {_short(reply.text)}", "an answer")
             return
+        choices.append({**choice, "text": text})
         if number == 0:
             look.facts["generation_s"] = round(reply.seconds, 3)
-            found = f"{_short(texts[0])!r} in {reply.seconds:.2f} s"
-            (look.ok if texts[0] else look.failed)("generation", found, "some text")
+            found = f"{_short(text)!r} in {reply.seconds:.2f} s"
+            (look.ok if text else look.failed)("generation", found, "some text")
             if probabilities:
                 told = choice.get("logprobs")
                 values = told.get("token_logprobs") if isinstance(told, dict) else None
@@ -321,11 +326,8 @@ def _judge_generation(
                     _judge_probabilities(look, values)
                 else:
                     look.not_visible("log-probabilities", "no answer carries any")
-    look.facts["completion"] = texts[-1]
-    if texts[1] == texts[2]:
-        look.ok("repeat", "two greedy requests, one answer")
-    else:
-        look.failed("repeat", f"{_short(texts[1])!r}, then {_short(texts[2])!r}", "one answer")
+    look.facts["completion"] = choices[-1]["text"]
+    look.evidence.append(repeat.judge(*choices[1:]))
 
 
 def _get(client: httpx.Client, url: str, path: str, wait: float = _GET_TIMEOUT) -> Reply:

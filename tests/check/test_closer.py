@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import checkpoint, models
+from fp8ctl import checkpoint, models, reading
 from fp8ctl.check import asking, closer
 from fp8ctl.check.comparison import Task
 from fp8ctl.check.tensors import Line
@@ -33,7 +33,7 @@ class Held:
     def __init__(self, plan: Plan, *changed: tuple[str, int, int]) -> None:
         self.held: dict[str, torch.Tensor] = {}
         self.asked: list[tuple[list[str], dict[str, list[int]], int]] = []
-        for planned, _, tensor in checkpoint.read_planned(models.read_checkpoint(plan.model), plan):
+        for planned, _, tensor in reading.read_planned(models.read_checkpoint(plan.model), plan):
             self.held |= checkpoint.become(planned, tensor, plan)
         for name, row, column in changed:
             bits = self.held[name].view(torch.uint8)

@@ -104,6 +104,8 @@ def test_another_answer_than_expected_fails(serve: Serve) -> None:
     [
         (["--nan"], "log-probabilities"),
         (["--moody"], "repeat"),
+        (["--torn", "0.9"], "repeat"),
+        (["--torn", "0.1", "--bare"], "repeat"),
         (["--answer", "  "], "chat"),
     ],
 )
@@ -111,6 +113,13 @@ def test_what_makes_no_sense_fails(serve: Serve, arguments: list[str], check: st
     found = live.check(serve(*arguments))
     assert [one.check for one in found.evidence if one.result == "failed"] == [check]
     assert found.result == "failed"
+
+
+def test_an_answer_that_rounding_may_have_exchanged_is_no_fault(serve: Serve) -> None:
+    found = live.check(serve("--torn", "0.1"))
+    assert found.result == "ok"
+    [told] = [one for one in found.evidence if one.check == "repeat"]
+    assert told.found.endswith("Paris. b': as likely to 0.100 nats, so rounding decides")
 
 
 def test_a_server_without_a_chat_template_is_judged_by_its_raw_generation(serve: Serve) -> None:
