@@ -1,7 +1,7 @@
 """Pushes to the real SGLang 0.4.8 on a CPU: what is served, what runs meanwhile, what goes wrong.
 
-The session itself is tested on a table of ranks (tests/engines/hooks/test_updates.py); here the
-weights are real, and so are the requests that an update meets.
+The session itself is tested on a table of ranks (tests/engines/hooks, by `pushing.Server`); here
+the weights are real, and so are the requests that an update meets.
 """
 
 from __future__ import annotations
