@@ -169,6 +169,11 @@ class Stream:
         self._sync: Iterator[Named] | None = None
         self._async: AsyncIterator[Named] | None = None
 
+    @property
+    def ended(self) -> bool:
+        """Whether all tensors were given, and all ranks know of each other that they were."""
+        return self._taker.ended
+
     def __iter__(self) -> Iterator[Named]:
         """Return the tensors; of an async source use `async for`."""
         if hasattr(self._source, "__aiter__"):
@@ -289,8 +294,9 @@ class _Taker:
         self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
         self._open = False
-        # True when all ranks know that no more comes.
+        # True when all ranks know that no more comes; `ended`: since all has come.
         self._over = ranks is None
+        self.ended = False
 
     def take(self, item: Any) -> Iterable[Named]:
         """Take a tensor; return what a full bucket becomes, which is made while it is read."""
@@ -396,7 +402,7 @@ class _Taker:
         if self._ranks is not None:
             with self._among_ranks():
                 meet(self._ranks, "end")
-            self._over = True
+            self._over = self.ended = True
 
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from fp8ctl.forms import tied_head
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
 from fp8ctl.push.delivery import ByCarrier, Clock
-from fp8ctl.push.fleet import Fleet
+from fp8ctl.push.fleet import Fleet, Heart
 from fp8ctl.push.folder import ByFolder
 from fp8ctl.push.link import Served
 from fp8ctl.push.recorder import Recorder
@@ -41,9 +41,13 @@ if TYPE_CHECKING:
     from fp8ctl.push.link import Link
     from fp8ctl.push.result import Progress
     from fp8ctl.ranks import Ranks
+    from fp8ctl.stream import Stream
     from fp8ctl.wire import InFlight
 
     Named = tuple[str, torch.Tensor]
+
+#: Seconds until the source hears that another rank was cancelled, while it waits for servers.
+HEARING = 0.25
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,12 @@ class Work:
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
         self._recorder: Recorder | None = None
+        #: Where a rank that is cancelled leaves word for the source; "" as long as none knows.
+        self._word = ""
+        self._ear: Heart | None = None
+        self._called_off: Fp8ctlError | None = None
+        self._read: Stream | None = None
+        self._concluding = False
         largest, totals = _sizes(wish.plan)
         if totals is None:
             self._slot = wish.bucket_bytes
@@ -152,9 +162,9 @@ class Work:
 
     # ---- its steps ----
 
-    def _stream(self, named_tensors: Any) -> Any:
+    def _stream(self, named_tensors: Any) -> Stream:
         wish = self._wish
-        return placed_weights(
+        self._read = placed_weights(
             named_tensors,
             wish.plan,
             self._filler,
@@ -163,13 +173,14 @@ class Work:
             ranks=self._ranks,
             quantized=self._quantized,
         )
+        return self._read
 
     def _prepare(self, named_tensors: object) -> None:
         """Find every server able to take this, before the source is asked for anything."""
         ranks = self._ranks
         if not self._gives:
             assert ranks is not None
-            together.meet(ranks, "more", patience=self._wish.timeout)
+            self._word = together.meet(ranks, "more", patience=self._wish.timeout)
             return
         try:
             if self._wish.plan is None and isinstance(named_tensors, Collection):
@@ -189,7 +200,8 @@ class Work:
                 together.leave(ranks, e)
             raise
         if ranks is not None:
-            together.meet(ranks, "more")
+            self._word = together.meet(ranks, "more", note=f"fp8ctl/{self.push}")
+            self._ear = Heart(self._listen, HEARING)
 
     def _warm(self) -> None:
         """Compile kernels, where there are any to compile; what is wrong shows when they run."""
@@ -214,6 +226,7 @@ class Work:
 
     def _conclude(self) -> Update:
         """Have all servers serve the new weights, when all have all of them."""
+        self._concluding = True
         ranks = self._ranks
         if ranks is None:
             return self._finish()
@@ -238,6 +251,9 @@ class Work:
                 buckets = session.load_folder(delivery)
         else:
             buckets = filler.buckets
+        self._deafen()  # from here on it is too late to call it off
+        if self._called_off is not None:
+            raise self._called_off
         with self._clock.stage("end"):
             ended = session.end(buckets, filler.skipped)
         link = self._link
@@ -299,17 +315,36 @@ class Work:
 
     # ---- when it fails ----
 
-    def _stop(self) -> None:
-        """End what waits, from another thread."""
+    def _stop(self, why: Fp8ctlError | None = None) -> None:
+        """End what waits, from another thread; on the source, or there by way of another rank."""
+        if not self._gives:
+            assert self._ranks is not None
+            if self._word:
+                error = asyncio.CancelledError("the update was cancelled there")
+                together.call_off(self._ranks, self._word, error)
+            return
         for server in self._fleet.servers:
-            server.cut()
+            server.cut(why)
         if self._delivery is not None:
-            self._delivery.cancel("the update was cancelled")
+            self._delivery.cancel("the update was cancelled" if why is None else why.message)
+
+    def _listen(self) -> None:
+        """Stop what waits for servers once another rank has called the update off."""
+        if self._called_off is None and self._ranks is not None:
+            self._called_off = together.called_off(self._ranks, self._word)
+            if self._called_off is not None:
+                self._stop(self._called_off)
+
+    def _deafen(self) -> None:
+        if self._ear is not None:
+            self._ear.stop()
 
     def _give_up(self, error: BaseException) -> None:
         """Tell all servers that nothing comes of it."""
+        self._part(error)
         if not self._gives:
             return
+        self._deafen()  # or it would cut what tells the servers
         reason = f"{type(error).__name__}: {error}"
         if self._delivery is not None:
             self._delivery.cancel(reason)
@@ -319,7 +354,19 @@ class Work:
         if self._recorder is not None:
             self._recorder.end(self._told(), "failed", reason)
 
+    def _part(self, error: BaseException) -> None:
+        """Say how it ended, or hear it, where others wait for that: all tensors have come."""
+        ranks, read = self._ranks, self._read
+        if ranks is None or read is None or self._concluding or not read.ended:
+            return
+        with contextlib.suppress(TimeoutError, Fp8ctlError):
+            if self._gives:
+                together.tell(ranks, error)
+            else:
+                together.tell(ranks, patience=2 * self._wish.timeout)
+
     def _close(self) -> None:
+        self._deafen()
         self._fleet.close()
         if self._delivery is not None:
             self._delivery.close()
