@@ -45,6 +45,11 @@ def run(
         NotFoundError: no interpreter with torch, or no CUDA device where one was asked for.
         CheckFailedError: codes or scales are not the reference's; its data is all that was found.
     """
+    if device is not None and device not in _DEVICES:
+        raise UsageError(
+            f"unknown device {device!r}, expected {' or '.join(_DEVICES)}",
+            hint=" or ".join(f"--device {name}" for name in _DEVICES),
+        )
     of_push = {name: value for name, value in (push or {}).items() if value is not None}
     if what == "push":
         from fp8ctl import pushbench
@@ -60,11 +65,6 @@ def run(
             hint="fp8ctl bench kernel, or fp8ctl bench push URL",
         )
     _refuse(of_push, "push URL", "kernel")
-    if device is not None and device not in _DEVICES:
-        raise UsageError(
-            f"unknown device {device!r}, expected {' or '.join(_DEVICES)}",
-            hint=" or ".join(f"--device {name}" for name in _DEVICES),
-        )
     chosen = torch_python() if python is None else environment.find(python, None).python
     assert chosen is not None  # only a bare folder has none
     arguments = {"device": device, "recipe": recipe or "ieee", "quick": quick}

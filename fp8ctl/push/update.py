@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import ranks as together
 from fp8ctl.errors import Fp8ctlError
 from fp8ctl.forms import tied_head
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
+from fp8ctl.push.company import Company
 from fp8ctl.push.delivery import ByCarrier, Clock
-from fp8ctl.push.fleet import Fleet, Heart
+from fp8ctl.push.fleet import Fleet
 from fp8ctl.push.folder import ByFolder
 from fp8ctl.push.link import Served
 from fp8ctl.push.recorder import Recorder
@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from fp8ctl.wire import InFlight
 
     Named = tuple[str, torch.Tensor]
-
-#: Seconds until the source hears that another rank was cancelled, while it waits for servers.
-HEARING = 0.25
 
 
 @dataclass(frozen=True)
@@ -88,18 +85,13 @@ class Work:
         self.push = uuid.uuid4().hex
         self._wish, self._link, self._version = wish, link, version
         self._complete, self._ranks, self._quantized = complete, ranks, quantized
-        self._gives = ranks is None or ranks.is_source
+        self._company = Company(ranks, self.push, wish.timeout)
         self._clock = Clock()
         self._fleet = Fleet(servers)
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
         self._recorder: Recorder | None = None
-        #: Where a rank that is cancelled leaves word for the source; "" as long as none knows.
-        self._word = ""
-        self._ear: Heart | None = None
-        self._called_off: Fp8ctlError | None = None
         self._read: Stream | None = None
-        self._concluding = False
         largest, totals = _sizes(wish.plan)
         if totals is None:
             self._slot = wish.bucket_bytes
@@ -177,10 +169,9 @@ class Work:
 
     def _prepare(self, named_tensors: object) -> None:
         """Find every server able to take this, before the source is asked for anything."""
-        ranks = self._ranks
-        if not self._gives:
-            assert ranks is not None
-            self._word = together.meet(ranks, "more", patience=self._wish.timeout)
+        company = self._company
+        if not company.gives:
+            company.follow()
             return
         try:
             if self._wish.plan is None and isinstance(named_tensors, Collection):
@@ -196,12 +187,9 @@ class Work:
                     self._wish.record, self._wish.plan, self._version, self.push, self._before
                 )
         except BaseException as e:
-            if ranks is not None:
-                together.leave(ranks, e)
+            company.unable(e)
             raise
-        if ranks is not None:
-            self._word = together.meet(ranks, "more", note=f"fp8ctl/{self.push}")
-            self._ear = Heart(self._listen, HEARING)
+        company.begin(self._stop)
 
     def _warm(self) -> None:
         """Compile kernels, where there are any to compile; what is wrong shows when they run."""
@@ -226,19 +214,17 @@ class Work:
 
     def _conclude(self) -> Update:
         """Have all servers serve the new weights, when all have all of them."""
-        self._concluding = True
-        ranks = self._ranks
-        if ranks is None:
-            return self._finish()
-        if not self._gives:
-            together.tell(ranks, patience=2 * self._wish.timeout)
+        company = self._company
+        company.conclude()
+        if not company.gives:
+            company.hear()
             return Update(self._version)
         try:
             done = self._finish()
         except BaseException as e:
-            together.tell(ranks, e)
+            company.tell(e)
             raise
-        together.tell(ranks)
+        company.tell()
         return done
 
     def _finish(self) -> Update:
@@ -251,9 +237,7 @@ class Work:
                 buckets = session.load_folder(delivery)
         else:
             buckets = filler.buckets
-        self._deafen()  # from here on it is too late to call it off
-        if self._called_off is not None:
-            raise self._called_off
+        self._company.require_all()
         with self._clock.stage("end"):
             ended = session.end(buckets, filler.skipped)
         link = self._link
@@ -317,34 +301,21 @@ class Work:
 
     def _stop(self, why: Fp8ctlError | None = None) -> None:
         """End what waits, from another thread; on the source, or there by way of another rank."""
-        if not self._gives:
-            assert self._ranks is not None
-            if self._word:
-                error = asyncio.CancelledError("the update was cancelled there")
-                together.call_off(self._ranks, self._word, error)
+        if not self._company.gives:
+            self._company.call_off()
             return
         for server in self._fleet.servers:
             server.cut(why)
         if self._delivery is not None:
             self._delivery.cancel("the update was cancelled" if why is None else why.message)
 
-    def _listen(self) -> None:
-        """Stop what waits for servers once another rank has called the update off."""
-        if self._called_off is None and self._ranks is not None:
-            self._called_off = together.called_off(self._ranks, self._word)
-            if self._called_off is not None:
-                self._stop(self._called_off)
-
-    def _deafen(self) -> None:
-        if self._ear is not None:
-            self._ear.stop()
-
     def _give_up(self, error: BaseException) -> None:
         """Tell all servers that nothing comes of it."""
-        self._part(error)
-        if not self._gives:
+        if self._read is not None and self._read.met:
+            self._company.part(error)
+        if not self._company.gives:
             return
-        self._deafen()  # or it would cut what tells the servers
+        self._company.deafen()  # or what it hears would cut what tells the servers
         reason = f"{type(error).__name__}: {error}"
         if self._delivery is not None:
             self._delivery.cancel(reason)
@@ -354,19 +325,8 @@ class Work:
         if self._recorder is not None:
             self._recorder.end(self._told(), "failed", reason)
 
-    def _part(self, error: BaseException) -> None:
-        """Say how it ended, or hear it, where others wait for that: all tensors have come."""
-        ranks, read = self._ranks, self._read
-        if ranks is None or read is None or self._concluding or not read.ended:
-            return
-        with contextlib.suppress(TimeoutError, Fp8ctlError):
-            if self._gives:
-                together.tell(ranks, error)
-            else:
-                together.tell(ranks, patience=2 * self._wish.timeout)
-
     def _close(self) -> None:
-        self._deafen()
+        self._company.deafen()
         self._fleet.close()
         if self._delivery is not None:
             self._delivery.close()
