@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fp8ctl.engines.hooks import report
+from fp8ctl.engines.hooks.engine import Engine
 from fp8ctl.engines.hooks.gate import Gate, Outcome
 from fp8ctl.engines.hooks.memory import Memory
-from fp8ctl.engines.hooks.receiver import Engine, Receiver
+from fp8ctl.engines.hooks.receiver import Receiver
 from fp8ctl.held import gather
 from fp8ctl.kernels.digest import digest
 
