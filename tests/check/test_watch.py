@@ -346,3 +346,36 @@ def test_a_task_is_run_again_where_its_arguments_or_the_files_of_its_model_chang
         assert len(runs) == 5
     ask()
     assert len(runs) == 6
+
+
+def test_of_what_changes_in_every_round_little_is_kept_and_what_does_not_change_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer writes its checkpoint anew all the time, and a watch runs for weeks."""
+    runs: list[object] = []
+
+    def run(_: Path, task: str, arguments: dict[str, Any], *rest: object) -> dict[str, Any]:
+        runs.append(arguments["round"])
+        return {"round": arguments["round"]}
+
+    monkeypatch.setattr(interpreter, "_run_worker", run)
+    report = Reporter(json_mode=True)
+
+    def ask(round_: object) -> None:
+        found = interpreter.run_worker(
+            Path(sys.executable), "expect", {"round": round_}, report, ""
+        )
+        assert found == {"round": round_}
+
+    with interpreter.remembering("expect"):
+        for number in range(40):
+            ask("every round")
+            ask(number)
+        kept = interpreter._KEPT.get()
+        assert kept is not None
+        assert len(kept.results) == interpreter._MOST
+        assert runs.count("every round") == 1
+        ask(39)
+        assert len(runs) == 41, "the last is kept"
+        ask(0)
+        assert len(runs) == 42, "the first is not"
