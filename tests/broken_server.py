@@ -10,6 +10,7 @@ import zlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable, Iterator
 
     Send = Callable[[bytes], None]
@@ -67,16 +68,22 @@ BRACKETS = whole(b"[" * 1_000_000)
 
 
 @contextlib.contextmanager
-def serving(answer: Callable[[bytes], Callable[[Send], None]]) -> Iterator[str]:
+def serving(
+    answer: Callable[[bytes], Callable[[Send], None]], tls: ssl.SSLContext | None = None
+) -> Iterator[str]:
     """Serve; `answer` says what is sent to a request, by its first line. Yields the address."""
     over = threading.Event()
     threads: list[threading.Thread] = []
 
-    def talk(connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
-            asked = b""
-            while b"\r\n\r\n" not in asked:
-                asked += connection.recv(65536)
+    def talk(plain: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            plain if tls is None else tls.wrap_socket(plain, server_side=True) as connection,
+        ):
+            asked = connection.recv(65536)
+            while asked and b"\r\n\r\n" not in asked:
+                more = connection.recv(65536)
+                asked = asked + more if more else b""
 
             def send(data: bytes) -> None:
                 if over.is_set():
@@ -98,7 +105,7 @@ def serving(answer: Callable[[bytes], Callable[[Send], None]]) -> Iterator[str]:
         first = threading.Thread(target=accept, daemon=True)
         first.start()
         try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield f"{'http' if tls is None else 'https'}://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             over.set()
             for thread in (first, *threads):

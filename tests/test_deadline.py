@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 
 from fp8ctl import gate
 from fp8ctl.deadline import Deadline
 from tests.broken_server import BRACKETS, DRIPS, FLOODS, serving, whole
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_what_is_watched_is_cut_when_the_time_is_up_and_not_before() -> None:
@@ -63,6 +70,34 @@ def test_a_server_that_drips_does_not_hold_up_a_question_about_its_state(where: 
         assert time.monotonic() - began < 5
     assert (found.state, found.gated) == ("starting", False)
     assert "no whole answer" in found.message
+
+
+def test_a_server_that_drips_behind_tls_is_cut_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A socket that is wrapped for TLS is another object than the one that was connected."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with serving(lambda _: whole(b"{}"), context) as url:  # the control
+        assert gate.get(url, "/x", None, 10.0) == (200, b"{}")
+    with serving(lambda _: DRIPS["in chunks"], context) as url:
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match=r"no whole answer within 1 s"):
+            gate.get(url, "/x", None, 1.0)
+        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize("where", FLOODS)
