@@ -163,6 +163,19 @@ def test_a_fault_that_an_update_ran_beside_is_not_judged(
     assert watch._result(found) == result
 
 
+@pytest.mark.parametrize(("updates", "result"), [(1, "not visible"), (2, "skipped")])
+def test_what_a_mixture_of_two_sets_leaves_open_is_not_judged_either(
+    updates: int, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the texts were asked of one set and half of the next: no form of FP8 explains it."""
+    now = gate.Answer("ready", gated=True, data={"updates": updates})
+    monkeypatch.setattr(gate, "ask", lambda *_: now)
+    live = LevelReport("live", "ok", None, (), {"server": {"state": "ready", "updates": 1}})
+    level = levels.unseen("logprobs", "FP8 of another kind, or a fault of its size")
+    found = levels.assemble(Request("http://127.0.0.1:1", "logprobs"), live, {"logprobs": level})
+    assert watch._result(found) == result
+
+
 def test_a_server_that_goes_away_is_the_end(tmp_path: Path) -> None:
     page = tmp_path / "check.html"
     with served() as (url, server), Watch(url, "--report", str(page)) as seen:
