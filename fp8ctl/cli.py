@@ -458,7 +458,13 @@ def launch(
         bool, typer.Option("--wait/--no-wait", help="With --detach: wait until it is ready.")
     ] = True,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until ready.")] = 600,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check", metavar="LEVEL", help="End with: live (default), weights or logprobs."
+        ),
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="End without a check.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
@@ -488,6 +494,7 @@ def launch(
             wait=wait,
             timeout=timeout,
             check=check,
+            no_check=no_check,
             dry_run=dry_run,
             extra=_behind_dashes(ctx.args),
             plan_file=plan_,

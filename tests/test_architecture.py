@@ -58,7 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("forms", "ranks", "taker"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
-    ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
+    ("deadline", "errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
