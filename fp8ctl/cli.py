@@ -458,7 +458,13 @@ def launch(
         bool, typer.Option("--wait/--no-wait", help="With --detach: wait until it is ready.")
     ] = True,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds until ready.")] = 600,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="End with a check.")] = True,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check", metavar="LEVEL", help="End with: live (default), weights or logprobs."
+        ),
+    ] = None,
+    no_check: Annotated[bool, typer.Option("--no-check", help="End without a check.")] = False,
     dry_run: DryRun = False,
     json_: Json = False,
 ) -> None:
@@ -488,6 +494,7 @@ def launch(
             wait=wait,
             timeout=timeout,
             check=check,
+            no_check=no_check,
             dry_run=dry_run,
             extra=_behind_dashes(ctx.args),
             plan_file=plan_,
@@ -671,21 +678,26 @@ def bench(
         str | None, typer.Option("--device", help="cpu or cuda; of a push, where weights lie.")
     ] = None,
     recipe: Annotated[
-        str, typer.Option("--recipe", help="ieee, reciprocal, inverse-scale or ue8m0.")
-    ] = "ieee",
+        str | None,
+        typer.Option("--recipe", help="Of kernel: ieee, reciprocal, inverse-scale or ue8m0."),
+    ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer and smaller tensors, less often.")
+        bool, typer.Option("--quick", help="Of kernel: fewer and smaller tensors, less often.")
     ] = False,
     updates: Annotated[
-        int, typer.Option("--updates", min=1, help="Of push: how many, behind the first.")
-    ] = 3,
+        int | None,
+        typer.Option("--updates", min=1, help="Of push: how many, behind the first; else 3."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Of push: the weights that it serves.")
     ] = None,
-    via: Annotated[str, typer.Option("--via", help="Of push: ipc, nccl or disk.")] = "ipc",
+    via: Annotated[
+        str | None, typer.Option("--via", help="Of push: ipc, nccl or disk; else ipc.")
+    ] = None,
     bucket_size: Annotated[
-        int, typer.Option("--bucket-size", min=1, help="Of push: MB of a transfer buffer.")
-    ] = 512,
+        int | None,
+        typer.Option("--bucket-size", min=1, help="Of push: MB of a transfer buffer; else 512."),
+    ] = None,
     python: Python = None,
     json_: Json = False,
 ) -> None:

@@ -270,7 +270,7 @@ def _launched(
                 mode=mode,
                 port=_free_port(),
                 detach=True,
-                check=False,
+                no_check=True,
             )
             step.note = str(launched["url"])
         yield str(launched["url"]), launched

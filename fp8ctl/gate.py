@@ -10,10 +10,13 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
+import ssl
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 from urllib.parse import urlsplit
 
+from fp8ctl.deadline import Deadline
 from fp8ctl.engines.base import API_KEY_VARIABLE, HEALTH_PATH, STATE_PATH
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ def ask(
     Args:
         url: its address.
         key: sent as a Bearer token.
-        timeout: seconds for each of at most two requests.
+        timeout: seconds for each of at most two answers.
         pid: process of the one server that is meant, which has fp8ctl's state route;
             whoever else answers there is `foreign`.
     """
@@ -102,7 +105,7 @@ def without_key(text: str, key: str | None) -> str:
 def _object(body: bytes) -> dict[str, Any] | None:
     try:
         data = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return data if isinstance(data, dict) else None
 
@@ -116,7 +119,7 @@ def get(
         url: address of the server.
         path: of the route, with its query.
         key: sent as a Bearer token.
-        timeout: seconds for each step on the way.
+        timeout: seconds for the whole answer.
         limit: bytes of the answer that are read.
 
     Raises:
@@ -125,10 +128,25 @@ def get(
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
-        response = connection.getresponse()
-        return response.status, response.read(limit)
-    finally:
-        connection.close()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    late = f"no whole answer within {timeout:g} s"
+    with Deadline(timeout) as deadline:
+        try:
+            plain = socket.create_connection((connection.host, connection.port), timeout)
+            deadline.watch(plain)
+            connection.sock = plain
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                connection.sock = context.wrap_socket(plain, server_hostname=connection.host)
+            connection.request("GET", parts.path.rstrip("/") + path, headers=headers)
+            response = connection.getresponse()
+            found = response.status, response.read(limit)
+        except (OSError, http.client.HTTPException, ValueError) as e:
+            if deadline.passed:  # whatever the end of the connection looks like
+                raise TimeoutError(late) from e
+            raise
+        finally:
+            connection.close()
+        if deadline.passed:
+            raise TimeoutError(late)
+    return found

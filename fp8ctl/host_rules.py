@@ -171,6 +171,31 @@ def gpus(facts: Facts) -> Iterator[Finding]:
             "--torchao-config int8dq dies while CUDA graphs are captured; "
             "fp8ctl launch adds --disable-cuda-graph for it",
         )
+        if any(gpu.capability == (9, 0) for gpu in machine.gpus):
+            yield from _deep_gemm(facts)
+
+
+def _deep_gemm(facts: Facts) -> Iterator[Finding]:
+    """Tell who multiplies blocks, where it makes them slower than what they came from.
+
+    `sglang/srt/layers/quantization/deep_gemm_wrapper/configurer.py`; docs/evidence has the figures.
+    """
+    setting = facts.variables.get("SGL_ENABLE_JIT_DEEPGEMM")
+    if setting and not _true(setting):
+        why, fix = f"SGL_ENABLE_JIT_DEEPGEMM={setting}", "unset SGL_ENABLE_JIT_DEEPGEMM"
+    elif not (facts.environment.site_packages / "deep_gemm").is_dir():
+        why = "sgl-kernel's DeepGEMM is missing"
+        fix = f"{facts.pip} --force-reinstall --no-deps sgl-kernel==0.1.9"
+    else:
+        return
+    yield Finding(
+        "deep-gemm",
+        "DeepGEMM",
+        "warn",
+        f"{why}: SGLang multiplies blocks by Triton, slower than 16 bits "
+        "(seen on an H100: 0.74 to 0.91 of its tokens a second); --mode per-tensor is not affected",
+        fix,
+    )
 
 
 def _gpu(facts: Facts, index: int, gpu: Gpu) -> Finding:

@@ -41,12 +41,24 @@ _FIND = (
 _TAIL = 20
 
 
+#: Results that are kept: those of one round of all levels, and some. Of a large model one has
+#: tens of megabytes, and files that change in every round make a new one each time.
+_MOST = 6
+
+
 @dataclass(frozen=True)
 class _Kept:
-    """Results of tasks that are not run twice."""
+    """Results of tasks that are not run twice, the one that was asked for last at the end."""
 
     tasks: frozenset[str]
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def put(self, key: str, result: dict[str, Any]) -> None:
+        """Keep a result, and forget the one that nobody has asked for longest."""
+        self.results.pop(key, None)
+        self.results[key] = result
+        while len(self.results) > _MOST:
+            del self.results[next(iter(self.results))]
 
 
 _KEPT: ContextVar[_Kept | None] = ContextVar("_KEPT", default=None)
@@ -139,15 +151,20 @@ def run_worker(
     kept = _KEPT.get()
     if kept is None or task not in kept.tasks:
         return _run_worker(python, task, arguments, report, title, patience)
-    key = json.dumps([task, dict(arguments), _files(arguments)], sort_keys=True)
-    if key not in kept.results:
-        kept.results[key] = _run_worker(python, task, arguments, report, title, patience)
-    return copy.deepcopy(kept.results[key])
+    about = json.dumps([task, dict(arguments), _files(arguments)], sort_keys=True)
+    key = hashlib.sha256(about.encode()).hexdigest()
+    result = kept.results.get(key)
+    if result is None:
+        result = _run_worker(python, task, arguments, report, title, patience)
+    kept.put(key, result)
+    return copy.deepcopy(result)
 
 
 @contextlib.contextmanager
 def remembering(*tasks: str) -> Iterator[None]:
     """Run each of these tasks once in this block, for the same arguments and the same files.
+
+    A few results are kept, those that were asked for last.
 
     Args:
         tasks: of which the result depends on the arguments and the files of `model` alone.

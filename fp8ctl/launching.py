@@ -27,6 +27,7 @@ from fp8ctl.patching import overlay, status
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp8ctl.check.levels import Level
     from fp8ctl.engines.base import LaunchPlan
     from fp8ctl.environment import BackendName, Environment
     from fp8ctl.fitting import Module
@@ -82,7 +83,8 @@ def run(
     detach: bool = False,
     wait: bool = True,
     timeout: float = 600.0,
-    check: bool = True,
+    check: str | None = None,
+    no_check: bool = False,
     dry_run: bool = False,
     extra: Sequence[str] = (),
     expect: str | None = None,
@@ -95,6 +97,7 @@ def run(
 
     Args:
         plan_file: a manifest to follow; options beside it must say what it says.
+        check: level of the closing check; None for live.
         expect: text that the answer of the closing check must contain.
         front: folder of the overlay that the engine is imported from.
 
@@ -107,6 +110,7 @@ def run(
     from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
     name = environment.parse_backend(backend)
+    level = parse_check(check, no_check=no_check, await_push=await_push, wait=wait)
     given = None
     if plan_file is not None:
         if quantization is not None or torchao_config is not None or mode == "online":
@@ -196,7 +200,7 @@ def run(
     )
     request = _with_plan(request, plan, name)
     built = _build(request, found, name)
-    _print(report, built, plan)
+    _print(report, built, plan, level)
     data: dict[str, object] = {
         "launch": built.to_json(),
         "engine": engine.label,
@@ -205,6 +209,7 @@ def run(
         "weights": source,
         "served": str(request.model.path),
         "plan": _summary(plan) if plan is not None else None,
+        "check_level": level,
         "dry_run": dry_run,
     }
     if dry_run:
@@ -224,7 +229,15 @@ def run(
         mode=asked.label(),
         site_packages=str(found.site_packages),
     )
-    watch = Watch(detach=detach, wait=wait, timeout=timeout, check=check, expect=expect)
+    watch = Watch(
+        detach=detach,
+        wait=wait,
+        timeout=timeout,
+        check=level,
+        # A server with a plan tells what it was made from.
+        model=None if plan is not None or level == "live" else str(folder),
+        expect=expect,
+    )
     left = RunFiles(
         manifest=dumps(plan.to_json()) if plan is not None else None,
         # Of a work tree fp8ctl knows no hash: what runs there is version control's to say.
@@ -283,6 +296,38 @@ def parse(
         tuple(keep),
         tuple(quantize),
     )
+
+
+def parse_check(check: str | None, *, no_check: bool, await_push: bool, wait: bool) -> Level | None:
+    """Return the level of the closing check, None for no check.
+
+    Args:
+        check: as typed; None where it was not.
+        no_check: there is to be none.
+        await_push: there are no FP8 weights when the server is ready.
+        wait: somebody is there when it is.
+
+    Raises:
+        UsageError: a level that is none, or an option beside it that leaves nothing to check.
+    """
+    from fp8ctl.check import levels
+
+    if check is None:
+        return "live" if wait and not no_check else None
+    level = levels.parse(check, "--check")
+    if no_check:
+        raise UsageError(f"--check {level} and --no-check exclude each other", hint="drop one")
+    if not wait:
+        raise UsageError(
+            f"--check {level} is for a server that is ready, and --no-wait returns before",
+            hint="drop --no-wait",
+        )
+    if await_push and level != "live":
+        raise UsageError(
+            f"--check {level} is about weights, and with --await-push they come later",
+            hint="drop --check: a push ends with a check of what has landed",
+        )
+    return level
 
 
 def read_facts(folder: Path, name: str, tp: int = 1) -> ModelFacts:
@@ -476,7 +521,7 @@ def _cache_root(patches: SeriesStatus) -> Path:
     return paths.cache_dir() / "vllm" / digest
 
 
-def _print(report: Reporter, built: LaunchPlan, plan: Plan | None) -> None:
+def _print(report: Reporter, built: LaunchPlan, plan: Plan | None, check: Level | None) -> None:
     """Show the command that is going to run, and why it is that one."""
     if plan is not None:
         for line in planning.explain(plan):
@@ -488,4 +533,6 @@ def _print(report: Reporter, built: LaunchPlan, plan: Plan | None) -> None:
             "--api-key behind `--` is in the process list for everybody; "
             f"set {base.API_KEY_VARIABLE} instead"
         )
+    if check != "live":
+        report.say(f"ends with {'no check' if check is None else f'a check, --level {check}'}")
     report.data(built.command_line())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fp8ctl import models, pushing, sendable
 from fp8ctl.check.command import parse_url
-from fp8ctl.errors import CheckFailedError, ConflictError, UsageError
+from fp8ctl.errors import CheckFailedError, ConflictError
 from fp8ctl.interpreter import resolve_model, run_worker
 from fp8ctl.render import human_bytes, plural
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NAME: Final = "bench-push"
 """Version of what is sent to a server whose weights have no name yet."""
-_DEVICES: Final = ("cpu", "cuda")
 
 
 def run(
@@ -45,7 +44,7 @@ def run(
         model: the weights that it serves; None: those that it was started with.
         updates: how many, behind the first.
         bucket_size: in MB.
-        device: where the weights lie before, as a trainer's would; None: on the CPU.
+        device: where the weights lie before, as a trainer's would: cpu or cuda; None: on the CPU.
 
     Raises:
         UsageError: something of this cannot be meant.
@@ -53,14 +52,7 @@ def run(
         CheckFailedError: it did not find what it holds equal to what was sent.
         Fp8ctlError: what a push raises.
     """
-    if via not in pushing.VIA:
-        raise UsageError(
-            f"--via {via!r}; expected one of {', '.join(pushing.VIA)}", hint="--via ipc"
-        )
-    if device is not None and device not in _DEVICES:
-        raise UsageError(
-            f"unknown device {device!r}, expected {' or '.join(_DEVICES)}", hint="--device cpu"
-        )
+    pushing.require_via(via)
     address = parse_url(url)
     state = pushing.state_of(address)
     plan = pushing.plan_of([address])

@@ -160,8 +160,7 @@ def run(
 def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -> None:
     if not urls:
         raise UsageError("no server was named", hint="fp8ctl ps lists the servers of fp8ctl")
-    if via not in VIA:
-        raise UsageError(f"--via {via!r}; expected one of {', '.join(VIA)}", hint="--via ipc")
+    require_via(via)
     if in_flight not in get_args(wire.InFlight):
         known = ", ".join(get_args(wire.InFlight))
         raise UsageError(
@@ -172,6 +171,16 @@ def _require_sense(urls: Sequence[str], via: str, in_flight: str, delta: bool) -
             "--delta with --via disk: an engine's own reload takes whole checkpoints",
             hint="--via ipc or --via nccl",
         )
+
+
+def require_via(via: str) -> None:
+    """Refuse a way that nobody knows.
+
+    Raises:
+        UsageError: `via` is none of `VIA`.
+    """
+    if via not in VIA:
+        raise UsageError(f"--via {via!r}; expected one of {', '.join(VIA)}", hint="--via ipc")
 
 
 def _require_fitting(via: str, timeout: float, master: str | None, folder: Path | None) -> None:

@@ -57,7 +57,8 @@ def meet(
     *,
     names: Sequence[str] = (),
     patience: float = 0.0,
-) -> None:
+    note: str = "",
+) -> str:
     """Wait until all ranks are here, and hear what each has to say.
 
     A rank that is dead shows before a collective hangs.
@@ -68,6 +69,10 @@ def meet(
         why: with "left".
         names: what is gathered next: has to be the same on all ranks, or they would hang.
         patience: seconds that some may take longer than the ranks' own time-out.
+        note: of the source: where a rank that cannot wait leaves word (`call_off`).
+
+    Returns:
+        The note of the source; "" where it has none, or after "left".
 
     Raises:
         TimeoutError: a rank did not come.
@@ -80,13 +85,13 @@ def meet(
     heard = [torch.zeros(_LENGTH, dtype=torch.uint8) for _ in range(count)]
     try:
         distributed.monitored_barrier(ranks.group, timeout=limit)
-        mine = _packed(word, why, names)
+        mine = _packed(word, why, names, note)
         work = distributed.all_gather(heard, mine, group=ranks.group, async_op=True)
         work.wait(limit)
     except RuntimeError as e:
         raise TimeoutError(f"not all ranks came within {seconds:g} s: {e}") from e
     if word == "left":
-        return
+        return ""
     words = {}
     for i, text in enumerate(heard):
         rank = distributed.get_global_rank(ranks.group, i)
@@ -99,12 +104,44 @@ def meet(
             f"the ranks do not give the same tensors ({told})",
             hint="give the same names in the same order on all ranks",
         )
+    return words.get(ranks.source, {}).get("note", "")
 
 
 def leave(ranks: Ranks, why: BaseException) -> None:
     """Say that nothing comes of it, as far as somebody is there to hear it."""
     with contextlib.suppress(TimeoutError, Fp8ctlError):
         meet(ranks, "left", why)
+
+
+def call_off(ranks: Ranks, note: str, why: BaseException) -> None:
+    """Leave word for the source that nothing is to come of it, without waiting for anybody.
+
+    It goes by the group's store: the group itself may be in a collective. Without a store the
+    source hears it when the ranks meet next.
+    """
+    store = _store(ranks)
+    said = {"rank": str(torch.distributed.get_rank()), **_said("left", why)}
+    with contextlib.suppress(Exception):  # a store that is gone takes the job with it
+        if store is not None:
+            store.set(note, json.dumps(said))
+
+
+def called_off(ranks: Ranks, note: str) -> Fp8ctlError | None:
+    """Return why a rank has called it off; None where none has."""
+    store = _store(ranks)
+    with contextlib.suppress(Exception):
+        if store is not None and store.check([note]):
+            said = json.loads(store.get(note))
+            return _error_of(int(said["rank"]), said)
+    return None
+
+
+def _store(ranks: Ranks) -> Any:
+    """Return where the ranks of a group find each other; None where torch does not tell it."""
+    found = getattr(torch.distributed.distributed_c10d, "_get_process_group_store", None)
+    with contextlib.suppress(Exception):
+        return None if found is None else found(ranks.group)
+    return None
 
 
 def tell(ranks: Ranks, why: BaseException | None = None, *, patience: float = 0.0) -> None:
@@ -134,15 +171,24 @@ def tell(ranks: Ranks, why: BaseException | None = None, *, patience: float = 0.
         raise _error_of(ranks.source, said)
 
 
-def _packed(word: Word, why: BaseException | None, names: Sequence[str] = ()) -> torch.Tensor:
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    shown = f"{len(names)} to {names[-1]}" if names else "no more"
-    said: dict[str, str] = {"word": word, "names": digest, "shown": shown}
+def _said(word: Word, why: BaseException | None) -> dict[str, str]:
+    said: dict[str, str] = {"word": word}
     if why is not None:
         known = isinstance(why, Fp8ctlError)
         said["id"] = why.id if isinstance(why, Fp8ctlError) else ""
         said["hint"] = str(getattr(why, "hint", None) or "")
         said["message"] = str(why) if known else f"{type(why).__name__}: {why}"
+    return said
+
+
+def _packed(
+    word: Word, why: BaseException | None, names: Sequence[str] = (), note: str = ""
+) -> torch.Tensor:
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    shown = f"{len(names)} to {names[-1]}" if names else "no more"
+    said = {**_said(word, why), "names": digest, "shown": shown}
+    if note:
+        said["note"] = note
     while len(data := json.dumps(said).encode()) > _LENGTH:
         longest = max(said, key=lambda key: len(said[key]))
         said[longest] = said[longest][: len(said[longest]) // 2]

@@ -21,7 +21,7 @@ from fp8ctl.check import command, levels, live
 from fp8ctl.check.levels import Request
 from fp8ctl.diagnosis import likeliest
 from fp8ctl.engines.base import option_value
-from fp8ctl.errors import AbortedError, BusyError, CheckFailedError, EngineFailedError
+from fp8ctl.errors import AbortedError, BusyError, EngineFailedError, Fp8ctlError
 from fp8ctl.logtail import Tail, last_lines, telling
 from fp8ctl.process import (
     Identity,
@@ -40,6 +40,7 @@ from fp8ctl.signals import interruptible
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from fp8ctl.check.levels import Level
     from fp8ctl.engines.base import LaunchPlan
     from fp8ctl.gate import Answer
     from fp8ctl.render import Reporter
@@ -73,14 +74,16 @@ class Watch:
         detach: hand over a running server instead of following it.
         wait: wait until it is ready; False needs `detach`.
         timeout: seconds until it must be ready.
-        check: end with the live check.
+        check: end with a check up to this level; None: with none.
+        model: what levels behind the live one compare with; None takes the server's own plan's.
         expect: text that its answer must contain.
     """
 
     detach: bool = False
     wait: bool = True
     timeout: float = 600.0
-    check: bool = True
+    check: Level | None = "live"
+    model: str | None = None
     expect: str | None = None
 
 
@@ -119,8 +122,9 @@ def serve(
     Raises:
         BusyError: the port was taken, before or while it started; nothing of it is left.
         EngineFailedError: it did not become ready, or died.
-        CheckFailedError: it does not answer as it should; it was stopped.
+        CheckFailedError: it is not what it should be; it was stopped.
         AbortedError: Ctrl-C or SIGTERM; it was stopped.
+        Fp8ctlError: it could not be checked: no source, no torch; it was stopped.
     """
     name = plan.run_dir.name
     with interruptible():
@@ -141,8 +145,10 @@ def serve(
                 answer = _until_ready(report, plan, record, child, watch, tail)
                 registry.mark_ready(record)
                 data["state"] = answer.state
-                if watch.check:
-                    data["check"] = _check(report, plan, record, child, watch, answer)
+                if watch.check is not None:
+                    request = Request(plan.url, watch.check, watch.model)
+                    expect = watch.expect
+                    data["check"] = _check(report, plan, record, child, request, expect, answer)
                 if watch.detach:
                     report.say(f"{name} runs at {plan.url}; stop it: fp8ctl stop {name}")
                     return data
@@ -319,29 +325,58 @@ def _check(
     plan: LaunchPlan,
     record: Record,
     child: subprocess.Popen[bytes],
-    watch: Watch,
+    request: Request,
+    expect: str | None,
     answer: Answer,
 ) -> dict[str, object]:
-    """Run the live level; a server that waits for its first push is as it should be."""
+    """Check the server; one that waits for its first push is as it should be.
+
+    Args:
+        report: where to say what is seen.
+        plan: what was started.
+        record: of the server.
+        child: its first process.
+        request: how far to look.
+        expect: text that its answer must contain.
+        answer: its state when it was ready.
+    """
     began = time.time()
-    found = live.check(plan.url, watch.expect, api_key=_key(plan))
-    if found.verdict == "unreachable":
-        # A connection breaks a moment before its process has ended.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(_LAST_MOMENTS)
-    if (code := child.poll()) is not None:
-        raise _death(report, record, code, "died while it was checked")
-    request = Request(plan.url)
-    seen = levels.assemble(request, found, {}, began, api_key=_key(plan))
+    key = _key(plan)
+    found = live.check(plan.url, expect, api_key=key)
+    _require_alive(report, record, child, lost=found.verdict == "unreachable")
     levels.tell(report, found)
     unpushed = answer.state == found.verdict == "unpushed"
     if plan.await_push and unpushed and not found.other_code:
         report.data("verdict: unpushed, as asked: it opens when FP8 weights have landed")
-        return seen.data
+        return levels.assemble(request, found, {}, began, api_key=key).data
+    seen = levels.further(request, report, found, began, api_key=key)
+    lost = request.level != "live" and seen.conclusion.result == "failed"
+    _require_alive(report, record, child, lost=lost)
     command.close(report, request, seen)
-    if (plan.run_dir / "manifest.json").exists():
+    if request.level == "live" and (plan.run_dir / "manifest.json").exists():
         report.say(f"the proof, tensor by tensor: fp8ctl check {plan.url} --level weights")
     return seen.data
+
+
+def _require_alive(
+    report: Reporter, record: Record, child: subprocess.Popen[bytes], *, lost: bool
+) -> None:
+    """See that the server still runs, which explains what was seen of it.
+
+    Args:
+        report: shows the log of one that died.
+        record: of the server.
+        child: its first process.
+        lost: something was wrong: a connection breaks a moment before its process has ended.
+
+    Raises:
+        EngineFailedError: it died.
+    """
+    if lost:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_LAST_MOMENTS)
+    if (code := child.poll()) is not None:
+        raise _death(report, record, code, "died while it was checked")
 
 
 def _follow(report: Reporter, record: Record, child: subprocess.Popen[bytes], tail: Tail) -> None:
@@ -375,11 +410,12 @@ def _show(report: Reporter, tail: Tail) -> bool:
 
 def _end(report: Reporter, record: Record, error: BaseException) -> None:
     """Stop what was started; the error at hand is the one that matters."""
+    lives = isinstance(error, Fp8ctlError) and not isinstance(error, EngineFailedError)
     with _undisturbed():
-        if isinstance(error, (KeyboardInterrupt, CheckFailedError, BusyError)):
+        if lives or isinstance(error, KeyboardInterrupt):
             report.say(f"stopping {record.name}")
         stop(record)
-    if isinstance(error, CheckFailedError):
+    if lives and not isinstance(error, BusyError):
         report.say(f"{record.name} was stopped; its log is still there: fp8ctl logs {record.name}")
 
 

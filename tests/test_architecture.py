@@ -55,19 +55,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("fusing", "gguf", "hfconfig", "online", "quality", "reading", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
-        *("forms", "ranks"),
+        *("forms", "ranks", "taker"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
-    ("errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
+    ("deadline", "errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
 )
 
 # What runs in an engine's interpreter, or may: its workers import nothing else of ours.
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
+    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "taker", "paths"),
+    *("difference", "dtypes", "expectation", "online", "quality", "requantised", "sendable"),
     "reading",
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "paths", "sendable"),
-    *("difference", "dtypes", "expectation", "online", "quality", "requantised"),
 )
 WITH_TORCH = (
     *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
@@ -324,7 +324,7 @@ def command_modules() -> list[str]:
 
 
 def in_trainer(name: str) -> bool:
-    return name.startswith("push.") or name in {"stream", "forms", "ranks"}
+    return name.startswith("push.") or name in {"stream", "taker", "forms", "ranks"}
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
@@ -338,7 +338,7 @@ def test_no_command_module_imports_an_engine_or_torch() -> None:
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
-    theirs = ("stream", "forms", "ranks", "worker", "kernels", *WORKERS)
+    theirs = ("stream", "taker", "forms", "ranks", "worker", "kernels", *WORKERS)
     for name in MODULES:
         if belongs(name, (*theirs, "engines.hooks")) or in_trainer(name):
             continue

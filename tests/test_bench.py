@@ -152,6 +152,21 @@ def test_a_wrong_kernel_makes_the_program_exit_8(
             "fp8ctl bench kernel",
         ),
         ({"device": "tpu"}, "unknown device 'tpu', expected cpu or cuda", "--device cpu"),
+        (
+            {"push": {"updates": 5, "model": None, "via": "disk"}},
+            "--updates 5 --via disk: of bench push, and bench kernel has no such option",
+            "fp8ctl bench kernel, or fp8ctl bench push URL --updates 5 --via disk",
+        ),
+        (
+            {"push": {"bucket_size": 512}},  # a default that was typed was meant all the same
+            "--bucket-size 512: of bench push",
+            "fp8ctl bench kernel, or fp8ctl bench push URL --bucket-size 512",
+        ),
+        (
+            {"what": "push", "url": "http://a:1", "recipe": "ieee"},
+            "--recipe ieee --quick: of bench kernel, and bench push has no such option",
+            "fp8ctl bench push http://a:1, or fp8ctl bench kernel --recipe ieee --quick",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_a_worker_starts(
@@ -170,6 +185,31 @@ def test_an_unknown_recipe_is_a_usage_error_that_lists_them() -> None:
     with pytest.raises(UsageError, match="ieee, reciprocal, inverse-scale, ue8m0") as e:
         run(recipe="exact")
     assert e.value.hint == "fp8ctl bench kernel --recipe ieee"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("kernel", "--updates", "3"),
+        ("kernel", "--model", "M"),
+        ("kernel", "--via", "ipc"),
+        ("kernel", "--bucket-size", "512"),
+        ("push", "http://127.0.0.1:9", "--recipe", "ieee"),
+        ("push", "http://127.0.0.1:9", "--quick"),
+    ],
+)
+def test_an_option_of_the_other_benchmark_is_a_usage_error(
+    argv: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fp8ctl import cli
+
+    monkeypatch.setattr(sys, "argv", ["fp8ctl", "bench", *argv, "--json"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["id"] == "FP8-USAGE"
+    assert next(word for word in argv if word.startswith("--")) in error["message"]
 
 
 def test_no_argument_is_a_usage_error() -> None:

@@ -250,7 +250,7 @@ def test_the_contract_of_options_holds(name: str, wanted: str) -> None:
 def test_launch_listens_on_loopback_unless_told_otherwise() -> None:
     parameters = {p.opts[0]: p.default for p in PROGRAM.commands["launch"].params}
     assert parameters["--host"] == "127.0.0.1"
-    assert parameters["--check"] is True
+    assert (parameters["--check"], parameters["--no-check"]) == (None, False)
 
 
 # --- exit codes and error ids ---------------------------------------------------------------------

@@ -90,6 +90,7 @@ def with_triton(tmp_path: Path) -> Path:
     module = tmp_path / "triton" / "runtime" / "cache.py"
     module.parent.mkdir(parents=True)
     module.write_text("def default_cache_dir():\n    pass\n")
+    (tmp_path / "deep_gemm").mkdir()
     return tmp_path
 
 
@@ -135,6 +136,7 @@ def test_a_healthy_gpu_host_has_nothing_to_mend(with_triton: Path) -> None:
         ("gpu", "warn", facts(gpus=gpu(10, 0))),
         ("gpu-mixed", "warn", facts(gpus=gpu(9, 0) + gpu(8, 9))),
         ("driver", "fail", facts(gpus=gpu(9, 0), driver_cuda=(11, 8))),
+        ("deep-gemm", "warn", facts(gpus=gpu(9, 0))),
         ("variable", "warn", facts(variables={"PYTHONPYCACHEPREFIX": "/x"})),
         ("variable", "warn", facts(variables={"SGLANG_FORCE_FP8_MARLIN": "1"})),
         (
@@ -166,6 +168,9 @@ def test_a_rule_fires_on_its_cause(id_: str, status: str, given: Facts) -> None:
         ("numpy", facts(packages=GOOD | {"numpy": "2.2.6"})),
         ("both-engines", facts(engine())),
         ("int8dq", facts()),
+        ("deep-gemm", facts()),
+        ("deep-gemm", facts(gpus=gpu(8, 9))),  # it never had any
+        ("deep-gemm", facts(engine("vllm", "0.9.1"), gpus=gpu(9, 0))),
     ],
 )
 def test_a_rule_is_silent_without_its_cause(id_: str, given: Facts) -> None:
@@ -180,6 +185,14 @@ def test_triton_is_judged_by_what_it_has_and_not_by_its_number(with_triton: Path
     assert finding.status == "fail"
     assert "default_cache_dir" in finding.message
     assert finding.fix == "/venv/bin/python -m pip install --no-deps triton==3.3.1"
+
+
+@pytest.mark.parametrize(("value", "told"), [("0", True), ("off", True), ("1", False), ("", False)])
+def test_deep_gemm_can_be_there_and_switched_off(value: str, told: bool, with_triton: Path) -> None:
+    given = facts(site=with_triton, gpus=gpu(9, 0), variables={"SGL_ENABLE_JIT_DEEPGEMM": value})
+    finding = found(given).get("deep-gemm")
+    assert (finding is not None) is told
+    assert finding is None or finding.fix == "unset SGL_ENABLE_JIT_DEEPGEMM"
 
 
 def test_one_is_not_several() -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import environment, gate, interpreter, launching, process, registry, server, supervisor
+from fp8ctl.check import levels, weights
 from fp8ctl.diagnosis import likeliest
 from fp8ctl.engines.base import LaunchPlan
 from fp8ctl.errors import (
@@ -227,7 +228,7 @@ def test_the_answer_of_another_server_is_not_taken_for_its_own(
 
 def test_a_server_that_wants_a_key_which_launch_lacks_is_known_by_its_socket() -> None:
     plan = plan_of("--key", "NO_SUCH_VARIABLE")
-    data = serve(reporter()[0], plan, ABOUT, replace(DETACH, check=False))
+    data = serve(reporter()[0], plan, ABOUT, replace(DETACH, check=None))
     assert data["state"] == "locked"
     [(_, state)], _ = server.running()
     assert state == "locked"
@@ -236,7 +237,7 @@ def test_a_server_that_wants_a_key_which_launch_lacks_is_known_by_its_socket() -
 def test_a_key_of_vllms_own_variable_is_asked_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "k")
     plan = replace(plan_of("--key", "VLLM_API_KEY"), backend="vllm")
-    data = serve(reporter()[0], plan, ABOUT, replace(DETACH, check=False))
+    data = serve(reporter()[0], plan, ABOUT, replace(DETACH, check=None))
     assert data["state"] == "ready"
 
 
@@ -382,9 +383,83 @@ def test_no_check_leaves_the_server_unasked() -> None:
         reporter()[0],
         plan_of("--answer", "Lyon"),
         ABOUT,
-        replace(DETACH, expect="Paris", check=False),
+        replace(DETACH, expect="Paris", check=None),
     )
     assert data["check"] is None
+
+
+@pytest.mark.parametrize("level", ["weights", "logprobs"])
+def test_a_further_level_that_proves_nothing_stops_the_server(level: levels.Level) -> None:
+    """The stand-in answers well, and shows nothing of its weights: not what was asked for."""
+    report, _, err = reporter()
+    plan = plan_of("--quantization", "fp8")
+    with pytest.raises(CheckFailedError, match="not proven to serve FP8") as caught:
+        serve(report, plan, ABOUT, replace(DETACH, check=level))
+    seen: Any = caught.value.data
+    assert (seen["level"], seen[level]["result"]) == (level, "not visible")
+    assert "sglang-1 was stopped" in err.getvalue()
+    assert not marked(registry.servers_dir())
+
+
+@pytest.mark.parametrize(("verdict", "result"), [("fp8-ok", "ok"), ("stale", "failed")])
+def test_the_closing_check_is_that_of_the_level_with_the_servers_key_and_model(
+    verdict: str, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str | None, str | None]] = []
+
+    def verify(url: str, model: str | None, _: Reporter, key: str | None) -> dict[str, object]:
+        asked.append((model, key))
+        return {"result": result, "verdict": verdict, "message": f"as {url} says"}
+
+    monkeypatch.setattr(weights, "verify", verify)
+    monkeypatch.setenv("VLLM_API_KEY", "k-1234")
+    plan = plan_of("--quantization", "fp8", "--key", "VLLM_API_KEY", name="vllm-1")
+    plan = replace(plan, backend="vllm")
+    watch = replace(DETACH, check="weights", model="/models/m")
+    if result == "ok":
+        seen: Any = serve(reporter()[0], plan, ABOUT, watch)["check"]
+        assert gate.ask(plan.url, "k-1234").state == "ready"
+    else:
+        with pytest.raises(CheckFailedError, match="is stale: as http") as caught:
+            serve(reporter()[0], plan, ABOUT, watch)
+        seen = caught.value.data
+        assert not marked(registry.servers_dir())
+    assert asked == [("/models/m", "k-1234")]
+    assert (seen["level"], seen["verdict"], seen["weights"]["verdict"]) == (
+        "weights",
+        verdict,
+        verdict,
+    )
+
+
+def test_a_check_that_cannot_be_made_stops_the_server_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def verify(*_: object) -> dict[str, object]:
+        raise NotFoundError("no interpreter here has torch")
+
+    monkeypatch.setattr(weights, "verify", verify)
+    report, _, err = reporter()
+    with pytest.raises(NotFoundError, match="has torch"):
+        serve(report, plan_of("--quantization", "fp8"), ABOUT, replace(DETACH, check="weights"))
+    assert "sglang-1 was stopped" in err.getvalue()
+    assert not marked(registry.servers_dir())
+
+
+def test_a_death_at_a_further_level_is_a_death(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verify(*_: object) -> dict[str, object]:
+        [record] = [one for one, _ in server.running(ask_state=False)[0]]
+        os.kill(record.identity.pid, signal.SIGKILL)
+        raise CheckFailedError("/fp8ctl/report does not answer")
+
+    monkeypatch.setattr(weights, "verify", verify)
+    with pytest.raises(EngineFailedError, match="died while it was checked"):
+        serve(
+            reporter()[0],
+            plan_of("--quantization", "fp8"),
+            ABOUT,
+            replace(DETACH, check="weights"),
+        )
 
 
 def test_a_server_that_awaits_a_push_is_as_it_should_be() -> None:
@@ -599,6 +674,33 @@ def test_dry_run_shows_the_line_and_the_folder_and_makes_neither(
     assert "--quantization" not in data["launch"]["argv"]
     assert "--json-model-override-args" not in data["launch"]["argv"]
     assert data["launch"]["env"]["PYTHONPATH"].startswith(str(isolated_home / "cache" / "hook"))
+    assert data["check_level"] == "live"
+
+
+@pytest.mark.parametrize(
+    ("options", "level", "said"),
+    [
+        ({"check": "weights"}, "weights", "ends with a check, --level weights\n"),
+        ({"no_check": True}, None, "ends with no check\n"),
+        ({"wait": False, "detach": True}, None, "ends with no check\n"),
+        ({}, "live", ""),
+    ],
+)
+def test_dry_run_shows_how_it_would_end(
+    options: dict[str, Any],
+    level: str | None,
+    said: str,
+    engine: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    site = Path(engine("sglang", "refit", "cpu-fp8")[-1])
+    report, _, err = reporter()
+    model = str(write_model(tmp_path / "tiny"))
+    data = launching.run(
+        report, backend="sglang", site_packages=site, dry_run=True, model=model, **options
+    )
+    assert data["check_level"] == level
+    assert ("ends with" in err.getvalue(), said in err.getvalue()) == (bool(said), True)
 
 
 def test_await_push_puts_the_plans_configuration_over_the_16_bit_folder(
@@ -913,6 +1015,10 @@ def test_vllm_needs_a_model(engine: Callable[..., list[str]]) -> None:
         ({"torchao_config": "int8wo", "block_size": "64,64"}, "--block-size is for"),
         ({"mode": "online", "block_size": "64,64"}, "--block-size is for"),
         ({"wait": False}, "--no-wait"),
+        ({"check": "deep"}, "'deep' is not a level; there is live, weights and logprobs"),
+        ({"check": "live", "no_check": True}, "--check live and --no-check exclude each other"),
+        ({"check": "weights", "detach": True, "wait": False}, "--no-wait returns before"),
+        ({"check": "logprobs", "await_push": True}, "with --await-push they come later"),
         ({"trace": "nonsense"}, "is not MODULE:FUNCTION"),
         ({"backend": "tgi"}, "vllm or sglang"),
     ],

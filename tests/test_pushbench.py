@@ -22,7 +22,7 @@ __all__ = ["plan", "report", "source"]  # fixtures
 
 
 def measure(report: Reporter, url: str | None, **more: Any) -> Any:
-    given = {"device": None, "recipe": "ieee", "quick": False, "python": None}
+    given = {"device": None, "recipe": None, "quick": False, "python": None}
     return bench.run(report, what="push", url=url, push=more, **given)  # type: ignore[arg-type]
 
 

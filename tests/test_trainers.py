@@ -57,6 +57,22 @@ class FSDPEngine:
         raise AssertionError("the page replaces it")
 
 
+class HfWeightIteratorBase:
+    """slime's: chunks of the weights that a getter holds, under the names of Hugging Face."""
+
+    @staticmethod
+    def create(args: object, model: object, **kwargs: Any) -> HfWeightIteratorBase:
+        # One of its two iterators takes exactly these, too.
+        assert set(kwargs) == {"model_name", "quantization_config"}
+        assert kwargs["quantization_config"] is None, "it would quantise by itself"
+        return HfWeightIteratorBase()
+
+    def get_hf_weight_chunks(self, megatron_local_weights: Any) -> Iterator[Any]:
+        pairs = list(megatron_local_weights.items())
+        yield pairs[:2]
+        yield pairs[2:]
+
+
 class GRPOTrainer:
     """TRL's: calls `_move_model_to_vllm` before it generates."""
 
@@ -68,6 +84,9 @@ class GRPOTrainer:
 
 STANDINS: dict[str, Any] = {
     "verl.workers.rollout.sglang_rollout.sglang_rollout": {"ServerAdapter": ServerAdapter},
+    "slime.backends.megatron_utils.update_weight.hf_weight_iterator_base": {
+        "HfWeightIteratorBase": HfWeightIteratorBase
+    },
     "areal.engine.fsdp_engine": {"FSDPEngine": FSDPEngine},
     "trl": {"GRPOTrainer": GRPOTrainer},
 }
@@ -147,13 +166,14 @@ def test_areals_engine_pushes(page: dict[str, Any], server: Server) -> None:
 def test_slimes_updater_pushes(page: dict[str, Any], server: Server) -> None:
     address = server.url.removeprefix("http://")
     args = types.SimpleNamespace(rollout_external_engine_addrs=[address])
-    updater = page["UpdateWeightByPush"](args, [], dict, model_name="llama")
-    pairs = list(WEIGHTS.items())
-    chunks = [pairs[:2], pairs[2:]]
-    updater.hf_weight_iterator = types.SimpleNamespace(get_hf_weight_chunks=lambda _: iter(chunks))
-    updater.connect_rollout_engines([], None)
+    updater = page["UpdateWeightByPush"](
+        args, [], lambda: WEIGHTS, model_name="llama", quantization_config={"quant_method": "fp8"}
+    )
+    updater.connect_rollout_engines([], None, engine_gpu_counts=[1], engine_gpu_offsets=[0])
     updater.update_weights()
     updater.rollout.close()
+    assert updater.weight_version == 1, "slime compares it with the engine's"
+    assert updater.pop_metrics() == {}
     assert served(server) == "1"
 
 

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from fp8ctl.engines.base import is_loopback
+from fp8ctl.check.answers import Server
 from fp8ctl.errors import CheckFailedError
-from fp8ctl.gate import without_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from fp8ctl.check.answers import Reply
+
 REPORT_PATH, INSPECT_PATH = "/fp8ctl/report", "/fp8ctl/inspect"
 #: Seconds for all workers to digest their weights: about 1 s per GB on a busy CPU core.
 TIMEOUT = 900.0
+#: Bytes of a report: 140 000 lines of each of 32 ranks; and of values: 64 MiB, packed.
+_REPORT, _VALUES = 1 << 30, 256 << 20
 
 
-def _post(url: str, api_key: str | None, body: object = None) -> Any:
-    import httpx
-
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    trust = not is_loopback(urlsplit(url).hostname or "")
-    return httpx.post(url, json=body, headers=headers, timeout=TIMEOUT, trust_env=trust)
+def _post(url: str, path: str, api_key: str | None, limit: int, body: object = None) -> Reply:
+    with Server(url, api_key, TIMEOUT) as server:
+        return server.post(path, body, limit)
 
 
 def report(url: str, api_key: str | None) -> dict[str, Any] | None:
@@ -30,24 +29,20 @@ def report(url: str, api_key: str | None) -> dict[str, Any] | None:
     import httpx
 
     try:
-        answer = _post(url + REPORT_PATH, api_key)
+        reply = _post(url, REPORT_PATH, api_key, _REPORT)
     except httpx.RequestError as e:
         raise CheckFailedError(
             f"{url}{REPORT_PATH} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
         ) from e
-    if answer.status_code in {404, 405, 501}:
+    if reply.status in {404, 405, 501}:
         return None
-    if answer.status_code != 200:
-        said = without_key(answer.text, api_key)[:300]
+    if reply.status != 200:
         raise CheckFailedError(
-            f"{url}{REPORT_PATH} answers {answer.status_code}: {said}",
+            f"{url}{REPORT_PATH} answers {reply.status}: {reply.text[:300]}",
             hint="fp8ctl logs NAME",
         )
-    try:
-        found: dict[str, Any] = answer.json()
-        sound = {"state", "manifest", "ranks"} <= found.keys()
-    except (ValueError, AttributeError):
-        sound = False
+    found = reply.body
+    sound = isinstance(found, dict) and {"state", "manifest", "ranks"} <= found.keys()
     return found if sound else None  # something else answers any POST with 200
 
 
@@ -65,8 +60,8 @@ def more(
         return []
     body = {"names": list(names), "rows": dict(rows), "most": most}
     try:
-        answer = _post(url + INSPECT_PATH, api_key, body)
-        lines = answer.json()["tensors"] if answer.status_code == 200 else []
-    except (httpx.RequestError, ValueError, KeyError, TypeError):
+        reply = _post(url, INSPECT_PATH, api_key, _VALUES, body)
+        lines = reply.body["tensors"] if reply.status == 200 else []
+    except (httpx.RequestError, KeyError, TypeError):
         return []
     return lines if isinstance(lines, list) else []

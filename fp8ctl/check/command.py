@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from fp8ctl.check import levels
-from fp8ctl.check.levels import LEVELS, Request
+from fp8ctl.check.levels import Request
 from fp8ctl.errors import CheckFailedError, UsageError
 
 if TYPE_CHECKING:
@@ -164,12 +164,7 @@ def _request(
     against: Path | None,
 ) -> Request:
     files = record is not None or against is not None
-    asked = level if level is not None else "logprobs" if files else "live"
-    if asked not in LEVELS:
-        raise UsageError(
-            f"--level {asked!r} is not a level; there is {', '.join(LEVELS[:-1])} and {LEVELS[-1]}",
-            hint=f"fp8ctl check {url} --level weights",
-        )
+    asked = levels.parse(level if level is not None else "logprobs" if files else "live", "--level")
     if files and asked != "logprobs":
         option = "--record" if record is not None else "--against"
         raise UsageError(

@@ -17,7 +17,7 @@ from fp8ctl import __version__, gate
 from fp8ctl.check import code, live
 from fp8ctl.check.verdict import conclude, found_text
 from fp8ctl.engines.base import API_KEY_VARIABLE
-from fp8ctl.errors import CheckFailedError, Fp8ctlError
+from fp8ctl.errors import CheckFailedError, Fp8ctlError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,8 +80,50 @@ class Found:
     data: dict[str, Any] = field(repr=False)
 
 
+def parse(text: str, option: str) -> Level:
+    """Return a level by its name.
+
+    Args:
+        text: as it was typed.
+        option: where.
+
+    Raises:
+        UsageError: there is no such level.
+    """
+    level = next((one for one in LEVELS if one == text), None)
+    if level is None:
+        raise UsageError(
+            f"{option} {text!r} is not a level; there is {', '.join(LEVELS[:-1])} and {LEVELS[-1]}",
+            hint=f"{option} weights",
+        )
+    return level
+
+
 def look(request: Request, report: Reporter) -> Found:
     """Look at a server, level by level.
+
+    Args:
+        request: what to look at, and how far.
+        report: where to show progress and what was seen.
+
+    Raises:
+        Fp8ctlError: as of `further`.
+    """
+    began = time.time()
+    first = live.check(request.url)
+    tell(report, first)
+    return further(request, report, first, began)
+
+
+def further(
+    request: Request,
+    report: Reporter,
+    first: LevelReport,
+    began: float,
+    *,
+    api_key: str | None = None,
+) -> Found:
+    """Look at the levels behind the live one.
 
     A level that failed does not stop the next, unless that could not run: nobody answers, or
     the server's weights are not there.
@@ -89,19 +131,22 @@ def look(request: Request, report: Reporter) -> Found:
     Args:
         request: what to look at, and how far.
         report: where to show progress and what was seen.
+        first: what the live level saw.
+        began: when that began, in seconds since the epoch.
+        api_key: the server's; None takes FP8CTL_API_KEY.
 
     Raises:
         Fp8ctlError: a level could not be judged at all: no source, no torch, a refusal.
     """
-    began = time.time()
-    first = live.check(request.url)
-    tell(report, first)
-    further = LEVELS[1 : LEVELS.index(request.level) + 1]
+    key = api_key or gate.api_key()
     found: dict[Level, Mapping[str, object]] = {}
     why = _stopped(first)
-    for level in further:
-        found[level] = unseen(level, why) if why else _judged(level, request, report, first, found)
-    return assemble(request, first, found, began)
+    for level in LEVELS[1 : LEVELS.index(request.level) + 1]:
+        if why:
+            found[level] = unseen(level, why)
+        else:
+            found[level] = _judged(level, request, report, first, found, key)
+    return assemble(request, first, found, began, api_key=key)
 
 
 def assemble(
@@ -173,6 +218,7 @@ def _judged(
     report: Reporter,
     first: LevelReport,
     found: Mapping[Level, Mapping[str, object]],
+    key: str | None,
 ) -> dict[str, object]:
     """Return what a level says; a server that refuses to be looked at has failed it.
 
@@ -180,7 +226,7 @@ def _judged(
         Fp8ctlError: it cannot be judged from here, and nothing else is wrong with the server.
     """
     try:
-        return _ask(level, request, report)
+        return _ask(level, request, report, key)
     except CheckFailedError as e:
         return unseen(level, e.message) | {"result": "failed"}
     except Fp8ctlError as e:
@@ -189,8 +235,7 @@ def _judged(
         return unseen(level, e.message)
 
 
-def _ask(level: Level, request: Request, report: Reporter) -> dict[str, object]:
-    key = gate.api_key()
+def _ask(level: Level, request: Request, report: Reporter, key: str | None) -> dict[str, object]:
     if level == "weights":
         from fp8ctl.check import weights
 

@@ -28,6 +28,8 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from fp8ctl.formats import Mode
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -49,6 +51,9 @@ BARS: Final = 40
 
 BF16: Final = "bf16"
 BROKEN: Final = "broken"
+FP8: Final = {mode: f"fp8-{mode.value}" for mode in Mode}
+#: Stands in front of those whose scales are dropped.
+UNSCALED: Final = "unscaled-"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,14 +16,14 @@ from urllib.parse import urlsplit
 
 from fp8ctl import gate
 from fp8ctl.check import code, repeat, words
+from fp8ctl.check.answers import Server
 from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
 from fp8ctl.engines.base import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import httpx
-
+    from fp8ctl.check.answers import Reply
     from fp8ctl.gate import Answer
 
 QUESTION: Final = "What is the capital of France?"
@@ -40,16 +39,6 @@ STATE_TIMEOUT: Final = 10.0
 _GET_TIMEOUT: Final = 10.0
 CODE_TIMEOUT: Final = 60.0
 """Seconds for every process of a server to say which code it runs."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An HTTP answer: status, JSON body (None where it is none), seconds it took."""
-
-    status: int
-    body: Any
-    text: str
-    seconds: float
 
 
 @dataclass(slots=True)
@@ -102,26 +91,23 @@ def check(
     key = api_key or gate.api_key()
     look = _Look()
     answer = gate.ask(url, key, STATE_TIMEOUT)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    # A proxy from the environment has no business between this machine and itself.
-    trust = not is_loopback(urlsplit(url).hostname or "")
-    with httpx.Client(headers=headers, timeout=timeout, trust_env=trust) as client:
+    with Server(url, key, timeout) as server:
         try:
-            _see_state(look, client, url, answer)
-            _see_code(look, client, url, answer)
-            model = _see_model(look, client, url)
-            _see_quantisation(look, client, url)
+            _see_state(look, server, answer)
+            _see_code(look, server, answer)
+            model = _see_model(look, server)
+            _see_quantisation(look, server)
             _see_words(look, answer)
             if model is not None:
-                _see_answers(look, client, url, model, expect, answer)
+                _see_answers(look, server, model, expect, answer)
         except httpx.RequestError as e:
             look.failed("connection", f"{type(e).__name__}: {e}", "an answer")
             look.verdict = "unreachable"
     return look.report()
 
 
-def _see_state(look: _Look, client: httpx.Client, url: str, answer: Answer) -> None:
-    health = _get(client, url, "/health")
+def _see_state(look: _Look, server: Server, answer: Answer) -> None:
+    health = server.get("/health", _GET_TIMEOUT)
     (look.ok if health.status == 200 else look.failed)("health", f"HTTP {health.status}", "200")
     if not answer.gated:
         look.not_visible("state", "not started with fp8ctl's entry module: no /fp8ctl/state")
@@ -139,11 +125,11 @@ def _see_state(look: _Look, client: httpx.Client, url: str, answer: Answer) -> N
         look.verdict = "wrong-weights"
 
 
-def _see_code(look: _Look, client: httpx.Client, url: str, answer: Answer) -> None:
+def _see_code(look: _Look, server: Server, answer: Answer) -> None:
     """Ask every process of the server which code it runs; a stock server cannot tell."""
     told = None
     if answer.gated:
-        reply = _get(client, url, code.PATH, CODE_TIMEOUT)
+        reply = server.get(code.PATH, CODE_TIMEOUT)
         if reply.status == 200:
             told = reply.body
         elif reply.status != 404:  # that is an earlier fp8ctl, which has no such route
@@ -153,8 +139,8 @@ def _see_code(look: _Look, client: httpx.Client, url: str, answer: Answer) -> No
     look.code = found.to_json()
 
 
-def _see_model(look: _Look, client: httpx.Client, url: str) -> str | None:
-    reply = _get(client, url, "/v1/models")
+def _see_model(look: _Look, server: Server) -> str | None:
+    reply = server.get("/v1/models", _GET_TIMEOUT)
     if reply.status in {401, 403}:
         look.failed("model", f"HTTP {reply.status}: it wants a key", "FP8CTL_API_KEY set to it")
         return None
@@ -168,12 +154,12 @@ def _see_model(look: _Look, client: httpx.Client, url: str) -> str | None:
     return model
 
 
-def _see_quantisation(look: _Look, client: httpx.Client, url: str) -> None:
+def _see_quantisation(look: _Look, server: Server) -> None:
     """Find the engine's own word for its quantisation, as it was asked for, not as it is."""
     import httpx
 
     try:
-        info = _get(client, url, "/get_server_info")
+        info = server.get("/get_server_info", _GET_TIMEOUT)
     except httpx.ReadTimeout:
         # SGLang 0.4.8 answers this one only after a first generation or update.
         look.not_visible("quantisation", "/get_server_info does not answer")
@@ -181,12 +167,12 @@ def _see_quantisation(look: _Look, client: httpx.Client, url: str) -> None:
     if info.status == 200 and isinstance(info.body, dict) and "quantization" in info.body:
         look.facts["engine"] = f"sglang {info.body.get('version', '?')}"
         look.facts["arguments"] = words.arguments(info.body)
-        word, is_16_bit = words.sglang_word(info.body, _local_config(url, info.body))
+        word, is_16_bit = words.sglang_word(info.body, _local_config(server.url, info.body))
     else:
-        version = _get(client, url, "/version")
+        version = server.get("/version", _GET_TIMEOUT)
         if version.status == 200 and isinstance(version.body, dict):
             look.facts["engine"] = f"vllm {version.body.get('version', '?')}"
-        info = _get(client, url, "/server_info")
+        info = server.get("/server_info", _GET_TIMEOUT)
         word, is_16_bit = words.vllm_word(info.status, info.text), False
     look.facts["quantization"] = word
     if word is None:
@@ -224,15 +210,13 @@ def _local_config(url: str, info: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _see_answers(
-    look: _Look, client: httpx.Client, url: str, model: str, expect: str | None, answer: Answer
+    look: _Look, server: Server, model: str, expect: str | None, answer: Answer
 ) -> None:
     if answer.state in {"unpushed", "updating", "failed"}:
         for name in ("chat", "generation", "log-probabilities", "repeat"):
             look.not_visible(name, f"generation is closed while the server is {answer.state}")
         return
-    chat = _post(
-        client,
-        url,
+    chat = server.post(
         "/v1/chat/completions",
         {
             "model": model,
@@ -247,7 +231,7 @@ def _see_answers(
         look.not_visible("chat", "the model has no chat template")
     else:
         seen = _judge_chat(look, chat, expect)
-    _judge_generation(look, client, url, model, probabilities=not seen)
+    _judge_generation(look, server, model, probabilities=not seen)
 
 
 def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> bool:
@@ -286,15 +270,12 @@ def _judge_probabilities(look: _Look, values: list[Any]) -> None:
         look.ok("log-probabilities", f"{len(values)}, from {min(values):.2f} to {max(values):.2f}")
 
 
-def _judge_generation(
-    look: _Look, client: httpx.Client, url: str, model: str, *, probabilities: bool
-) -> None:
+def _judge_generation(look: _Look, server: Server, model: str, *, probabilities: bool) -> None:
     """Ask for the same raw completion three times: the last two find the prompt in the cache.
 
     Args:
         look: what is seen.
-        client: to ask with.
-        url: the server's.
+        server: to ask.
         model: its name.
         probabilities: judge the log-probabilities of the first: no chat had any.
     """
@@ -304,9 +285,9 @@ def _judge_generation(
         # Of the two that are compared, how near to the next each token was.
         wanted = 2 if number else 1
         more = {"logprobs": wanted} if number or probabilities else {}
-        reply = _post(client, url, "/v1/completions", request | more)
+        reply = server.post("/v1/completions", request | more)
         if reply.status == 400 and number:
-            reply = _post(client, url, "/v1/completions", request)
+            reply = server.post("/v1/completions", request)
         try:
             choice = reply.body["choices"][0]
             text = choice["text"] if isinstance(choice["text"], str) else ""
@@ -328,33 +309,6 @@ def _judge_generation(
                     look.not_visible("log-probabilities", "no answer carries any")
     look.facts["completion"] = choices[-1]["text"]
     look.evidence.append(repeat.judge(*choices[1:]))
-
-
-def _get(client: httpx.Client, url: str, path: str, wait: float = _GET_TIMEOUT) -> Reply:
-    return _reply(client, "GET", url, path, None, wait)
-
-
-def _post(client: httpx.Client, url: str, path: str, body: object) -> Reply:
-    return _reply(client, "POST", url, path, body, client.timeout)
-
-
-def _reply(
-    client: httpx.Client,
-    method: str,
-    url: str,
-    path: str,
-    body: object,
-    wait: float | httpx.Timeout,
-) -> Reply:
-    started = time.monotonic()
-    response = client.request(method, url.rstrip("/") + path, json=body, timeout=wait)
-    # Before anything is cut from it: half a key would not be found.
-    text = gate.without_key(response.text, client.headers.get("Authorization", "")[7:])
-    try:
-        data = json.loads(text)
-    except ValueError:
-        data = None
-    return Reply(response.status_code, data, text, time.monotonic() - started)
 
 
 def _short(text: str) -> str:

@@ -59,15 +59,16 @@ def explain(
     """
     shapes = {**shapes_of(plan), **(shapes or {})}
     owners = _owners(expected)
+    latest = _latest(expected, versions)
     seen: list[Line] = []
     for line in lines:
         one = held.get(line.name)
         if line.bad and line.name in shapes:
             right = expected.get(line.name, ())
-            line = _explained(line, one, shapes[line.name], right, owners, versions)
+            line = _explained(line, one, shapes[line.name], right, owners, versions, latest)
             line = _without_scales(line, held)
         elif line.bad and one is not None:
-            line = _of_version(line, one, expected.get(line.name, ()), versions)
+            line = _of_version(line, one, expected.get(line.name, ()), versions, latest)
             line = _of_another(line, one, owners)
         seen.append(line)
     return seen
@@ -80,6 +81,7 @@ def _explained(
     right: Sequence[int],
     owners: Mapping[int, str],
     versions: Sequence[Version],
+    latest: int,
 ) -> Line:
     """Explain codes or scales."""
     if one is None:
@@ -94,7 +96,7 @@ def _explained(
         for value, text in _UNSET.items():
             if one.digest == constant_digest(struct.pack("<f", value), shape):
                 return replace(line, looks="unscaled", detail=f"every scale is {text}")
-    return _of_another(_of_version(line, one, right, versions), one, owners)
+    return _of_another(_of_version(line, one, right, versions, latest), one, owners)
 
 
 def _of_another(line: Line, one: Held, owners: Mapping[int, str]) -> Line:
@@ -105,7 +107,30 @@ def _of_another(line: Line, one: Held, owners: Mapping[int, str]) -> Line:
     return replace(line, looks="swapped", like=owner)
 
 
-def _of_version(line: Line, one: Held, right: Sequence[int], versions: Sequence[Version]) -> Line:
+def _latest(expected: Mapping[str, Sequence[int]], versions: Sequence[Version]) -> int:
+    """Return which version was the last to bring what is expected, all of it or a part; -1: none.
+
+    A part may be all that came of an update: what it did not bring was brought as often as not by
+    one long before. A part that is alike in all versions is of none.
+    """
+    other = {
+        name
+        for version in versions
+        for name, digest in version.digests.items()
+        if digest not in expected.get(name, (digest,))
+    }
+    for i in reversed(range(len(versions))):
+        brought = versions[i].digests
+        if not other.isdisjoint(brought) and all(
+            digest in expected.get(name, (digest,)) for name, digest in brought.items()
+        ):
+            return i
+    return -1
+
+
+def _of_version(
+    line: Line, one: Held, right: Sequence[int], versions: Sequence[Version], latest: int
+) -> Line:
     """Say of which version a tensor is, if of one that came before what is expected."""
     if not one.replicas_agree:
         return line
@@ -114,7 +139,7 @@ def _of_version(line: Line, one: Held, right: Sequence[int], versions: Sequence[
     if not mine:
         return line
     version = versions[mine[-1]].name
-    if wanted and mine[-1] > wanted[-1]:
+    if wanted and mine[-1] > max(wanted[-1], latest):
         newer = f"is that of {version}, which was brought later"
         return replace(line, detail=", ".join(filter(None, (line.detail, newer))))
     return replace(line, looks="stale", version=version)

@@ -8,15 +8,12 @@ Neither needs a tokenizer here: prompts go as token ids. Called by `logprobs`.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
-from urllib.parse import urlsplit
 
-from fp8ctl.engines.base import is_loopback
+from fp8ctl.check.answers import Server
 from fp8ctl.errors import CheckFailedError, UnsupportedError
-from fp8ctl.gate import without_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,15 +64,8 @@ class Prompts:
     """
 
     def __init__(self, url: str, api_key: str | None, timeout: float = TIMEOUT) -> None:
-        import httpx
-
-        self._url = url.rstrip("/")
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=timeout,
-            # A proxy from the environment has no business between this machine and itself.
-            trust_env=not is_loopback(urlsplit(url).hostname or ""),
-        )
+        self._server = Server(url, api_key, timeout)
+        self._url = self._server.url
         self.engine: Literal["sglang", "vllm"] = "sglang"
         self.version = "?"
         self.model = ""
@@ -90,7 +80,7 @@ class Prompts:
         try:
             self._recognise()
         except BaseException:
-            self._client.close()
+            self._server.close()
             raise
         return self
 
@@ -100,7 +90,7 @@ class Prompts:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._client.close()
+        self._server.close()
 
     def tokenise(self, texts: Sequence[str], cap: int) -> Ids:
         """Return the ids of texts by the server's own tokenizer, at most `cap` each.
@@ -260,23 +250,18 @@ class Prompts:
     def _send(self, method: str, path: str, body: object) -> tuple[int, Any, str]:
         import httpx
 
-        url = self._url + path
         try:
             try:
-                response = self._client.request(method, url, json=body)
+                reply = self._server.ask(method, path, body)
             except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
                 # After an error of its web framework a server closes the connection, which may
                 # be seen at the next request only. Prompts may be asked twice.
-                response = self._client.request(method, url, json=body)
+                reply = self._server.ask(method, path, body)
         except httpx.RequestError as e:
             raise CheckFailedError(
-                f"{url} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
+                f"{self._url}{path} does not answer: {type(e).__name__}: {e}", hint="fp8ctl ps"
             ) from e
-        text = without_key(response.text, self._client.headers.get("Authorization", "")[7:])
-        try:
-            return response.status_code, json.loads(text), text
-        except ValueError:
-            return response.status_code, None, text
+        return reply.status, reply.body, reply.text
 
 
 def _no_numbers(ids: list[list[int]]) -> list[tuple[list[float], list[int]]]:

@@ -50,7 +50,14 @@ def _lines(url: str, api_key: str | None) -> Iterator[dict[str, Any]]:
             status, body = gate.get(url, f"{wire.LOG}?after={after}", api_key, _TIMEOUT, _LIMIT)
             found = json.loads(body) if status == 200 else {}
             lines, following = found["lines"], int(found["next"])
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):
             return
         yield from (line for line in lines if isinstance(line, dict))
         if not lines or following <= after:

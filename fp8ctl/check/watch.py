@@ -107,7 +107,7 @@ def _result(found: Found) -> str:
     """
     end = found.conclusion
     server = found.live.facts.get("server")
-    if end.result != "failed" or not isinstance(server, dict):
+    if end.result == "ok" or not isinstance(server, dict):
         return end.result
     if found.live.other_code or end.verdict in {"bf16-fallback", "unreachable"}:
         return end.result  # nothing that an update could explain

@@ -23,6 +23,7 @@ from fp8ctl.push import replies
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from fp8ctl.errors import Fp8ctlError
     from fp8ctl.wire import Begin, Entry
 
 STATE = "/fp8ctl/state"
@@ -71,6 +72,7 @@ class Server:
         self._key, self._timeout = key or "", timeout
         self._connection: http.client.HTTPConnection | None = None
         self._cut = threading.Event()
+        self._why: Fp8ctlError | None = None
 
     # ---- what it is asked ----
 
@@ -155,8 +157,13 @@ class Server:
 
     # ---- how ----
 
-    def cut(self) -> None:
-        """End a request that waits in another thread, and refuse others until `mend`."""
+    def cut(self, why: Fp8ctlError | None = None) -> None:
+        """End a request that waits in another thread, and refuse others until `mend`.
+
+        Args:
+            why: what they raise; None: that the update was given up.
+        """
+        self._why = why or self._why
         self._cut.set()
         connection = self._connection
         sock = None if connection is None else connection.sock
@@ -168,6 +175,7 @@ class Server:
         """Take requests again, by a new connection."""
         self.close()
         self._cut.clear()
+        self._why = None
 
     @property
     def here(self) -> str:
@@ -219,7 +227,7 @@ class Server:
         left = 2 if repeat else 1
         while True:
             if self._cut.is_set():
-                raise AbortedError(f"the update of {self.url} was given up")
+                raise self._given_up()
             left -= 1
             try:
                 return self._once(method, path, data, timeout)
@@ -229,7 +237,7 @@ class Server:
             except (OSError, http.client.HTTPException) as e:
                 self.close()
                 if self._cut.is_set():
-                    raise AbortedError(f"the update of {self.url} was given up") from None
+                    raise self._given_up() from None
                 if isinstance(e, ConnectionRefusedError) and path == STATE:
                     raise
                 if not left:
@@ -237,6 +245,9 @@ class Server:
             except BaseException:
                 self.close()  # half an answer would be read as that of the next request
                 raise
+
+    def _given_up(self) -> Fp8ctlError:
+        return self._why or AbortedError(f"the update of {self.url} was given up")
 
     def _once(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[int, Any]:
         connection = self._connection

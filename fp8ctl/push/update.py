@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl import ranks as together
 from fp8ctl.errors import Fp8ctlError
 from fp8ctl.forms import tied_head
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
+from fp8ctl.push.company import Company
 from fp8ctl.push.delivery import ByCarrier, Clock
 from fp8ctl.push.fleet import Fleet
 from fp8ctl.push.folder import ByFolder
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fp8ctl.push.link import Link
     from fp8ctl.push.result import Progress
     from fp8ctl.ranks import Ranks
+    from fp8ctl.stream import Stream
     from fp8ctl.wire import InFlight
 
     Named = tuple[str, torch.Tensor]
@@ -84,12 +85,13 @@ class Work:
         self.push = uuid.uuid4().hex
         self._wish, self._link, self._version = wish, link, version
         self._complete, self._ranks, self._quantized = complete, ranks, quantized
-        self._gives = ranks is None or ranks.is_source
+        self._company = Company(ranks, self.push, wish.timeout)
         self._clock = Clock()
         self._fleet = Fleet(servers)
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
         self._recorder: Recorder | None = None
+        self._read: Stream | None = None
         largest, totals = _sizes(wish.plan)
         if totals is None:
             self._slot = wish.bucket_bytes
@@ -152,9 +154,9 @@ class Work:
 
     # ---- its steps ----
 
-    def _stream(self, named_tensors: Any) -> Any:
+    def _stream(self, named_tensors: Any) -> Stream:
         wish = self._wish
-        return placed_weights(
+        self._read = placed_weights(
             named_tensors,
             wish.plan,
             self._filler,
@@ -163,13 +165,13 @@ class Work:
             ranks=self._ranks,
             quantized=self._quantized,
         )
+        return self._read
 
     def _prepare(self, named_tensors: object) -> None:
         """Find every server able to take this, before the source is asked for anything."""
-        ranks = self._ranks
-        if not self._gives:
-            assert ranks is not None
-            together.meet(ranks, "more", patience=self._wish.timeout)
+        company = self._company
+        if not company.gives:
+            company.follow()
             return
         try:
             if self._wish.plan is None and isinstance(named_tensors, Collection):
@@ -185,11 +187,9 @@ class Work:
                     self._wish.record, self._wish.plan, self._version, self.push, self._before
                 )
         except BaseException as e:
-            if ranks is not None:
-                together.leave(ranks, e)
+            company.unable(e)
             raise
-        if ranks is not None:
-            together.meet(ranks, "more")
+        company.begin(self._stop)
 
     def _warm(self) -> None:
         """Compile kernels, where there are any to compile; what is wrong shows when they run."""
@@ -214,18 +214,17 @@ class Work:
 
     def _conclude(self) -> Update:
         """Have all servers serve the new weights, when all have all of them."""
-        ranks = self._ranks
-        if ranks is None:
-            return self._finish()
-        if not self._gives:
-            together.tell(ranks, patience=2 * self._wish.timeout)
+        company = self._company
+        company.conclude()
+        if not company.gives:
+            company.hear()
             return Update(self._version)
         try:
             done = self._finish()
         except BaseException as e:
-            together.tell(ranks, e)
+            company.tell(e)
             raise
-        together.tell(ranks)
+        company.tell()
         return done
 
     def _finish(self) -> Update:
@@ -238,6 +237,7 @@ class Work:
                 buckets = session.load_folder(delivery)
         else:
             buckets = filler.buckets
+        self._company.require_all()
         with self._clock.stage("end"):
             ended = session.end(buckets, filler.skipped)
         link = self._link
@@ -299,17 +299,23 @@ class Work:
 
     # ---- when it fails ----
 
-    def _stop(self) -> None:
-        """End what waits, from another thread."""
+    def _stop(self, why: Fp8ctlError | None = None) -> None:
+        """End what waits, from another thread; on the source, or there by way of another rank."""
+        if not self._company.gives:
+            self._company.call_off()
+            return
         for server in self._fleet.servers:
-            server.cut()
+            server.cut(why)
         if self._delivery is not None:
-            self._delivery.cancel("the update was cancelled")
+            self._delivery.cancel("the update was cancelled" if why is None else why.message)
 
     def _give_up(self, error: BaseException) -> None:
         """Tell all servers that nothing comes of it."""
-        if not self._gives:
+        if self._read is not None and self._read.met:
+            self._company.part(error)
+        if not self._company.gives:
             return
+        self._company.deafen()  # or what it hears would cut what tells the servers
         reason = f"{type(error).__name__}: {error}"
         if self._delivery is not None:
             self._delivery.cancel(reason)
@@ -320,6 +326,7 @@ class Work:
             self._recorder.end(self._told(), "failed", reason)
 
     def _close(self) -> None:
+        self._company.deafen()
         self._fleet.close()
         if self._delivery is not None:
             self._delivery.close()

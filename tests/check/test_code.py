@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import process, registry, server, supervisor
-from fp8ctl.check import code
+from fp8ctl.check import code, levels
 from fp8ctl.check.verdict import Evidence, LevelReport
 from fp8ctl.engines.base import LaunchPlan
 from fp8ctl.errors import CheckFailedError
@@ -238,7 +238,7 @@ class Engine:
         *fake: str,
         shadow: str = "-",
         sabotage: str = "",
-        check: bool = True,
+        check: levels.Level | None = "live",
         await_push: bool = False,
     ) -> tuple[dict[str, Any], str]:
         port = free_port("127.0.0.1")
@@ -289,7 +289,7 @@ def check(*argv: str) -> tuple[int, dict[str, Any], str]:
 def test_workers_that_import_what_was_launched_are_ok_also_when_it_changes_later(
     engine: Engine,
 ) -> None:
-    data, _ = engine.serve(check=False)
+    data, _ = engine.serve(check=None)
     exit_code, document, _ = check(data["url"], "--json")
     found = document["data"]["code"]
     assert (exit_code, found["result"], found["changed_on_disk"]) == (0, "ok", [])
@@ -310,7 +310,7 @@ def test_workers_that_import_what_was_launched_are_ok_also_when_it_changes_later
 def test_a_worker_that_imports_another_file_fails_the_check_which_names_it(engine: Engine) -> None:
     other = engine.shadow / "engine" / "fp8.py"
     other.write_text(SOURCE.replace("1", "2"))
-    data, _ = engine.serve(shadow=str(engine.shadow), check=False)
+    data, _ = engine.serve(shadow=str(engine.shadow), check=None)
     exit_code, document, _ = check(data["url"], "--level", "weights", "--json")
     assert (exit_code, document["error"]["id"]) == (8, "FP8-CHECK-FAILED")
     message = document["error"]["message"]

@@ -290,6 +290,29 @@ def test_weights_of_a_later_version_are_not_stale(plan: Plan, expected: Digests)
     assert "is that of version 2, which was brought later" in why
 
 
+def test_what_half_an_update_did_not_bring_is_stale_also_where_the_whole_came_long_ago(
+    plan: Plan, expected: Digests
+) -> None:
+    """B, back to A, then a part of B: what the part left out is of before, not of later.
+
+    Neither a part of another version nor one that is alike in all of them is a part of B.
+    """
+    held = with_(held_of(expected), Q, digest=7)
+    a, b = {Q: 7, OUT: 8, NORM: expected[NORM]}, {n: expected[n] for n in (Q, OUT, NORM)}
+    before = [Version("A", a), Version("B", b), Version("A again", a)]
+    half = Version("B, a part", {OUT: expected[OUT], NORM: expected[NORM]})
+    assert word(plan, expected, held, [*before, half]) == (
+        "stale",
+        f"1 tensor of 8 is of A again: {Q}",
+    )
+    for last in ({NORM: expected[NORM]}, {OUT: 9}, {OUT: expected[OUT], NORM: 9}):
+        verdict, why = word(plan, expected, held, [*before, Version("C, a part", last)])
+        assert verdict == "wrong-weights"
+        assert "is that of A again, which was brought later" in why
+    verdict, why = word(plan, expected, held, [*before, half, Version("A once more", a)])
+    assert (verdict, "is that of A once more" in why) == ("wrong-weights", True)
+
+
 def test_a_mixture_is_judged_by_what_is_of_no_version(plan: Plan, expected: Digests) -> None:
     held = with_(with_(held_of(expected), OUT, digest=7), Q, digest=8)
     verdict, why = word(plan, expected, held, [Version("version 0", {OUT: 7})])

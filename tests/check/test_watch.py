@@ -163,6 +163,19 @@ def test_a_fault_that_an_update_ran_beside_is_not_judged(
     assert watch._result(found) == result
 
 
+@pytest.mark.parametrize(("updates", "result"), [(1, "not visible"), (2, "skipped")])
+def test_what_a_mixture_of_two_sets_leaves_open_is_not_judged_either(
+    updates: int, result: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the texts were asked of one set and half of the next: no form of FP8 explains it."""
+    now = gate.Answer("ready", gated=True, data={"updates": updates})
+    monkeypatch.setattr(gate, "ask", lambda *_: now)
+    live = LevelReport("live", "ok", None, (), {"server": {"state": "ready", "updates": 1}})
+    level = levels.unseen("logprobs", "FP8 of another kind, or a fault of its size")
+    found = levels.assemble(Request("http://127.0.0.1:1", "logprobs"), live, {"logprobs": level})
+    assert watch._result(found) == result
+
+
 def test_a_server_that_goes_away_is_the_end(tmp_path: Path) -> None:
     page = tmp_path / "check.html"
     with served() as (url, server), Watch(url, "--report", str(page)) as seen:
@@ -346,3 +359,36 @@ def test_a_task_is_run_again_where_its_arguments_or_the_files_of_its_model_chang
         assert len(runs) == 5
     ask()
     assert len(runs) == 6
+
+
+def test_of_what_changes_in_every_round_little_is_kept_and_what_does_not_change_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer writes its checkpoint anew all the time, and a watch runs for weeks."""
+    runs: list[object] = []
+
+    def run(_: Path, task: str, arguments: dict[str, Any], *rest: object) -> dict[str, Any]:
+        runs.append(arguments["round"])
+        return {"round": arguments["round"]}
+
+    monkeypatch.setattr(interpreter, "_run_worker", run)
+    report = Reporter(json_mode=True)
+
+    def ask(round_: object) -> None:
+        found = interpreter.run_worker(
+            Path(sys.executable), "expect", {"round": round_}, report, ""
+        )
+        assert found == {"round": round_}
+
+    with interpreter.remembering("expect"):
+        for number in range(40):
+            ask("every round")
+            ask(number)
+        kept = interpreter._KEPT.get()
+        assert kept is not None
+        assert len(kept.results) == interpreter._MOST
+        assert runs.count("every round") == 1
+        ask(39)
+        assert len(runs) == 41, "the last is kept"
+        ask(0)
+        assert len(runs) == 42, "the first is not"

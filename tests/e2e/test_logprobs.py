@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fp8ctl.check import likelihood, logprobs, recording
+from fp8ctl.check import conclusion, hypotheses, likelihood, logprobs, recording
 from fp8ctl.check.prompts import Prompts
 from fp8ctl.formats import Mode
 from fp8ctl.kernels.groups import block
@@ -30,7 +30,8 @@ from tests.e2e.conftest import free_port, post, random_experts, write_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fp8ctl.check.logprobs import Conclusion, Expected
+    from fp8ctl.check.conclusion import Conclusion
+    from fp8ctl.check.hypotheses import Expected
     from fp8ctl.manifest import Plan
     from tests.e2e.conftest import Cli, Json
 
@@ -285,8 +286,8 @@ class Victim:
         with Prompts(self.url, None) as prompts:
             scores = prompts.score(self.expected.ids)
         found = likelihood.judge(scores, self.expected.hypotheses)
-        stranger = logprobs.conclude(found, None, scores.not_finite)
-        return found, stranger, logprobs.conclude(found, self.plan, scores.not_finite)
+        stranger = conclusion.conclude(found, None, scores.not_finite)
+        return found, stranger, conclusion.conclude(found, self.plan, scores.not_finite)
 
 
 def fp8(state: State, plan: Plan, size: tuple[int, int] | None = None) -> State:
@@ -323,7 +324,7 @@ def victim(cli: Cli, model: Path, folder: Path) -> Iterator[Victim]:
             fp8(older, plan),
             folder,
             Path(served.json()["model_path"]),
-            logprobs.expect(model, "sglang", report, plan),
+            hypotheses.expect(model, "sglang", report, plan),
         )
 
 

@@ -1,7 +1,7 @@
 """Pushes to the real SGLang 0.4.8 on a CPU: what is served, what runs meanwhile, what goes wrong.
 
-The session itself is tested on a table of ranks (tests/engines/hooks/test_updates.py); here the
-weights are real, and so are the requests that an update meets.
+The session itself is tested on a table of ranks (tests/engines/hooks, by `pushing.Server`); here
+the weights are real, and so are the requests that an update meets.
 """
 
 from __future__ import annotations
@@ -357,18 +357,23 @@ def experts_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.long
 @pytest.mark.parametrize("mode", ["block", "per-tensor", "online"])
 def test_ten_updates_of_experts(mode: str, cli: Cli, experts_model: Path, tmp_path: Path) -> None:
+    """By every way; A and B are what servers say that were started on them."""
+    state = step(load_file(str(experts_model / "model.safetensors")))
+    with serving(cli, write_model(tmp_path / "B", experts_model, state, {}), mode) as other:
+        seen = {"B": other.fresh}
     with serving(cli, experts_model, mode) as one:
-        seen: dict[str, list[float]] = {"A": one.fresh}
-        with Pusher(one.url) as pusher:
-            for i in range(10):
-                version = "BA"[i % 2]
-                pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
-                assert seen.setdefault(version, one.logprobs) == one.logprobs, i
-            assert far(seen["A"], seen["B"])
-            if mode != "online":  # there the loaders quantise
-                sent = [e for bucket in one.a for e in bucket.entries]
-                copied = [e for e in sent if not e.name.endswith("weight_scale")]
-                assert pusher.ways["copies"] == len(copied)
+        seen["A"] = one.fresh
+        assert far(seen["A"], seen["B"])
+        for kind in ("memory", "group"):
+            with Pusher(one.url, kind) as pusher:
+                for i in range(10):
+                    version = "BA"[i % 2]
+                    pusher.update(f"{version}{i}", one.b if version == "B" else one.a)
+                    assert seen[version] == one.logprobs, (kind, i)
+                if mode != "online":  # there the loaders quantise
+                    sent = [e for bucket in one.a for e in bucket.entries]
+                    copied = [e for e in sent if not e.name.endswith("weight_scale")]
+                    assert pusher.ways["copies"] == len(copied)
         with Pusher(one.url, "disk") as disk:
             for i in range(10):
                 version = "BA"[i % 2]

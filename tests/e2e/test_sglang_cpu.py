@@ -143,11 +143,11 @@ def test_every_mode_starts_on_the_fully_patched_engine(
     launched = cli.run(
         "launch",
         *("--backend", "sglang", "--python", str(cli.python), "--model", str(small_model)),
-        *("--mode", mode, "--port", str(free_port()), "--detach"),
+        *("--mode", mode, "--port", str(free_port()), "--detach", "--check", "weights"),
     )
     try:
-        found = cli.run("check", launched["url"], "--level", "weights")
-        assert found["verdict"] == "fp8-ok"
+        found = launched["check"]
+        assert (found["level"], found["verdict"]) == ("weights", "fp8-ok")
         own = "what SGLang's own kernel makes of the source"
         assert (own in found["weights"]["message"]) is (mode == "online")
     finally:

@@ -150,7 +150,10 @@ def push(
             if name != "online" and any(one["verified"] != one["sent"] for one in told):
                 raise FailedError(f"equal: {[(one['verified'], one['sent']) for one in told]}")
             middle = round(statistics.median(walls[1:]), 4)
-            row |= {f"push_s_{megabytes}": middle, "push_gb": round(told[-1]["bytes_sent"] / 1e9, 3)}
+            row |= {
+                f"push_s_{megabytes}": middle,
+                "push_gb": round(told[-1]["bytes_sent"] / 1e9, 3),
+            }
             seen |= {"walls": walls, "stages": told[-1]["stages"], "loading": told[-1]["loading"]}
             seen["seen"] = f"first {walls[0]} s, then {min(walls[1:])} to {max(walls[1:])} s"
             seen["seen"] += f", median {middle} s; {row['push_gb']:.2f} GB"

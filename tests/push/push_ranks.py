@@ -20,7 +20,15 @@ from fp8ctl.stream import Ranks
 from tests.stream_ranks import sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
+
+
+async def cancelled(doing: Coroutine[Any, Any, Any]) -> Any:
+    """Cancel an update that waits for the other rank."""
+    task = asyncio.ensure_future(doing)
+    await asyncio.sleep(3)
+    task.cancel()
+    return await task
 
 
 def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: list[str]) -> Any:
@@ -29,6 +37,7 @@ def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: lis
     patience = 8.0 if "dead" in cases else 90.0
     ranks = Ranks(dist.new_group(backend="gloo"), source=0, timeout=patience)
     rollout = Rollout(good, plan, bucket_bytes=9_000)
+    unable, whole = Rollout(bad, plan), Rollout(good, plan)
     told = []
     for version, case in enumerate(cases):
 
@@ -42,19 +51,24 @@ def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: lis
                     return
                 spoilt = case == "nan" and i == 6
                 yield name, torch.full(parameter.shape, torch.nan) if spoilt else parameter
+            if case in ("late-0", "late-1") and case != f"late-{rank}":
+                time.sleep(6)  # the other rank has no tensor left, and is cancelled meanwhile
 
-        one = Rollout(bad, plan) if case == "refused" else rollout
+        one = {"refused": unable, "late-0": whole, "late-1": whole}.get(case, rollout)
         started = time.monotonic()
         try:
-            if case == "async":
+            if case == f"late-{rank}" or (case == "cancelled" and rank == 1):
+                done = asyncio.run(cancelled(one.aupdate(named(), version, ranks=ranks)))
+            elif case in ("async", "cancelled", "late-0", "late-1"):
                 done = asyncio.run(one.aupdate(named(), version, ranks=ranks))
             else:
                 done = one.update(named(), version, ranks=ranks, complete=case != "fewer")
-            answer = {"sent": done.sent}
-        except Exception as e:  # noqa: BLE001 - the test looks at it
-            answer = {"error": type(e).__name__, "message": str(e)}  # type: ignore[dict-item]
+            answer: dict[str, Any] = {"sent": done.sent}
+        except (Exception, asyncio.CancelledError) as e:  # noqa: BLE001 - the test looks at it
+            answer = {"error": type(e).__name__, "message": str(e)}
         told.append({"case": case, "seconds": time.monotonic() - started, **answer})
     rollout.close()
+    whole.close()
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -61,6 +62,44 @@ def test_ranks_return_and_raise_together(tmp_path: Path) -> None:
     assert "3 tensors are not what was sent" in other[1]["message"]
     assert "OSError: rank 1 has trouble" in source[4]["message"]
     # At once, and not after the ranks' time-out.
+    assert max(one["seconds"] for one in source + other) < 60
+
+
+def test_a_cancelled_rank_is_heard_by_a_source_that_waits_for_servers(tmp_path: Path) -> None:
+    """Requests in flight may take ten minutes; the group of the ranks works afterwards."""
+
+    async def requests_run(begin: Any) -> Any:
+        if begin["version"] == "0":
+            await asyncio.sleep(60)
+        return None
+
+    plan = planned(weights())
+    with serving(plan) as good, serving(plan, stock=True) as bad:
+        good.faults[wire.BEGIN] = requests_run
+        (_, source), (_, other) = run(tmp_path, good, bad, "cancelled", "async")
+        assert good.state == "ready"
+        assert holds(good, [*quantize_weights(weights().items(), plan)])
+    assert (source[0].get("error"), other[0].get("error")) == ("ConflictError", "CancelledError")
+    assert "rank 1 ended the stream before its end: CancelledError" in source[0]["message"]
+    assert max(source[0]["seconds"], other[0]["seconds"]) < 30
+    assert source[1].get("sent")
+
+
+def test_a_rank_that_is_cancelled_when_all_tensors_have_come_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    """The others wait for the outcome then: a source tells it, another rank hears it."""
+    plan = planned(weights())
+    with serving(plan) as good, serving(plan, stock=True) as bad:
+        (_, source), (_, other) = run(tmp_path, good, bad, "late-1", "late-0", "async")
+        assert good.state == "ready"
+        assert holds(good, [*quantize_weights(weights().items(), plan)])
+    errors = [(one.get("error"), two.get("error")) for one, two in zip(source, other, strict=True)]
+    assert errors == [
+        ("ConflictError", "CancelledError"),
+        ("CancelledError", "ConflictError"),
+        (None, None),
+    ]
     assert max(one["seconds"] for one in source + other) < 60
 
 

@@ -2,7 +2,7 @@
 
 A rank that digests does not compute; so `report` asks for a slice at a time, and requests go
 on between two. Of tensors that differ it asks a second question: sums of rows, which say
-where, and values. Run by `receiver.Receiver`.
+where, and values. Run by `inventory.Inventory`.
 """
 
 from __future__ import annotations

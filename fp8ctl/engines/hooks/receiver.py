@@ -10,87 +10,25 @@ proven where they lie, by copies (`rectangles`).
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import time
 import traceback
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8ctl import wire
-from fp8ctl.engines.hooks import inspection, manifest
+from fp8ctl.engines.hooks.inventory import Inventory
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
-from fp8ctl.engines.hooks.shards import Walk
-from fp8ctl.engines.hooks.walk import Known
+from fp8ctl.engines.hooks.slots import Slots
 from fp8ctl.kernels import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from fp8ctl.carriers.ends import Receiver as Carrier
-    from fp8ctl.engines.hooks.shards import Form, More
+    from fp8ctl.engines.hooks.engine import Engine
+    from fp8ctl.engines.hooks.slots import Open
 
 Named = tuple[str, torch.Tensor]
-
-#: Views that are kept: more than a model has tensors, in each of the slots.
-_MOST_SEEN = 1 << 18
-
-
-class Own(NamedTuple):
-    """What a model shows whose engine made codes and scales of its own, in a way that is known.
-
-    Attributes:
-        word: "online": the engine quantised 16-bit weights, with a scale for each row; "shared": of
-            a per-tensor checkpoint, with one scale for all that it fuses.
-        form: gives a parameter the form [out, in] that it has in a checkpoint.
-        more: yields the scales that are no parameters, as `weight_scale` [out, 1].
-    """
-
-    word: Literal["online", "shared"]
-    form: Form
-    more: More | None = None
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What an engine says of its models.
-
-    Attributes:
-        form: gives a parameter the form that it has in a checkpoint, from what the kernels
-            really read; None for a model in which some layer cannot show it.
-        copies: gives the parameter in that form where memory has this form and its loader
-            does nothing but copy into it, None for every other one; None for a model in
-            which something is derived from the weights after they are loaded.
-        obstacles: returns why a model cannot be loaded a second time; empty where it can.
-        guard: calls `fp8ctl_unfilled` or `fp8ctl_forget` of the engine's unscaled guard;
-            {} where that patch is not applied.
-        settle: brings up to date what the engine derived from the weights.
-        own: returns how a model shows what its engine made itself; None where it made nothing, or
-            in a way that is not known.
-    """
-
-    form: Callable[[torch.nn.Module], Form | None]
-    copies: Callable[[torch.nn.Module], Form | None]
-    obstacles: Callable[[torch.nn.Module], Iterable[str]]
-    guard: Callable[[str, torch.nn.Module], Any]
-    settle: Callable[[torch.nn.Module], None] = lambda _model: None
-    own: Callable[[torch.nn.Module], Own | None] = lambda _model: None
-
-
-def guard_in(module: str) -> Callable[[str, torch.nn.Module], Any]:
-    """Return what calls the unscaled guard of a patched engine, as `Engine.guard` says.
-
-    Args:
-        module: of the engine, that the patch puts it in.
-    """
-
-    def guard(function: str, model: torch.nn.Module) -> Any:
-        known = getattr(importlib.import_module(module), function, None)
-        return known(model) if known is not None else {}
-
-    return guard
 
 
 class Receiver:
@@ -111,7 +49,7 @@ class Receiver:
         engine: Engine,
         *,
         tp_rank: int | None = None,
-        open_carrier: Callable[[Mapping[str, Any], int, torch.device], Carrier] | None = None,
+        open_carrier: Open | None = None,
     ) -> None:
         """Take a model over.
 
@@ -121,22 +59,19 @@ class Receiver:
             engine: what its engine says of it.
             tp_rank: of this process among those that share the same layers; `rank` where
                 layers are not divided otherwise.
-            open_carrier: instead of `carriers.receive`.
+            open_carrier: instead of `carriers.ends.receive`.
         """
         self.model = model
         self.rank = rank
-        self._tp_rank = rank if tp_rank is None else tp_rank
         self.arrived: set[str] = set()
         self.broken = False
         self._engine = engine
         self._load_weights: Any = getattr(model, "load_weights", None)
-        self._open = open_carrier or _open_carrier
-        self._carrier: Carrier | None = None
+        self._slots = Slots(open_carrier)
         self._by_loader: set[str] = set()
-        self._rectangles = Rectangles(model, self._tp_rank, engine.copies)
-        self._known = Known()
-        #: Views of the carrier's slots: where a tensor lay, it most often lies again.
-        self._seen: dict[tuple[object, ...], torch.Tensor] = {}
+        tp_rank = rank if tp_rank is None else tp_rank
+        self._rectangles = Rectangles(model, tp_rank, engine.copies)
+        self._inventory = Inventory(model, rank, tp_rank, engine)
         self._settled = True
 
     @property
@@ -176,7 +111,7 @@ class Receiver:
         if what == "names":
             return self.names()
         if what == "inspect":
-            return self.inspect(details["names"], details["rows"], details["most"])
+            return self._inventory.inspect(details["names"], details["rows"], details["most"])
         if what == "trust":
             return self.trust(details["names"])
         if what == "refittable":
@@ -190,8 +125,8 @@ class Receiver:
             Exception: of the carrier, with the reason.
         """
         self.disconnect()
-        self._known.forget()
-        self._carrier = self._open(offer, self.rank, self.device)
+        self._inventory.forget()
+        self._slots.open(offer, self.rank, self.device)
         if self.device.type == "cuda":
             # Compiled now, and not when the gate is closed for an update's end.
             with contextlib.suppress(Exception):
@@ -200,16 +135,14 @@ class Receiver:
 
     def disconnect(self) -> dict[str, Any]:
         """Close the carrier, if one is open."""
-        carrier, self._carrier = self._carrier, None
         # No tensor may be left that uses the carrier's memory.
         self._let_go()
-        if carrier is not None:
-            carrier.close()
+        self._slots.close()
         return {}
 
     def _let_go(self) -> None:
         """Hold no tensor that uses a carrier's memory, and nothing that was found out for it."""
-        self._seen.clear()
+        self._slots.forget()
         self._rectangles.forget()
         digest.forget()
 
@@ -244,7 +177,7 @@ class Receiver:
         error = ""
         names: list[str] = []
         try:
-            held = self._views(slot, nbytes, wire.read_entries(list(entries), nbytes))
+            held = self._slots.views(slot, nbytes, wire.read_entries(list(entries), nbytes))
             copies, others = self._rectangles.part(held)
             clock.lap("bucket")
             touched = True
@@ -305,60 +238,12 @@ class Receiver:
         return {}
 
     def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
-        """Return place, type and digest of what this rank holds.
-
-        Args:
-            start, most: of a slice, as `inspection.digests` takes them; None for a start asks
-                for nothing.
-
-        Returns:
-            rank; format: "checkpoint", the word of an `Own`, or "engine" (a kernel's own form);
-            unfilled: what the unscaled guard saw nobody load; tensors, next and seconds as
-            `inspection.digests`.
-        """
-        word, walk = self._walk()
-        told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
-        if start is not None:
-            # A slice is asked for by a check, which is to look for itself.
-            told = inspection.digests(self._known.of(walk) if most is None else walk, start, most)
-        unfilled = self._engine.guard("fp8ctl_unfilled", self.model)
-        return {"rank": self.rank, "format": word, "unfilled": unfilled, **told}
-
-    def inspect(
-        self, names: Sequence[str], rows: Mapping[str, Sequence[int]], most: int
-    ) -> dict[str, Any]:
-        """Return more of a few tensors: `tensors`, as `inspection.inspect` has them."""
-        told = inspection.inspect(self._walk()[1], names, rows, most)
-        return {"rank": self.rank, "tensors": told}
-
-    def _walk(self) -> tuple[str, Walk]:
-        """Return the word for the form that weights are shown in, and the way to them."""
-        form = self._engine.form(self.model)
-        own = None if form is not None else self._engine.own(self.model)
-        if own is not None:
-            walk = Walk(self.model, self._tp_rank, own.form, own.more, self._on_disk)
-            return own.word, walk
-        word = "engine" if form is None else "checkpoint"
-        return word, Walk(self.model, self._tp_rank, form, on_disk=self._on_disk)
-
-    @functools.cached_property
-    def _on_disk(self) -> frozenset[str]:
-        """Names of the tensors of the plan's checkpoint."""
-        return frozenset(tensor["name"] for tensor in manifest.read().get("tensors", []))
+        """Return place, type and digest of what this rank holds, as `Inventory.digests`."""
+        return self._inventory.digests(start, most)
 
     def names(self) -> dict[str, Any]:
-        """Return the checkpoint tensors that this rank holds: names, and those tied to others."""
-        where: dict[tuple[int, torch.Size], str] = {}
-        same: dict[str, str] = {}
-        names: dict[str, None] = {}
-        walk = Walk(self.model, self._tp_rank, self._engine.form(self.model))
-        for held in walk.shards():
-            names[held.name] = None
-            if held.tensor.numel():
-                first = where.setdefault((held.tensor.data_ptr(), held.tensor.shape), held.name)
-                if first != held.name:
-                    same[held.name] = first
-        return {"names": [*names], "same": same}
+        """Return the checkpoint tensors that this rank holds, as `Inventory.names`."""
+        return self._inventory.names()
 
     def trust(self, names: Iterable[str]) -> dict[str, Any]:
         """Let tensors be copied from now on, as `rectangles` says.
@@ -379,7 +264,7 @@ class Receiver:
         """Load by a route of the engine's own; remember what was taken or that it raised."""
         self._rectangles.distrust()
         # It may put parameters elsewhere: nothing here may keep the old ones alive.
-        self._known.forget()
+        self._inventory.forget()
         self._rectangles.forget()
         self._settled = False
         return self._load(named, *args, **kwargs)
@@ -397,39 +282,11 @@ class Receiver:
             self.broken = True
             raise
 
-    def _views(self, slot: int, nbytes: int, entries: Iterable[wire.Entry]) -> list[Named]:
-        if self._carrier is None:
-            raise RuntimeError("no carrier is open")
-        bucket = self._carrier.bucket(slot, nbytes)
-        address, found = bucket.data_ptr(), []
-        for entry in entries:
-            key = (address, *entry[:4])  # name, dtype, shape, offset
-            tensor = self._seen.get(key)
-            if tensor is None:
-                if len(self._seen) >= _MOST_SEEN:  # other layouts than before
-                    self._seen.clear()
-                tensor = self._seen[key] = view(bucket, entry)
-            found.append((entry.name, tensor))
-        return found
-
-
-def view(bucket: torch.Tensor, entry: wire.Entry) -> torch.Tensor:
-    """Return a tensor that lies in a bucket, without a copy."""
-    bits = bucket[entry.offset : entry.offset + entry.nbytes]
-    dtype: torch.dtype = getattr(torch, entry.dtype)
-    return bits.view(dtype).view(entry.shape)
-
 
 def wait_for(device: torch.device) -> None:
     """Return when the device has done what was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _open_carrier(offer: Mapping[str, Any], rank: int, device: torch.device) -> Carrier:
-    from fp8ctl.carriers import ends
-
-    return ends.receive(offer, rank, device)
 
 
 class _Clock:

@@ -5,7 +5,7 @@ holds. A bucket of tensors can then be copied with one call, around the engine's
 That is sound for tensors that `Rectangles.trust` has let in, and only for them. It takes
 all of this:
 
-- The engine's module says so (`receiver.Engine.copies`): memory has the checkpoint's own
+- The engine's module says so (`engine.Engine.copies`): memory has the checkpoint's own
   form, and the loader does nothing but copy. Scales whose loader renews a kernel's copy,
   and weights that the engine quantises itself, are never in.
 - The tensor went in through its loader before, and afterwards the digest of what all
@@ -62,7 +62,7 @@ class Rectangles:
         Args:
             model: as the engine built and loaded it.
             tp_rank: of this process among those that share the same layers.
-            copies: `receiver.Engine.copies`.
+            copies: `engine.Engine.copies`.
         """
         self._model = model
         self._copies = copies

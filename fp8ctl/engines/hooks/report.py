@@ -2,7 +2,7 @@
 
 A worker that digests computes nothing else, so digests are asked for in slices: requests that
 run go on in between. A set that changed meanwhile would be a mixture that never was; then they are
-asked for once more, in one piece.
+asked for in one piece, until nothing has changed beside it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ REPORT, INSPECT = "/fp8ctl/report", "/fp8ctl/inspect"
 
 #: Bytes of weights that a worker digests at a time: a third of a second on a busy CPU core.
 SLICE = 256 << 20
+#: How often that is tried beside a trainer that updates all the time.
+AGAIN = 5
 #: Of one question about single tensors: how many, and bytes of the values of all.
 TENSORS, VALUES = 64, 64 << 20
 #: Tensors of one question to the ranks.
@@ -72,16 +74,27 @@ async def digests(workers: Workers, gate: Gate, memory: Memory) -> list[dict[str
 
     Returns:
         By rank: `rank`, `format`, `tensors`, `unfilled`, and `seconds`: `total`, `longest` (of
-        one slice) and `slices`.
+        one slice) and `slices`. Nothing while an update is on its way.
 
     Raises:
+        RefusedError: the weights changed each time.
         RuntimeError: a rank could not say it.
     """
     before = _weights(gate)
     found = await _in_slices(workers, memory)
-    if _weights(gate) != before:
+    for _ in range(AGAIN):
+        if _weights(gate) == before:
+            return found
+        if gate.state == "updating":
+            return []
+        # Also beside this an update may begin and end.
+        before = _weights(gate)
         found = [_timed(answer) for answer in await _ask(workers, memory, "digests")]
-    return found
+    if _weights(gate) == before:
+        return found
+    raise RefusedError(
+        503, "FP8-BUSY", f"the weights changed {AGAIN + 1} times while they were digested"
+    )
 
 
 def _weights(gate: Gate) -> tuple[str, int]:

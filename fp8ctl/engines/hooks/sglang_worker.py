@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.engines.hooks import loaded, ranklog, sglang_holding, shards, trace
+from fp8ctl.engines.hooks.engine import Engine, Own, guard_in
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, guard_in
+from fp8ctl.engines.hooks.receiver import Receiver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

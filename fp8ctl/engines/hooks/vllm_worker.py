@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl.engines.hooks import loaded, ranklog, shards, trace, vllm_holding
+from fp8ctl.engines.hooks.engine import Engine, Own, guard_in
 from fp8ctl.engines.hooks.imports import after_import
-from fp8ctl.engines.hooks.receiver import Engine, Own, Receiver, guard_in, wait_for
+from fp8ctl.engines.hooks.receiver import Receiver, wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -17,7 +17,7 @@ from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
 PLAN = {
@@ -310,3 +310,72 @@ class Server:
         if answer[0] != 200:
             return answer
         return await self.end(2, version)
+
+
+# --- steps of tests -------------------------------------------------------------------------------
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """Run a test, and let nothing that it started go on."""
+
+    async def alone() -> None:
+        await asyncio.wait_for(test, 20)
+        me = asyncio.current_task()
+        rest = [t for t in asyncio.all_tasks() if t is not me]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    asyncio.run(alone())
+
+
+async def never() -> None:
+    await asyncio.Event().wait()
+
+
+async def until(true: Callable[[], bool]) -> None:
+    """Wait for something that other tasks bring about."""
+    for _ in range(2000):
+        if true():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("it did not come to that")
+
+
+def error(answer: tuple[int, Any]) -> tuple[int, str, str]:
+    """Return what a refusal says: status, id, and the state that the server is in."""
+    status, body = answer
+    return status, body["error"]["id"], body["state"]
+
+
+async def flipped(server: Server) -> tuple[int, Any]:
+    """One scale is not what was sent, on one rank."""
+    await server.begin()
+    await server.bucket(0, NAMES)
+    server.workers.held[1]["a.weight_scale_inv"] = digest("D", "a.weight_scale_inv")
+    return await server.end(1)
+
+
+async def from_disk(server: Server, path: str, version: str = "B") -> tuple[int, Any]:
+    """Bring a whole set in a folder; return the first refusal, or the answer to END."""
+    await server.connect("disk")
+    await server.begin(version)
+    found = [
+        {"name": n, "dtype": d, "shape": list(s), "offset": 0} for n, (d, s) in TENSORS.items()
+    ]
+    push = f"push-{version}"
+    status, answer = await server.post(wire.BUCKET, push=push, number=0, path=path, entries=found)
+    return (status, answer) if status != 200 else await server.end(1, version)
+
+
+def sixteen(names: list[str] = NAMES) -> list[str]:
+    return [name for name in names if "_scale" not in name]
+
+
+async def push_16_bits(server: Server, names: list[str], version: str) -> tuple[int, Any]:
+    await server.begin(version)
+    for i, name in enumerate(names):
+        status, answer = await server.bucket(i, [name], version, dtype="bfloat16")
+        if status != 200:
+            return status, answer
+    return await server.end(len(names), version)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from fp8ctl.engines.hooks import report
+from fp8ctl.engines.hooks.engine import Engine
 from fp8ctl.engines.hooks.gate import Gate, Outcome
 from fp8ctl.engines.hooks.memory import Memory
-from fp8ctl.engines.hooks.receiver import Engine, Receiver
+from fp8ctl.engines.hooks.receiver import Receiver
 from fp8ctl.held import gather
 from fp8ctl.kernels.digest import digest
 
@@ -126,6 +127,79 @@ def test_weights_that_change_between_two_slices_are_told_anew_in_one_piece(
     sevens = digest(torch.full((8, 8), 7.0))
     assert {one.digest for one in held.values()} == {sevens}, "a mixture never was"
     assert workers.asked[-1] == {"what": "digests"}
+
+
+def fill(workers: Workers, value: float, layers: slice = slice(None)) -> None:
+    """Load some layers, as a bucket does."""
+    with torch.no_grad():
+        for parameter in list(workers.models[0].parameters())[layers]:
+            parameter.fill_(value)
+
+
+def test_weights_that_change_again_beside_the_second_look_are_told_anew_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second update begins when the first is told of, and ends before that is an answer."""
+    monkeypatch.setattr(report, "SLICE", 300)
+    workers, there = Workers(1), gate()
+    whole: list[int] = []
+
+    def update() -> None:
+        if len(workers.asked) == 2:
+            there.begin_update()
+            fill(workers, 7)
+            there.end_update(Outcome("applied"))
+            fill(workers, 8, slice(2))  # the first bucket of the next
+        elif workers.asked[-1] == {"what": "digests"} and not whole:
+            whole.append(1)
+            there.begin_update()
+            fill(workers, 8)
+            there.end_update(Outcome("applied"))
+
+    workers.meanwhile = update
+    status, body = answer(workers, there)
+    assert (status, body["state"]["state"]) == (200, "ready")
+    held = gather(body["ranks"])
+    assert {one.digest for one in held.values()} == {digest(torch.full((8, 8), 8.0))}
+
+
+def test_ranks_in_the_middle_of_an_update_are_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It may end while they answer, and the mixture would be told of a server that is ready."""
+    monkeypatch.setattr(report, "SLICE", 300)
+    workers, there = Workers(1), gate()
+
+    def update() -> None:
+        if len(workers.asked) == 2:
+            there.begin_update()
+            fill(workers, 7, slice(2))
+        elif workers.asked[-1] == {"what": "digests"}:
+            fill(workers, 7)
+            there.end_update(Outcome("applied"))
+
+    workers.meanwhile = update
+    status, body = answer(workers, there)
+    assert (status, body["state"]["state"], body["ranks"]) == (200, "updating", [])
+    assert {"what": "digests"} not in workers.asked
+
+
+def test_weights_that_never_rest_are_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "SLICE", 300)
+    workers, there = Workers(1), gate()
+
+    def update() -> None:
+        there.begin_update()
+        there.end_update(Outcome("applied"))
+
+    workers.meanwhile = update
+    status, body = answer(workers, there)
+    assert (status, "the weights changed 6 times" in body["error"]) == (503, True)
+    assert workers.asked.count({"what": "digests"}) == report.AGAIN
+    # One that rests at last is told.
+    workers.asked.clear()
+    workers.meanwhile = lambda: update() if len(workers.asked) < 5 else None
+    assert answer(workers, there)[0] == 200
 
 
 def test_while_an_update_is_on_its_way_no_rank_is_asked() -> None:

@@ -1,0 +1,38 @@
+"""Which tensors the ranks were told that they hold as they were sent.
+
+Being told makes the next update faster (`rectangles`): so it is told once, of each tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8ctl.engines.hooks.resting import quietly
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fp8ctl.engines.hooks.workers import Workers
+
+
+class Trust:
+    """What all ranks of one server trust."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers = workers
+        self._told: set[str] = set()
+
+    async def tell(self, names: Iterable[str]) -> None:
+        """Tell the ranks which tensors lie where they should; a failure is told again next time."""
+        more = [name for name in names if name not in self._told]
+        if more and not await quietly(self._workers.ask("trust", names=more)):
+            self._told.update(more)
+
+    def lost(self) -> None:
+        """Note that the ranks trust nothing any more: something else has written weights."""
+        self._told.clear()
+
+    async def withdraw(self) -> None:
+        """Have the ranks trust nothing, and count what arrives from nothing."""
+        self._told.clear()
+        await quietly(self._workers.ask("forget"))

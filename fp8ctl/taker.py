@@ -1,0 +1,301 @@
+"""Tensors are taken one by one, and become FP8 bucket by bucket; `stream` gives them on.
+
+A bucket is what the kernels quantise in one launch and all the memory that is used. Over ranks
+each bucket begins with a meeting, and ends with the word of the source that it is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager, nullcontext, suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fp8ctl import formats
+from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
+from fp8ctl.kernels import quantize as kernels
+from fp8ctl.kernels.inputs import NonFiniteError
+from fp8ctl.ranks import leave, meet, tell
+from fp8ctl.wire import ALIGN, DTYPES, Slot
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from fp8ctl.forms import Form
+    from fp8ctl.ranks import Ranks
+
+    Named = tuple[str, torch.Tensor]
+    #: Name, tensor, whether it becomes FP8, and the places that it needs in a push.
+    _Held = tuple[str, torch.Tensor, bool, Sequence[Slot]]
+
+
+class Placing(Protocol):
+    """A push, as the stream sees it.
+
+    Attributes:
+        limit: bytes of outputs that are placed together; a larger tensor comes alone.
+        patience: seconds that a place may have to be waited for.
+    """
+
+    limit: int
+    patience: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights are quantised."""
+
+    def wants(self, name: str) -> bool:
+        """Say whether a tensor of this name is taken at all."""
+
+    def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
+        """Return memory for these tensors; may wait until there is some."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Return what measures a stage of the work."""
+
+    def in_thread(self, work: Callable[[], list[Named]]) -> Awaitable[list[Named]]:
+        """Do what would block an event loop; ends with `work`, also when it is cancelled."""
+
+
+class Taker:
+    """Takes tensors one by one and gives what they become, bucket by bucket."""
+
+    def __init__(
+        self,
+        form: Form,
+        bucket_bytes: int,
+        device: torch.device | None,
+        dtype: torch.dtype | None,
+        complete: bool,
+        ranks: Ranks | None,
+        placing: Placing | None = None,
+    ) -> None:
+        self._form, self._limit = form, bucket_bytes
+        self._device, self._dtype = device, dtype
+        self._complete, self._ranks = complete, ranks
+        self.placing = placing
+        self._held: list[_Held] = []
+        self._bytes = 0
+        self._came: set[str] = set()
+        #: Of who reads the stream, for the other ranks.
+        self.why: BaseException | None = None
+        # True between a bucket's beginning and the word of the source that it is done.
+        self._open = False
+        # True when all ranks know that no more comes; `met`: since all has come.
+        self._over = ranks is None
+        self.met = False
+
+    def take(self, item: Any) -> Iterable[Named]:
+        """Take a tensor; return what a full bucket becomes, which is made while it is read."""
+        try:
+            name, tensor = item
+        except (TypeError, ValueError):
+            raise TypeError(f"{type(item).__name__} where (name, tensor) was expected") from None
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            found = f"({type(name).__name__}, {type(tensor).__name__})"
+            raise TypeError(f"{found} where (name, tensor) was expected")
+        if self.placing is not None and not self.placing.wants(name):
+            return ()
+        if name in self._came:
+            raise ConflictError(f"{name} comes a second time", data={"tensor": name})
+        self._came.add(name)
+        codes = self._form.codes(name)
+        if codes and (not self._held or self._held[-1][0] != codes):
+            raise ConflictError(
+                f"{name} does not come right after {codes}, whose scale it is",
+                hint="give codes, each followed by its scale",
+                data={"tensor": name},
+            )
+        becomes_fp8 = self._form.quantized(name, tensor.shape)
+        slots: Sequence[Slot] = ()
+        full: Iterable[Named] = ()
+        if self.placing is None:
+            size = tensor.numel() * tensor.element_size()
+        else:
+            # A place is as large as it is: what would not fit any more is the next one's.
+            slots = self._slots(name, tensor, becomes_fp8)
+            size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in slots)
+            size += self._form.ahead(name)
+            if self._held and self._bytes + size > self._limit:
+                full = self._bucket(self._taken())
+        self._held.append((name, tensor, becomes_fp8, slots))
+        self._bytes += size
+        if self.placing is None and self._bytes >= self._limit:
+            full = self._bucket(self._taken())
+        return full
+
+    def end(self) -> Iterable[Named]:
+        """Return what the last bucket becomes, when no more tensor comes.
+
+        Raises:
+            ConflictError: planned tensors did not come.
+        """
+        absent = sorted((self._form.names or frozenset()) - self._came) if self._complete else []
+        if self.placing is not None:
+            absent = [name for name in absent if self.placing.wants(name)]
+        if absent:
+            raise ConflictError(
+                f"{len(absent)} tensors of the plan did not come, such as {absent[0]}",
+                hint="complete=False sends a part",
+                data={"absent": absent[:20]},
+            )
+        return self._last() if self._held or self._ranks is not None else ()
+
+    def leave(self) -> None:
+        """Tell the other ranks, where they do not know yet, that nothing more comes."""
+        self._held.clear()
+        ranks, over, self._over = self._ranks, self._over, True
+        if ranks is None or over:
+            return
+        failed = sys.exc_info()[1]
+        why = self.why if failed is None or isinstance(failed, GeneratorExit) else failed
+        why = why or ConflictError("who read it went away")
+        if not self._open:
+            leave(ranks, why)
+        elif ranks.is_source:
+            tell(ranks, why)
+        else:
+            # The source goes on, and hears it at the next bucket; or is gone itself.
+            with suppress(TimeoutError, Fp8ctlError):
+                tell(ranks)
+                leave(ranks, why)
+
+    def _taken(self) -> list[_Held]:
+        held, self._held, self._bytes = self._held, [], 0
+        return held
+
+    def _bucket(self, held: list[_Held]) -> Iterator[Named]:
+        ranks = self._ranks
+        gives = ranks is None or ranks.is_source
+        if ranks is not None:
+            with self._among_ranks():
+                meet(ranks, "more", names=[name for name, *_ in held])
+            self._open = True
+        # A tensor may be a part of one until here; gathering is the same order on all ranks.
+        with self._stage("gather"):
+            whole = [(n, self._whole(n, t, fp8, gives), fp8, s) for n, t, fp8, s in held]
+        held.clear()
+        if gives:
+            yield from self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None])
+        if ranks is not None:
+            with self._among_ranks():
+                tell(ranks, patience=0.0 if self.placing is None else self.placing.patience)
+            self._open = False
+
+    def _last(self) -> Iterator[Named]:
+        """Give what the last bucket becomes, and see all ranks at the end."""
+        if self._held:
+            yield from self._bucket(self._taken())
+        if self._ranks is not None:
+            with self._among_ranks():
+                meet(self._ranks, "end")
+            self._over = self.met = True
+
+    @contextmanager
+    def _among_ranks(self) -> Iterator[None]:
+        """What is raised here, all ranks that are there know."""
+        try:
+            yield
+        except (TimeoutError, Fp8ctlError):
+            self._over = True
+            raise
+
+    def _stage(self, name: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.placing is None else self.placing.stage(name)
+
+    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> list[Slot]:
+        """Return the places that what a tensor becomes needs."""
+        shape = tuple(tensor.shape)
+        if not fp8:
+            rounded = self._form.dtype(name) if tensor.is_floating_point() else None
+            spelled = _spelled(rounded or tensor.dtype)
+            if spelled not in DTYPES:
+                raise PlanDoesNotFitError(
+                    f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
+                    hint="cast it before it is sent",
+                    data={"tensor": name},
+                )
+            return [Slot(name, spelled, shape)]
+        scale = formats.scale_name(name, self._form.mode)
+        return [
+            Slot(name, "float8_e4m3fn", shape),
+            Slot(scale, "float32", tuple(self._form.groups.scale_shape(shape))),
+        ]
+
+    @torch.no_grad()
+    def _whole(
+        self, name: str, tensor: torch.Tensor, fp8: bool, wanted: bool
+    ) -> torch.Tensor | None:
+        moved: Any = tensor.detach()
+        if hasattr(moved, "full_tensor"):
+            # Shards that are kept on the CPU are gathered where the ranks' group is.
+            there = moved.device_mesh.device_type
+            if moved.device.type != there:
+                moved = moved.to(there)
+            moved = moved.full_tensor()
+        if not wanted:
+            return None
+        if self.placing is not None:
+            moved = moved.to(self.placing.device) if fp8 else moved  # what is kept is copied there
+        elif self._device is not None:
+            moved = moved.to(self._device)
+        rounded = self._dtype or (self._form.dtype(name) if fp8 else None)
+        if rounded is not None and moved.is_floating_point():
+            moved = moved.to(rounded)
+        whole: torch.Tensor = moved
+        return whole
+
+    @torch.no_grad()
+    def _become(self, bucket: list[_Held]) -> Iterator[Named]:
+        places = self._places([slots for *_, slots in bucket])
+        by_device: dict[torch.device, list[int]] = {}
+        for i, (_, tensor, fp8, _) in enumerate(bucket):
+            if fp8:
+                by_device.setdefault(tensor.device, []).append(i)
+        made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        with self._stage("quantise"):
+            for those in by_device.values():
+                made.update(self._quantize(bucket, those, places))
+            for i, (place,) in ((i, p) for i, p in places.items() if len(p) == 1):
+                bucket[i] = (bucket[i][0], place.copy_(bucket[i][1]), False, ())
+        for i, (name, tensor, *_) in enumerate(bucket):
+            if i not in made:
+                yield name, tensor
+                continue
+            codes, scales = made.pop(i)
+            yield name, codes
+            yield formats.scale_name(name, self._form.mode), scales
+
+    def _places(self, slots: list[Sequence[Slot]]) -> dict[int, tuple[torch.Tensor, ...]]:
+        """Return where what the tensors become is to be written, where that matters."""
+        if self.placing is None:
+            return {}
+        places = iter(self.placing.place([slot for those in slots for slot in those]))
+        return {i: tuple(islice(places, len(those))) for i, those in enumerate(slots)}
+
+    def _quantize(
+        self,
+        bucket: list[_Held],
+        those: list[int],
+        places: dict[int, tuple[torch.Tensor, ...]],
+    ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+        xs = [bucket[i][1] for i in those]
+        out: Any = [places[i] for i in those] if places else None
+        try:
+            made = kernels.quantize_many(xs, self._form.groups, self._form.recipe, out=out)
+        except NonFiniteError as e:
+            name = bucket[those[e.tensor or 0]][0]
+            raise PlanDoesNotFitError(
+                f"{name}: non-finite value {e.value} at index {list(e.index)};"
+                " FP8 has no code for it",
+                hint="look at the optimiser's step: one such value spoils its whole block",
+                data={"tensor": name, "index": list(e.index)},
+            ) from e
+        return iter([*zip(those, made, strict=True)])
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

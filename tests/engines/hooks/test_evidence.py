@@ -1,0 +1,284 @@
+"""What an update must have brought, what it may leave out, and what digests prove of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engines.hooks.pushing import (
+    NAMES,
+    PLAN,
+    Server,
+    digest,
+    error,
+    push_16_bits,
+    run,
+    sixteen,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def test_what_did_not_change_may_be_skipped_and_is_verified_all_the_same() -> None:
+    async def test() -> None:
+        server = Server()
+        begun = (await server.begin("B", digests=True))[1]
+        assert begun["digests"] == {name: digest("A", name) for name in NAMES}
+        assert (await server.bucket(0, NAMES[1:]))[0] == 200
+        status, ended = await server.end(1, skipped=NAMES[:1])
+        assert (status, ended["verified"]) == (200, 4)
+
+    run(test())
+
+
+def test_what_is_not_alike_on_all_ranks_cannot_be_skipped() -> None:
+    async def test() -> None:
+        server = Server()
+        digests = server.workers._digests
+
+        def differing(rank: int) -> dict[str, Any]:
+            answer = digests(rank)
+            for shard in answer["tensors"]:
+                if shard["name"] == "norm.weight":  # copies, of which one has gone bad
+                    shard |= {"row": 0, "primary": rank == 0, "digest": f"{rank:016x}"}
+            return answer
+
+        server.workers._digests = differing  # type: ignore[method-assign]
+        begun = (await server.begin(digests=True))[1]
+        assert sorted(begun["digests"]) == sorted(set(NAMES) - {"norm.weight"})
+
+    run(test())
+
+
+def test_what_was_skipped_and_changed_meanwhile_is_seen() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin("B", digests=True)
+        server.workers.held[1][NAMES[0]] = digest("D", NAMES[0])
+        await server.bucket(0, NAMES[1:])
+        answer = await server.end(1, skipped=NAMES[:1])
+        assert error(answer) == (500, "FP8-UNEQUAL", "failed")
+
+    run(test())
+
+
+@pytest.mark.parametrize("skipped", [NAMES[:1], ["nobody.knows"], NAMES[1:2]])
+def test_only_what_the_server_told_may_be_skipped(skipped: list[str]) -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin("B", digests=skipped != NAMES[:1])
+        await server.bucket(0, NAMES[1:])
+        assert error(await server.end(1, skipped=skipped)) == (422, "FP8-INCOMPLETE", "failed")
+
+    run(test())
+
+
+def test_an_update_that_changes_nothing_writes_nothing_and_keeps_the_caches() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin("B", digests=True)
+        status, ended = await server.end(0, skipped=NAMES)
+        assert (status, ended["outcome"], ended["version"]) == (200, "applied", "B")
+        assert server.workers.flushed == 0
+        assert await server.generate() == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize("state", ["unpushed", "failed"])
+def test_no_digests_are_told_where_everything_must_be_sent(state: str) -> None:
+    async def test() -> None:
+        server = Server(version="A" if state == "failed" else None)
+        if state == "failed":
+            await server.begin("C")
+            await server.bucket(0, NAMES[:1], "C")
+            await server.abort("C")
+        assert server.state == state
+        assert (await server.begin("B", digests=True))[1]["digests"] is None
+
+    run(test())
+
+
+def test_a_part_may_be_sent_to_a_server_that_has_all() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin("A", complete=False)
+        await server.bucket(0, NAMES[3:], "A")
+        status, ended = await server.end(1, "A")
+        assert (status, ended["state"], ended["verified"]) == (200, "ready", 1)
+
+    run(test())
+
+
+def test_parts_make_a_waiting_server_ready_when_all_have_arrived() -> None:
+    async def test() -> None:
+        server = Server(version=None)
+        await server.begin("A", push="one", complete=False)
+        await server.bucket(0, NAMES[:3], "A", push="one")
+        status, ended = await server.end(1, push="one")
+        assert (status, ended["outcome"], ended["state"]) == (200, "applied", "unpushed")
+        assert (ended["missing"], ended["message"]) == (
+            1,
+            "1 tensors have not arrived, such as norm.weight",
+        )
+        assert await server.generate() == 503
+        await server.begin("A", push="two", complete=False)
+        await server.bucket(0, NAMES[3:], "A", push="two")
+        assert (await server.end(1, push="two"))[1]["state"] == "ready"
+        assert await server.generate() == 200
+
+    run(test())
+
+
+def test_a_kept_tensor_that_no_rank_holds_need_not_be_sent() -> None:
+    """A head that is tied to the embedding, but stored; tables that engines compute."""
+    tied = {"name": "lm_head.weight", "dtype": "BF16", "shape": [8, 4], "quantize": False}
+    table = {"name": "l.rotary_emb.inv_freq", "dtype": "F32", "shape": [4], "quantize": False}
+    plan = {**PLAN, "tensors": [*PLAN["tensors"], tied, table]}
+
+    async def test() -> None:
+        server = Server(plan=plan)
+        assert (await server.push("B"))[0] == 200
+        for held in server.workers.held:  # now the engine has one of its own
+            held["lm_head.weight"] = digest("B", "lm_head.weight")
+        status, answer = await server.push("C")
+        assert (status, answer["error"]["data"]["names"]) == (422, ["lm_head.weight"])
+
+    run(test())
+
+
+@pytest.mark.parametrize("skipped", ["embed.weight", "a.weight", "norm.weight"])
+def test_without_a_plan_a_complete_update_brings_what_the_ranks_hold(skipped: str) -> None:
+    """A server that is ready as well: a tensor that a trainer forgot would be of another step."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        some = [name for name in sixteen() if name != skipped]
+        status, answer = await push_16_bits(server, some, "B")
+        assert (status, answer["error"]["id"]) == (422, "FP8-INCOMPLETE")
+        assert answer["error"]["data"]["names"] == [skipped]
+        assert server.state == "failed", "some of it is in place"
+        status, ended = await push_16_bits(server, sixteen(), "A")
+        assert (status, ended["state"]) == (200, "ready")
+        # Who says that it is a part may send one.
+        await server.begin("B", push="part", complete=False)
+        server.workers.calls.clear()
+        assert (await server.end(0, "B", push="part"))[0] == 200
+        assert "names" not in server.workers.calls
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("held", "sent"),
+    [
+        ("layer.q_proj.weight", "layer.qkv_proj.weight"),  # one tensor in the checkpoint
+        ("lm_head.weight", ""),  # in the memory of the embedding
+    ],
+)
+def test_what_comes_under_another_name_is_not_missing(held: str, sent: str) -> None:
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        server.workers.same = {"lm_head.weight": NAMES[0]}
+        server.workers.parameters.append(held)
+        names = [*sixteen(), *filter(None, [sent])]
+        status, answer = await push_16_bits(server, names, "B")
+        assert (status, answer["state"]) == (200, "ready")
+        assert server.workers.calls.count("digests") == 1, "it is verified, and no more"
+
+    run(test())
+
+
+def test_without_a_plan_what_the_ranks_hold_says_what_leads_out_of_a_failure() -> None:
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+        await server.begin("C")
+        await server.bucket(0, NAMES[:1], "C")
+        await server.abort("C")
+        assert server.state == "failed"
+        status, answer = await push_16_bits(server, sixteen()[:2], "B")
+        assert (status, answer["error"]["data"]["names"]) == (422, ["norm.weight"])
+        status, ended = await push_16_bits(server, sixteen(), "A")
+        assert (status, ended["state"]) == (200, "ready")
+
+    run(test())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_head_need_not_be_sent_to_lead_out_of_a_failure(tied: bool) -> None:
+    """VLLM's LlamaForCausalLM has a name for it, and its loader skips what comes under it."""
+
+    async def test() -> None:
+        server = Server(plan={})
+        server.workers.form = "engine"
+
+        server.workers.parameters.append("lm_head.weight")
+
+        def embed(version: str) -> None:
+            for held in server.workers.held:
+                held["lm_head.weight"] = digest(version, NAMES[0])
+
+        embed("A")
+        await server.begin("C")
+        await server.bucket(0, NAMES[:1], "C")
+        await server.abort("C")
+        await server.begin("B")
+        for i, name in enumerate(sixteen()):
+            assert (await server.bucket(i, [name], "B", dtype="bfloat16"))[0] == 200
+        if tied:
+            embed("B")
+        status, answer = await server.end(len(sixteen()), "B")
+        if tied:
+            assert (status, answer["state"]) == (200, "ready")
+        else:
+            assert (status, answer["error"]["data"]["names"]) == (422, ["lm_head.weight"])
+
+    run(test())
+
+
+def test_a_kept_tensor_that_the_engine_holds_in_another_type_proves_nothing_and_fails_nothing() -> (
+    None
+):
+    async def test() -> None:
+        server = Server()
+        server.workers.dtypes["norm.weight"] = "float32"
+        status, ended = await server.push("B")
+        assert (status, ended["verified"]) == (200, 3)
+        # Codes are another matter.
+        server.workers.dtypes["a.weight"] = "bfloat16"
+        status, answer = await server.push("C")
+        assert (status, answer["error"]["data"]["names"]) == (500, ["a.weight"])
+
+    run(test())
+
+
+def test_codes_that_lie_under_names_of_the_engines_own_prove_nothing() -> None:
+    """A module that is fused on disk: the engine tells its parts."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        await server.bucket(0, NAMES)
+        for held in server.workers.held:
+            held["a_part.weight"] = held.pop("a.weight")
+        server.workers.dtypes["a_part.weight"] = "float8_e4m3fn"
+        status, ended = await server.end(1)
+        assert (status, ended["verified"], ended["state"]) == (200, None, "ready")
+        assert "trust" not in server.workers.calls
+
+    run(test())
+
+
+def test_who_does_not_want_proof_gets_none() -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        await server.bucket(0, NAMES)
+        assert (await server.end(1, verify=False))[1]["verified"] is None
+        assert "digests" not in server.workers.calls
+
+    run(test())
