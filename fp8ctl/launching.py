@@ -164,6 +164,8 @@ def run(
     facts = read_facts(folder, shown, tp)
     device = device_of(found)
     source, plan = _source(asked, facts, folder, device, given)
+    method = quantization or torchao_config
+    launchoptions.require_provable(level, source, method, planned=plan is not None)
     default_port = sglang.DEFAULT_PORT if name == "sglang" else vllm.DEFAULT_PORT
     port = base.parse_port(base.option_value(extra, "--port"), port or default_port)
     request = LaunchRequest(

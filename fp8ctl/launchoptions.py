@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.check.levels import Level
+    from fp8ctl.engines.base import Source
     from fp8ctl.environment import BackendName
 
 MODES: Final = ("block", "per-tensor", "online")
@@ -111,3 +112,28 @@ def parse_check(check: str | None, *, no_check: bool, await_push: bool, wait: bo
             hint="drop --check: a push ends with a check of what has landed",
         )
     return level
+
+
+def require_provable(
+    level: Level | None, source: Source, method: str | None, *, planned: bool
+) -> None:
+    """Refuse a closing check that would prove nothing, before a server is started for it.
+
+    Args:
+        level: of the check; None for none.
+        source: where the weights come from.
+        method: that was asked for instead of a mode.
+        planned: whether there is a plan of them.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if planned or source == "online" or method == "fp8" or level in (None, "live"):
+        return
+    if level == "logprobs" and source != "checkpoint":
+        return  # what the method makes may be nearest to FP8, or not: that is the question
+    raise UsageError(
+        f"--check {level} compares with what a plan makes of a 16-bit checkpoint, and there is"
+        f" none of {method or 'a checkpoint that is in FP8 already'}",
+        hint="--check live, or the 16-bit checkpoint as --model",
+    )
