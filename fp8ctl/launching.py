@@ -12,11 +12,20 @@ import hashlib
 import json
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, cast
 
-from fp8ctl import environment, interpreter, models, paths, planning, registry, server
+from fp8ctl import (
+    environment,
+    interpreter,
+    launchoptions,
+    models,
+    paths,
+    planning,
+    registry,
+    server,
+)
 from fp8ctl.engines import base, sglang, vllm
 from fp8ctl.engines.base import CPU, Device, LaunchRequest, ModelFacts, Source
 from fp8ctl.errors import ConflictError, UsageError
@@ -31,11 +40,11 @@ if TYPE_CHECKING:
     from fp8ctl.engines.base import LaunchPlan
     from fp8ctl.environment import BackendName, Environment
     from fp8ctl.fitting import Module
+    from fp8ctl.launchoptions import Asked
     from fp8ctl.manifest import Plan
     from fp8ctl.patching.status import SeriesStatus
     from fp8ctl.render import Reporter
 
-MODES: Final = ("block", "per-tensor", "online")
 _OPTIONAL_PACKAGES: Final = ("vllm",)
 _SIDECARS: Final = (
     "quantize_config.json",
@@ -43,25 +52,6 @@ _SIDECARS: Final = (
     "hf_quant_config.json",
     "quantization_config.json",
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What was typed about the weights, checked for what excludes each other."""
-
-    backend: BackendName
-    mode: str
-    quantization: str | None
-    torchao_config: str | None
-    await_push: bool
-    tp: int
-    block_size: str | None
-    keep: tuple[str, ...] = ()
-    quantize: tuple[str, ...] = ()
-
-    def label(self) -> str:
-        """Return the mode, or the method asked for instead, in a word."""
-        return self.quantization or self.torchao_config or self.mode
 
 
 def run(
@@ -110,7 +100,7 @@ def run(
     from fp8ctl.supervisor import About, RunFiles, Watch, serve
 
     name = environment.parse_backend(backend)
-    level = parse_check(check, no_check=no_check, await_push=await_push, wait=wait)
+    level = launchoptions.parse_check(check, no_check=no_check, await_push=await_push, wait=wait)
     given = None
     if plan_file is not None:
         if quantization is not None or torchao_config is not None or mode == "online":
@@ -133,7 +123,7 @@ def run(
         model, mode, tp = str(given.model), given.mode.value, given.tp
         block_size = None if given.block is None else str(given.block)
     tp = tp or 1
-    asked = parse(
+    asked = launchoptions.parse(
         name,
         mode or "block",
         quantization,
@@ -174,6 +164,8 @@ def run(
     facts = read_facts(folder, shown, tp)
     device = device_of(found)
     source, plan = _source(asked, facts, folder, device, given)
+    method = quantization or torchao_config
+    launchoptions.require_provable(level, source, method, planned=plan is not None)
     default_port = sglang.DEFAULT_PORT if name == "sglang" else vllm.DEFAULT_PORT
     port = base.parse_port(base.option_value(extra, "--port"), port or default_port)
     request = LaunchRequest(
@@ -250,84 +242,6 @@ def run(
 
 def _document(data: dict[str, object]) -> str:
     return json.dumps(data, indent=2) + "\n"
-
-
-def parse(
-    backend: BackendName,
-    mode: str,
-    quantization: str | None,
-    torchao_config: str | None,
-    *,
-    await_push: bool,
-    tp: int,
-    block_size: str | None,
-    keep: Sequence[str] = (),
-    quantize: Sequence[str] = (),
-) -> Asked:
-    """Check the options about weights against each other.
-
-    Raises:
-        UsageError: a mode that is none, or two options of which one would be ignored.
-    """
-    if mode not in MODES:
-        raise UsageError(
-            f"--mode {mode!r} is not a mode; there is {', '.join(MODES)}", hint="--mode block"
-        )
-    if quantization is not None and torchao_config is not None:
-        raise UsageError("--quantization and --torchao-config exclude each other", hint="drop one")
-    method = quantization or torchao_config
-    if method is not None and mode != "block":
-        raise UsageError(f"--mode {mode} and {method!r} exclude each other", hint="drop --mode")
-    if block_size is not None and (method is not None or mode != "block"):
-        raise UsageError("--block-size is for --mode block", hint="drop --block-size")
-    if (keep or quantize) and (method is not None or mode == "online"):
-        option = "--keep" if keep else "--quantize"
-        raise UsageError(
-            f"{option} is for a plan: --mode block or per-tensor", hint=f"drop {option}"
-        )
-    return Asked(
-        backend,
-        mode,
-        quantization,
-        torchao_config,
-        await_push,
-        tp,
-        block_size,
-        tuple(keep),
-        tuple(quantize),
-    )
-
-
-def parse_check(check: str | None, *, no_check: bool, await_push: bool, wait: bool) -> Level | None:
-    """Return the level of the closing check, None for no check.
-
-    Args:
-        check: as typed; None where it was not.
-        no_check: there is to be none.
-        await_push: there are no FP8 weights when the server is ready.
-        wait: somebody is there when it is.
-
-    Raises:
-        UsageError: a level that is none, or an option beside it that leaves nothing to check.
-    """
-    from fp8ctl.check import levels
-
-    if check is None:
-        return "live" if wait and not no_check else None
-    level = levels.parse(check, "--check")
-    if no_check:
-        raise UsageError(f"--check {level} and --no-check exclude each other", hint="drop one")
-    if not wait:
-        raise UsageError(
-            f"--check {level} is for a server that is ready, and --no-wait returns before",
-            hint="drop --no-wait",
-        )
-    if await_push and level != "live":
-        raise UsageError(
-            f"--check {level} is about weights, and with --await-push they come later",
-            hint="drop --check: a push ends with a check of what has landed",
-        )
-    return level
 
 
 def read_facts(folder: Path, name: str, tp: int = 1) -> ModelFacts:

@@ -132,8 +132,15 @@ def called_off(ranks: Ranks, note: str) -> Fp8ctlError | None:
     with contextlib.suppress(Exception):
         if store is not None and store.check([note]):
             said = json.loads(store.get(note))
+            with contextlib.suppress(Exception):
+                store.delete_key(note)
             return _error_of(int(said["rank"]), said)
     return None
+
+
+def can_call_off(ranks: Ranks) -> bool:
+    """Say whether there is a place to leave word."""
+    return _store(ranks) is not None
 
 
 def _store(ranks: Ranks) -> Any:

@@ -28,8 +28,8 @@ T = TypeVar("T")
 
 # Bytes of the source that are worked on or wait to be taken, unless one tensor has more.
 _IN_MEMORY = 2 << 30
-# Threads where there is a GPU: to read a file and to copy it there takes longer than the kernels.
-_ON_DEVICE = 4
+# Threads that read where a GPU works.
+_READING = 4
 
 
 def default_device() -> torch.device:
@@ -44,12 +44,16 @@ def each(
     progress: Callable[[int, int], None] | None = None,
     only: Container[str] | None = None,
 ) -> Generator[tuple[PlannedTensor, T], None, None]:
-    """Do some work on every tensor of the source, several at a time.
+    """Do some work on every tensor of the source; several at a time are read.
+
+    On a CPU they are worked on as many at a time as there are cores. A GPU has one at a time: it
+    is fast enough, and most often a server has nearly all of its memory.
 
     Args:
         source: which is read.
         plan: its model is the source.
-        work: on a tensor on the default device; is called in threads of which each has one core.
+        work: on a tensor on the default device, or where that has no room, on the CPU; is called
+            in several threads, of which each has one core, or on a GPU in this one.
         progress: called with bytes of the source done and in all, in this thread.
         only: names of the tensors; None for all.
 
@@ -60,18 +64,22 @@ def each(
         CheckpointError: the source cannot be read. And what `work` raises.
     """
     device, cores = default_device(), torch.get_num_threads()
-    threads = min(cores, _ON_DEVICE) if device.type == "cuda" else cores
-    waiting: deque[tuple[PlannedTensor, int, Future[T]]] = deque()
+    here = device.type == "cpu"
+    threads = cores if here else min(cores, _READING)
+    waiting: deque[tuple[PlannedTensor, int, Future[Any]]] = deque()
     begun = done = 0
 
-    def one(planned: PlannedTensor, info: TensorInfo) -> T:
+    def one(planned: PlannedTensor, info: TensorInfo) -> T | torch.Tensor:
         with (source.folder / info.file).open("rb") as file:
-            return work(planned, _read(file, info).to(device))
+            tensor = _read(file, info)
+        return work(planned, tensor) if here else tensor
 
     def first() -> tuple[PlannedTensor, T]:
         nonlocal done
         planned, nbytes, future = waiting.popleft()
         result = future.result()
+        if not here:
+            result = _there(device, work, planned, result)
         done += nbytes
         if progress is not None:
             progress(done, plan.bytes_before)
@@ -94,6 +102,21 @@ def each(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(cores)
+
+
+def _there(
+    device: torch.device,
+    work: Callable[[PlannedTensor, torch.Tensor], T],
+    planned: PlannedTensor,
+    tensor: torch.Tensor,
+) -> T:
+    """Do the work on a device that may have no room; its bits are the same everywhere."""
+    try:
+        return work(planned, tensor.to(device))
+    except torch.OutOfMemoryError:
+        pass  # and what the error holds is let go
+    torch.cuda.empty_cache()
+    return work(planned, tensor)
 
 
 def read_planned(

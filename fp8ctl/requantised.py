@@ -91,6 +91,9 @@ def share(
     Args:
         parts: by name, codes and scale [1] of all that is fused.
     """
+    # One that found no room on the GPU is on the CPU.
+    device = next(iter(parts.values()))[0].device
+    parts = {name: (c.to(device), s.to(device)) for name, (c, s) in parts.items()}
     largest = torch.stack([scale.reshape(()) for _, scale in parts.values()]).max()
     made: dict[str, tuple[Sequence[torch.Tensor], torch.Tensor]] = {}
     for name, (codes, scale) in parts.items():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterable,
         AsyncIterator,
+        Callable,
         Iterable,
         Iterator,
         Mapping,
@@ -95,6 +96,7 @@ def placed_weights(
     complete: bool = True,
     ranks: Ranks | None = None,
     quantized: bool = False,
+    leaving: Callable[[BaseException], None] | None = None,
 ) -> Stream:
     """Return the stream of a push: its tensors lie where `placing` put them.
 
@@ -108,13 +110,14 @@ def placed_weights(
         placing: gives the memory.
         dtype: what weights are rounded to before they are quantised, instead of the plan's.
         quantized: what comes is the plan's FP8 form already: codes, each before its scale.
+        leaving: is told why nothing more comes, before that waits for the other ranks.
 
     Returns:
         As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
         tied head is a ConflictError.
     """
     form = forms.of_made(plan) if quantized and plan is not None else forms.of_push(plan, dtype)
-    taker = Taker(form, placing.limit, None, None, complete, ranks, placing)
+    taker = Taker(form, placing.limit, None, None, complete, ranks, placing, leaving)
     return Stream(named_tensors, taker)
 
 
@@ -133,6 +136,11 @@ class Stream:
     def met(self) -> bool:
         """Whether all ranks have met behind the last tensor; False where there is one process."""
         return self._taker.met
+
+    @property
+    def over(self) -> bool:
+        """Whether all ranks know that no more comes; True where there is one process."""
+        return self._taker.over
 
     def __iter__(self) -> Iterator[Named]:
         """Return the tensors; of an async source use `async for`."""

@@ -72,11 +72,13 @@ class Taker:
         complete: bool,
         ranks: Ranks | None,
         placing: Placing | None = None,
+        leaving: Callable[[BaseException], None] | None = None,
     ) -> None:
         self._form, self._limit = form, bucket_bytes
         self._device, self._dtype = device, dtype
         self._complete, self._ranks = complete, ranks
         self.placing = placing
+        self._leaving = leaving
         self._held: list[_Held] = []
         self._bytes = 0
         self._came: set[str] = set()
@@ -84,8 +86,8 @@ class Taker:
         self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
         self._open = False
-        # True when all ranks know that no more comes; `met`: since all has come.
-        self._over = ranks is None
+        # `over`: all ranks know that no more comes, or need not; `met`: since all has come.
+        self.over = ranks is None
         self.met = False
 
     def take(self, item: Any) -> Iterable[Named]:
@@ -147,12 +149,14 @@ class Taker:
     def leave(self) -> None:
         """Tell the other ranks, where they do not know yet, that nothing more comes."""
         self._held.clear()
-        ranks, over, self._over = self._ranks, self._over, True
+        ranks, over, self.over = self._ranks, self.over, True
         if ranks is None or over:
             return
         failed = sys.exc_info()[1]
         why = self.why if failed is None or isinstance(failed, GeneratorExit) else failed
         why = why or ConflictError("who read it went away")
+        if self._leaving is not None:
+            self._leaving(why)
         if not self._open:
             leave(ranks, why)
         elif ranks.is_source:
@@ -172,7 +176,7 @@ class Taker:
         gives = ranks is None or ranks.is_source
         if ranks is not None:
             with self._among_ranks():
-                meet(ranks, "more", names=[name for name, *_ in held])
+                meet(ranks, "more", names=[name for name, *_ in held], patience=self._patience)
             self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with self._stage("gather"):
@@ -191,8 +195,8 @@ class Taker:
             yield from self._bucket(self._taken())
         if self._ranks is not None:
             with self._among_ranks():
-                meet(self._ranks, "end")
-            self._over = self.met = True
+                meet(self._ranks, "end", patience=self._patience)
+            self.over = self.met = True
 
     @contextmanager
     def _among_ranks(self) -> Iterator[None]:
@@ -200,8 +204,15 @@ class Taker:
         try:
             yield
         except (TimeoutError, Fp8ctlError):
-            self._over = True
+            self.over = True
             raise
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that the source may take longer to come: it waits for servers as well."""
+        if self.placing is None or self._ranks is None or self._ranks.is_source:
+            return 0.0
+        return self.placing.patience
 
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)

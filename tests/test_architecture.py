@@ -36,7 +36,7 @@ class Import:
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
     ("cli",),
-    ("demo", "launching"),
+    ("demo", "launching", "launchoptions"),
     ("supervisor",),
     # The bodies of commands.
     (

@@ -866,6 +866,35 @@ def test_a_push_onto_an_fp8_checkpoint_is_refused_since_no_plan_counts_it(
     dry_run(options, model=str(model))
 
 
+@pytest.mark.parametrize(
+    ("asked", "quantised", "proves"),
+    [
+        ({}, False, {"weights", "logprobs"}),
+        ({"mode": "online"}, False, {"weights", "logprobs"}),
+        ({"quantization": "fp8"}, False, {"weights", "logprobs"}),
+        ({"torchao_config": "int8wo"}, False, {"logprobs"}),
+        ({}, True, set()),
+    ],
+)
+def test_a_check_that_would_prove_nothing_is_refused_before_anything_is_started(
+    asked: dict[str, Any],
+    quantised: bool,
+    proves: set[str],
+    engine: Callable[..., list[str]],
+    tmp_path: Path,
+) -> None:
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    more: dict[str, Any] = {"quantization_config": config} if quantised else {}
+    model = write_model(tmp_path / "tiny", **more)
+    options = engine("sglang", "refit", "cpu-fp8", gpu=(9, 0))
+    for level in ("live", "weights", "logprobs"):
+        if level == "live" or level in proves:
+            dry_run(options, model=str(model), check=level, **asked)
+        else:
+            with pytest.raises(UsageError, match=f"--check {level} compares with"):
+                dry_run(options, model=str(model), check=level, **asked)
+
+
 def test_a_dry_run_fetches_no_model(
     engine: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

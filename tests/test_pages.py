@@ -23,6 +23,8 @@ PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
+#: What the pages call an instance of what.
+INSTANCES = {"rollout": "Rollout", "plan": "Plan"}
 #: Where running text speaks of arguments, too.
 TALKING = ("docs/kernels.md", "docs/library.md", "docs/trainers.md")
 
@@ -49,6 +51,8 @@ class Python:
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call):
                 self._call(node)
+            elif isinstance(node, ast.Attribute):
+                self._attribute(node)
 
     def accepts(self, keyword: str) -> bool:
         """Whether anything that the page has imported takes such an argument."""
@@ -74,6 +78,16 @@ class Python:
                 self.known[alias.asname or alias.name] = getattr(module, alias.name)
             else:
                 self.faults.append(f"{node.module} has no {alias.name}")
+
+    def _attribute(self, node: ast.Attribute) -> None:
+        """See that a class that was imported, and what is called as its instances are, has it."""
+        of = node.value.attr if isinstance(node.value, ast.Attribute) else None
+        of = node.value.id if isinstance(node.value, ast.Name) else of
+        kind = self.known.get(INSTANCES.get(of or "", of or ""))
+        if not isinstance(kind, type) or hasattr(kind, node.attr):
+            return
+        if node.attr not in getattr(kind, "__dataclass_fields__", ()):
+            self.faults.append(f"{ast.unparse(node)}: {kind.__name__} has no {node.attr}")
 
     def _call(self, node: ast.Call) -> None:
         if any(isinstance(a, ast.Starred) for a in node.args) or any(
@@ -163,6 +177,8 @@ def test_the_arguments_in_running_text_exist(page: str) -> None:
         "from fp8ctl.push import Rollout\nrollout.update(weights, 1, rank=0)",
         "from fp8ctl.push import Rollout\nself.rollout.update(weights, 1, 2)",
         "from fp8ctl.settings import Settings\nSettings.from_mode(size='64,64')",
+        "from fp8ctl.push import Rollout\nself.rollout.updat(weights, 1)",
+        "from fp8ctl.push import Rollout\nRollout.nope()",
     ],
 )
 def test_what_a_page_could_say_wrong_is_found(wrong: str) -> None:

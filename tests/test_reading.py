@@ -112,6 +112,25 @@ def test_who_takes_no_more_leaves_no_thread_either(plan: Plan) -> None:
     assert (threading.active_count(), torch.get_num_threads()) == (before, 4)
 
 
+def test_a_gpu_has_one_at_a_time_in_this_thread_and_what_has_no_room_is_done_here(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # No GPU is needed for that: its tensors are on "meta" here, which has no room for any.
+    monkeypatch.setattr(reading, "default_device", lambda: torch.device("meta"))
+    seen: list[tuple[str, str]] = []
+
+    def work(planned: PlannedTensor, weight: torch.Tensor) -> float:
+        assert threading.current_thread() is threading.main_thread()
+        seen.append((planned.name, weight.device.type))
+        if weight.is_meta:
+            raise torch.OutOfMemoryError("no room")
+        return float(weight[0, 0])
+
+    found = reading.each(models.read_checkpoint(plan.model), plan, work)
+    assert [value for _, value in found] == [i + 1.0 for i in range(COUNT)]
+    assert seen == [(name, where) for name in NAMES for where in ("meta", "cpu")]
+
+
 def test_a_file_that_was_cut_is_an_error_with_the_tensor(plan: Plan) -> None:
     source = models.read_checkpoint(plan.model)
     file = plan.model / "model.safetensors"

@@ -19,13 +19,22 @@ TIMEOUT = 900.0
 _REPORT, _VALUES = 1 << 30, 256 << 20
 
 
+class ChangingError(Exception):
+    """The weights do not stay the same for as long as they are digested."""
+
+
 def _post(url: str, path: str, api_key: str | None, limit: int, body: object = None) -> Reply:
     with Server(url, api_key, TIMEOUT) as server:
-        return server.post(path, body, limit)
+        return server.post(path, body, limit, as_sent=True)
 
 
 def report(url: str, api_key: str | None) -> dict[str, Any] | None:
-    """Return the server's report; None where it has no such route."""
+    """Return the server's report; None where it has no such route.
+
+    Raises:
+        ChangingError: updates follow each other too fast.
+        CheckFailedError: it does not answer, or refuses.
+    """
     import httpx
 
     try:
@@ -36,6 +45,8 @@ def report(url: str, api_key: str | None) -> dict[str, Any] | None:
         ) from e
     if reply.status in {404, 405, 501}:
         return None
+    if isinstance(reply.body, dict) and reply.body.get("id") == "FP8-BUSY":
+        raise ChangingError(f"the server tells no weights now: {reply.text[:300]}")
     if reply.status != 200:
         raise CheckFailedError(
             f"{url}{REPORT_PATH} answers {reply.status}: {reply.text[:300]}",

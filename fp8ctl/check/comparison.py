@@ -77,7 +77,7 @@ def own(
 ) -> Task | str:
     """Return what an engine's own quantisation is compared with, or why with nothing."""
     if any(rank["format"] != "online" for rank in answer["ranks"]) or not answer["ranks"]:
-        return "the engine quantised this model itself: there is no plan to compare"
+        return "the server was started without a plan: nobody knows what its weights were made of"
     own = str(answer.get("model") or "")
     if model is None and not Path(own).is_dir():
         return (

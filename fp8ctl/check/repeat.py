@@ -22,29 +22,41 @@ def judge(one: Any, other: Any) -> Evidence:
     """Return what two choices of `/v1/completions` say of the server.
 
     Args:
-        one, other: with `text`, and with `logprobs` where the server gave any: `tokens` and
-            `top_logprobs` of at least two tokens for each place.
+        one, other: with `text`, and with `logprobs` where the server gave any: `tokens`,
+            `token_logprobs` and `top_logprobs` of at least two tokens for each place.
     """
     if one["text"] == other["text"]:
         return Evidence("repeat", "ok", "two greedy requests, one answer")
     found = f"{_short(one['text'])!r}, then {_short(other['text'])!r}"
-    gap = _gap(one.get("logprobs"), other.get("logprobs"))
-    if gap is None or not gap <= NEAR:
-        by = "" if gap is None else f", {gap:.2f} nats apart"
+    apart = _apart(one.get("logprobs"), other.get("logprobs"))
+    if apart is None or not apart <= NEAR:
+        by = "" if apart is None else f", {apart:.2f} nats apart"
         return Evidence("repeat", "failed", found + by, EXPECTED)
-    return Evidence("repeat", "ok", f"{found}: as likely to {gap:.3f} nats, so rounding decides")
+    return Evidence("repeat", "ok", f"{found}: as likely to {apart:.3f} nats, so rounding decides")
 
 
-def _gap(one: Any, other: Any) -> float | None:
-    """Return how far apart the tokens are with which two answers part; None: not told."""
+def _apart(one: Any, other: Any) -> float | None:
+    """Return by how much rounding has to move log-probabilities for both; None: not told.
+
+    Up to where they part each token has to be as likely in both; there both tokens have to be as
+    likely in both, as each other, and as the likeliest.
+    """
     try:
-        for number, pair in enumerate(zip(one["tokens"], other["tokens"], strict=False)):
-            if pair[0] != pair[1]:
-                tops = (one["top_logprobs"][number], other["top_logprobs"][number])
-                return max(abs(float(top[pair[0]]) - float(top[pair[1]])) for top in tops)
-    except (TypeError, KeyError, IndexError, ValueError):
+        for number, (a, b) in enumerate(zip(one["tokens"], other["tokens"], strict=False)):
+            if a == b:
+                values = [float(told["token_logprobs"][number]) for told in (one, other)]
+            else:
+                tops = [told["top_logprobs"][number] for told in (one, other)]
+                values = [float(top[token]) for top in tops for token in (a, b)]
+                values += [max(map(float, top.values())) for top in tops]
+            if not all(map(math.isfinite, values)):
+                return None
+            apart = max(values) - min(values)
+            if a != b or apart > NEAR:
+                return apart
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError, AttributeError):
         return None
-    return math.nan  # they are the same as far as they are told, and the texts are not
+    return None  # they are the same as far as they are told, and the texts are not
 
 
 def _short(text: str) -> str:

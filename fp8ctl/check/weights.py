@@ -50,7 +50,10 @@ def verify(url: str, model: str | None, report: Reporter, api_key: str | None) -
         CheckFailedError: the server refused to report.
         NotFoundError: the source checkpoint, or an interpreter with torch, is not there.
     """
-    answer = asking.report(url, api_key)
+    try:
+        answer = asking.report(url, api_key)
+    except asking.ChangingError as e:
+        return _not_visible(str(e))
     if answer is None:
         return _not_visible("this server has no /fp8ctl/report: it was not started by fp8ctl")
     state = answer["state"]

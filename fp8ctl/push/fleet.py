@@ -112,10 +112,11 @@ class Heart:
         self._thread = threading.Thread(target=self._run, name="fp8ctl-push-heart", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """End it, and wait for that."""
+    def stop(self, *, wait: bool = True) -> None:
+        """End it, and wait for that, unless what it does may take long."""
         self._stopped.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._stopped.wait(self._every):

@@ -164,6 +164,7 @@ class Work:
             complete=self._complete,
             ranks=self._ranks,
             quantized=self._quantized,
+            leaving=self._company.call_off,
         )
         return self._read
 
@@ -302,7 +303,7 @@ class Work:
     def _stop(self, why: Fp8ctlError | None = None) -> None:
         """End what waits, from another thread; on the source, or there by way of another rank."""
         if not self._company.gives:
-            self._company.call_off()
+            self._company.call_off(asyncio.CancelledError("the update was cancelled there"))
             return
         for server in self._fleet.servers:
             server.cut(why)
@@ -313,6 +314,8 @@ class Work:
         """Tell all servers that nothing comes of it."""
         if self._read is not None and self._read.met:
             self._company.part(error)
+        elif self._read is not None and not self._read.over:
+            self._company.leave(error)  # nobody has begun to read it
         if not self._company.gives:
             return
         self._company.deafen()  # or what it hears would cut what tells the servers

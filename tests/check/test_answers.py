@@ -47,10 +47,24 @@ def test_the_time_of_a_connection_that_was_kept_is_bounded_too() -> None:
 
 @pytest.mark.parametrize("where", FLOODS)
 def test_of_an_answer_that_has_no_end_no_more_is_read_than_was_said(where: str) -> None:
-    with serving(lambda _: FLOODS[where]) as url, Server(url, None, 60.0) as server:
-        with pytest.raises(httpx.RequestError, match="the answer is larger than 1 MiB"):
-            server.post("/x", {}, limit=1 << 20)
-        assert not server._client.is_closed
+    with (
+        serving(lambda _: FLOODS[where]) as url,
+        Server(url, None, 60.0) as server,
+        pytest.raises(httpx.RequestError, match="the answer is larger than 1 MiB"),
+    ):
+        server.post("/x", {}, limit=1 << 20)
+
+
+@pytest.mark.parametrize("key", ["abcd", "1234", "model", "rank"])
+def test_a_key_whose_letters_stand_in_a_report_changes_no_digest(key: str) -> None:
+    told = {"state": {"state": "ready"}, "manifest": {"model": "m"}, "ranks": [{"rank": 0}]}
+    told["ranks"][0]["tensors"] = [{"digest": "00abcd1234567890"}]  # type: ignore[index]
+    body = json.dumps(told).encode()
+    with serving(lambda _: whole(body)) as url:
+        assert asking.report(url, key) == told
+        with Server(url, key, 10.0) as server:  # elsewhere it is blotted out of everything
+            reply = server.post("/x")
+            assert key not in json.dumps(reply.body) + reply.text
 
 
 def test_an_answer_of_the_limit_is_read_whole() -> None:

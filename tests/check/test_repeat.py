@@ -9,13 +9,15 @@ import pytest
 from fp8ctl.check.repeat import NEAR, judge
 
 
-def choice(*tokens: str, tops: list[Any] | None = None) -> dict[str, Any]:
-    return {"text": "".join(tokens), "logprobs": {"tokens": list(tokens), "top_logprobs": tops}}
+def choice(*tokens: str, tops: Any = None, first: Any = -0.1) -> dict[str, Any]:
+    values = [first, -0.7][: len(tokens)]
+    told = {"tokens": list(tokens), "token_logprobs": values, "top_logprobs": tops}
+    return {"text": "".join(tokens), "logprobs": told}
 
 
-def two(gap: float) -> list[Any]:
+def two(gap: float, at: float = -0.7, **more: float) -> list[Any]:
     """Return the likeliest tokens of two places, `x` and `y` at the second."""
-    return [{"a": -0.1}, {"x": -0.7, "y": -0.7 - gap}]
+    return [{"a": -0.1}, {"x": at, "y": at - gap, **more}]
 
 
 def test_one_answer_is_well_whatever_its_likelihoods() -> None:
@@ -34,6 +36,28 @@ def test_both_answers_have_to_find_them_near() -> None:
     for one, other in ((near, far), (far, near)):
         found = judge(choice("a", "x", tops=one), choice("a", "y", tops=other))
         assert (found.result, found.expected) == ("failed", "one answer")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (two(0.1, -9.0), two(0.1)),  # the same two, and quite another likelihood
+        (two(0.1, z=-0.1), two(0.1)),  # neither is the likeliest
+        (two(0.1), two(float("nan"))),
+    ],
+)
+def test_rounding_moves_no_likelihood_far(one: list[Any], other: list[Any]) -> None:
+    for a, b in ((one, other), (other, one)):
+        assert judge(choice("a", "x", tops=a), choice("a", "y", tops=b)).result == "failed"
+
+
+def test_what_was_the_same_before_is_as_likely_in_both() -> None:
+    def result(first: Any) -> str:
+        near = choice("a", "y", tops=two(0.0), first=first)
+        return judge(choice("a", "x", tops=two(0.0)), near).result
+
+    assert result(-0.2) == "ok"
+    assert {result(one) for one in (-0.5, None, float("nan"), 10**400)} == {"failed"}
 
 
 @pytest.mark.parametrize(

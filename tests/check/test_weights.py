@@ -125,10 +125,17 @@ def test_a_stock_server_is_not_visible(serve: Serve) -> None:
     assert "no /fp8ctl/report" in str(found["message"])
 
 
+def test_a_server_that_is_updated_all_the_time_is_no_faulty_one(serve: Serve) -> None:
+    said = {"error": "the weights changed 4 times while they were digested", "id": "FP8-BUSY"}
+    found = weights.verify(serve(503, said), None, reporter()[0], None)
+    assert (found["result"], found["verdict"]) == ("not visible", None)
+    assert "the weights changed 4 times" in str(found["message"])
+
+
 def test_a_server_without_a_plan_is_not_visible(serve: Serve) -> None:
     found = weights.verify(serve(200, answer(None, [])), None, reporter()[0], None)
     assert (found["result"], found["verdict"]) == ("not visible", None)
-    assert "there is no plan to compare" in str(found["message"])
+    assert "started without a plan" in str(found["message"])
 
 
 def test_weights_in_the_form_of_a_kernel_are_not_visible(serve: Serve, plan: Plan) -> None:

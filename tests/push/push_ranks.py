@@ -20,7 +20,7 @@ from fp8ctl.stream import Ranks
 from tests.stream_ranks import sharded
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import AsyncIterator, Coroutine, Iterator
 
 
 async def cancelled(doing: Coroutine[Any, Any, Any]) -> Any:
@@ -39,6 +39,7 @@ def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: lis
     rollout = Rollout(good, plan, bucket_bytes=9_000)
     unable, whole = Rollout(bad, plan), Rollout(good, plan)
     told = []
+    gone = ("early", "cancelled", "awaits")
     for version, case in enumerate(cases):
 
         def named(case: str = case) -> Iterator[tuple[str, torch.Tensor]]:
@@ -54,12 +55,20 @@ def main(rank: int, world: int, rendezvous: str, good: str, bad: str, cases: lis
             if case in ("late-0", "late-1") and case != f"late-{rank}":
                 time.sleep(6)  # the other rank has no tensor left, and is cancelled meanwhile
 
+        async def slow() -> AsyncIterator[tuple[str, torch.Tensor]]:
+            for i, pair in enumerate(model.named_parameters()):
+                if i == 6:
+                    await asyncio.sleep(60)
+                yield pair
+
         one = {"refused": unable, "late-0": whole, "late-1": whole}.get(case, rollout)
         started = time.monotonic()
         try:
-            if case == f"late-{rank}" or (case == "cancelled" and rank == 1):
-                done = asyncio.run(cancelled(one.aupdate(named(), version, ranks=ranks)))
-            elif case in ("async", "cancelled", "late-0", "late-1"):
+            leaves = case == f"late-{rank}" or (case in gone and rank == 1)
+            if leaves:
+                source = slow() if case == "awaits" else named()
+                done = asyncio.run(cancelled(one.aupdate(source, version, ranks=ranks)))
+            elif case in ("async", "late-0", "late-1", *gone):
                 done = asyncio.run(one.aupdate(named(), version, ranks=ranks))
             else:
                 done = one.update(named(), version, ranks=ranks, complete=case != "fewer")

@@ -66,23 +66,48 @@ def test_ranks_return_and_raise_together(tmp_path: Path) -> None:
 
 
 def test_a_cancelled_rank_is_heard_by_a_source_that_waits_for_servers(tmp_path: Path) -> None:
-    """Requests in flight may take ten minutes; the group of the ranks works afterwards."""
+    """Requests in flight may take ten minutes; the group of the ranks works afterwards.
+
+    It is cancelled where it waits for the others, then where it waits for tensors of its own.
+    """
 
     async def requests_run(begin: Any) -> Any:
-        if begin["version"] == "0":
+        if begin["version"] in ("0", "1"):
             await asyncio.sleep(60)
         return None
 
     plan = planned(weights())
     with serving(plan) as good, serving(plan, stock=True) as bad:
         good.faults[wire.BEGIN] = requests_run
-        (_, source), (_, other) = run(tmp_path, good, bad, "cancelled", "async")
+        (_, source), (_, other) = run(tmp_path, good, bad, "cancelled", "awaits", "async")
         assert good.state == "ready"
         assert holds(good, [*quantize_weights(weights().items(), plan)])
-    assert (source[0].get("error"), other[0].get("error")) == ("ConflictError", "CancelledError")
-    assert "rank 1 ended the stream before its end: CancelledError" in source[0]["message"]
-    assert max(source[0]["seconds"], other[0]["seconds"]) < 30
-    assert source[1].get("sent")
+    for one, two in zip(source[:2], other, strict=False):
+        assert (one.get("error"), two.get("error")) == ("ConflictError", "CancelledError")
+        assert "rank 1 ended the stream before its end: CancelledError" in one["message"]
+        assert max(one["seconds"], two["seconds"]) < 30
+    assert source[2].get("sent")
+
+
+def test_a_rank_that_is_cancelled_before_its_first_tensor_keeps_nobody_waiting(
+    tmp_path: Path,
+) -> None:
+    """The source looks for the servers then; the others have yet to hear that it has begun."""
+    asked = 0
+
+    async def slow_at_first(_: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        await asyncio.sleep(6 if asked == 1 else 0)
+
+    plan = planned(weights())
+    with serving(plan) as good, serving(plan, stock=True) as bad:
+        good.faults[wire.CONNECT] = slow_at_first
+        (_, source), (_, other) = run(tmp_path, good, bad, "early", "async")
+        assert good.state == "ready"
+    errors = [(one.get("error"), two.get("error")) for one, two in zip(source, other, strict=True)]
+    assert errors == [("ConflictError", "CancelledError"), (None, None)]
+    assert max(one["seconds"] for one in source + other) < 40
 
 
 def test_a_rank_that_is_cancelled_when_all_tensors_have_come_keeps_nobody_waiting(

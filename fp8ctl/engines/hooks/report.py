@@ -24,7 +24,7 @@ REPORT, INSPECT = "/fp8ctl/report", "/fp8ctl/inspect"
 #: Bytes of weights that a worker digests at a time: a third of a second on a busy CPU core.
 SLICE = 256 << 20
 #: How often that is tried beside a trainer that updates all the time.
-AGAIN = 5
+AGAIN = 3
 #: Of one question about single tensors: how many, and bytes of the values of all.
 TENSORS, VALUES = 64, 64 << 20
 #: Tensors of one question to the ranks.
@@ -47,7 +47,7 @@ async def answer(
         # What an update writes is no set of weights, and its ranks have other questions to answer.
         ranks = await digests(workers, gate, memory) if gate.state != "updating" else []
     except RefusedError as e:
-        return e.status, {"error": e.message}
+        return e.status, {"error": e.message, "id": e.id}
     except Exception as e:  # noqa: BLE001 - whatever the engine raises is the answer
         return 500, {"error": str(e) if isinstance(e, RuntimeError) else repr(e)}
     about = {"state": gate.describe(), "manifest": plan, "model": model}
