@@ -202,21 +202,36 @@ def expected_digests(
     source = models.read_checkpoint(model)
     require_planned(source, plan)
 
-    def make(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Made, dict[str, float] | None]:
-        made = become(planned, weight, plan)
-        if quality is None or not planned.quantize:
-            return made, None
-        codes, scales = made.values()
-        return made, measure(weight, codes, scales, groups_of(plan))
-
     result: dict[str, int] = {}
-    with contextlib.closing(each(source, plan, make, progress, only)) as several:
+    with contextlib.closing(
+        each(source, plan, making(plan, measured=quality is not None), progress, only)
+    ) as several:
         for planned, (made, measured) in several:
             for name, value in made.items():
                 result[name] = digests.digest(value)
             if quality is not None and measured is not None:
                 quality[planned.name] = measured
     return result
+
+
+def making(
+    plan: Plan, *, measured: bool
+) -> Callable[[PlannedTensor, torch.Tensor], tuple[Made, dict[str, float] | None]]:
+    """Return work for `reading.each`: what a tensor becomes, and its `quality.measure`.
+
+    Args:
+        plan: by which it is quantised.
+        measured: whether what is quantised is measured.
+    """
+
+    def make(planned: PlannedTensor, weight: torch.Tensor) -> tuple[Made, dict[str, float] | None]:
+        made = become(planned, weight, plan)
+        if not measured or not planned.quantize:
+            return made, None
+        codes, scales = made.values()
+        return made, measure(weight, codes, scales, groups_of(plan))
+
+    return make
 
 
 def become(planned: PlannedTensor, tensor: torch.Tensor, plan: Plan) -> Made:

@@ -128,7 +128,9 @@ def require_provable(
     Raises:
         UsageError: it is one.
     """
-    if planned or source == "online" or method == "fp8" or level in (None, "live"):
+    # --quantization fp8 of 16-bit weights is what --mode online is.
+    online = source == "online" or (source == "method" and method == "fp8")
+    if planned or online or level in (None, "live"):
         return
     if level == "logprobs" and source != "checkpoint":
         return  # what the method makes may be nearest to FP8, or not: that is the question

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
-    from types import TracebackType
 
 # The server's own access log of whoever waits for it.
 _ASKED: Final = re.compile(r'"GET /fp8ctl/state HTTP/')
@@ -31,12 +30,7 @@ class Tail:
     def __enter__(self) -> Tail:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def lines(self, *, final: bool = False) -> list[str]:

@@ -17,14 +17,12 @@ import torch
 from fp8ctl import checkpoint, formats, models, reading
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels.recipes import FP8_MAX
-from fp8ctl.pipeline import groups_of
-from fp8ctl.quality import measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.checkpoint import Progress
-    from fp8ctl.manifest import Plan, PlannedTensor
+    from fp8ctl.manifest import Plan
 
 #: Last names of modules that the engines build as one, beside each other.
 _FUSED = {
@@ -55,16 +53,7 @@ def expected_digests(
         group = _group(one.name)
         sizes[group] = sizes.get(group, 0) + 1
     waiting: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def make(
-        planned: PlannedTensor, weight: torch.Tensor
-    ) -> tuple[checkpoint.Made, dict[str, float] | None]:
-        made = checkpoint.become(planned, weight, plan)
-        if quality is None or not planned.quantize:
-            return made, None
-        codes, scale = made.values()
-        return made, measure(weight, codes, scale, groups_of(plan))
-
+    make = checkpoint.making(plan, measured=quality is not None)
     with contextlib.closing(reading.each(source, plan, make, progress)) as several:
         for planned, (made, measured) in several:
             if not planned.quantize:

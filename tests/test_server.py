@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import subprocess
@@ -21,7 +20,7 @@ from fp8ctl.errors import BusyError, NotFoundError, UsageError
 from fp8ctl.logtail import Tail, last_lines
 from fp8ctl.process import Identity, free_port, identify, members, refuse_taken_port
 from fp8ctl.registry import Record
-from fp8ctl.render import Reporter
+from tests.reporting import reporter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,11 +106,6 @@ def marked(folder: Path) -> list[int]:
             if f"FP8CTL_RUN_DIR={folder}".encode() in environment:
                 found.append(int(entry.name))
     return found
-
-
-def reporter(*, json_mode: bool = False) -> tuple[Reporter, io.StringIO, io.StringIO]:
-    out, err = io.StringIO(), io.StringIO()
-    return Reporter(json_mode=json_mode, out=out, err=err), out, err
 
 
 def test_ps_lists_a_running_server_and_its_state(start: Start) -> None:

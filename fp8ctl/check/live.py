@@ -18,6 +18,7 @@ from fp8ctl import gate
 from fp8ctl.check import code, repeat, words
 from fp8ctl.check.answers import Server
 from fp8ctl.check.verdict import Evidence, LevelReport, Verdict
+from fp8ctl.check.words import short
 from fp8ctl.engines.base import is_loopback
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def _see_code(look: _Look, server: Server, answer: Answer) -> None:
         if reply.status == 200:
             told = reply.body
         elif reply.status != 404:  # that is an earlier fp8ctl, which has no such route
-            told = {"error": f"HTTP {reply.status}: {_short(reply.text)}"}
+            told = {"error": f"HTTP {reply.status}: {short(reply.text)}"}
     found = code.judge(told)
     look.evidence += (*found.evidence, found.in_force)
     look.code = found.to_json()
@@ -147,7 +148,7 @@ def _see_model(look: _Look, server: Server) -> str | None:
     try:
         model = str(reply.body["data"][0]["id"])
     except (TypeError, KeyError, IndexError):
-        look.failed("model", f"HTTP {reply.status}: {_short(reply.text)}", "a model name")
+        look.failed("model", f"HTTP {reply.status}: {short(reply.text)}", "a model name")
         return None
     look.ok("model", model)
     look.facts["model"] = model
@@ -241,10 +242,10 @@ def _judge_chat(look: _Look, chat: Reply, expect: str | None) -> bool:
         content = choice["message"]["content"]
         text = content if isinstance(content, str) else ""
     except (TypeError, KeyError, IndexError):
-        look.failed("chat", f"HTTP {chat.status}: {_short(chat.text)}", "an answer")
+        look.failed("chat", f"HTTP {chat.status}: {short(chat.text)}", "an answer")
         return False
     look.facts |= {"answer": text, "latency_s": round(chat.seconds, 3)}
-    found = f"{_short(text)!r} in {chat.seconds:.2f} s"
+    found = f"{short(text)!r} in {chat.seconds:.2f} s"
     if expect is not None and expect not in text:
         look.failed("chat", found, f"an answer with {expect!r}")
     elif not text.strip():
@@ -293,12 +294,12 @@ def _judge_generation(look: _Look, server: Server, model: str, *, probabilities:
             text = choice["text"] if isinstance(choice["text"], str) else ""
         except (TypeError, KeyError, IndexError):
             name = "repeat" if choices else "generation"
-            look.failed(name, f"HTTP {reply.status}: {_short(reply.text)}", "an answer")
+            look.failed(name, f"HTTP {reply.status}: {short(reply.text)}", "an answer")
             return
         choices.append({**choice, "text": text})
         if number == 0:
             look.facts["generation_s"] = round(reply.seconds, 3)
-            found = f"{_short(text)!r} in {reply.seconds:.2f} s"
+            found = f"{short(text)!r} in {reply.seconds:.2f} s"
             (look.ok if text else look.failed)("generation", found, "some text")
             if probabilities:
                 told = choice.get("logprobs")
@@ -309,8 +310,3 @@ def _judge_generation(look: _Look, server: Server, model: str, *, probabilities:
                     look.not_visible("log-probabilities", "no answer carries any")
     look.facts["completion"] = choices[-1]["text"]
     look.evidence.append(repeat.judge(*choices[1:]))
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 80 else flat[:79] + "…"

@@ -17,7 +17,6 @@ from fp8ctl.errors import CheckFailedError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from types import TracebackType
 
 Ids = tuple[tuple[int, ...], ...]
 
@@ -84,12 +83,7 @@ class Prompts:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._server.close()
 
     def tokenise(self, texts: Sequence[str], cap: int) -> Ids:

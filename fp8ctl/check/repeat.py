@@ -11,6 +11,7 @@ import math
 from typing import Any, Final
 
 from fp8ctl.check.verdict import Evidence
+from fp8ctl.check.words import short
 
 #: How far apart in nats two tokens may be that rounding exchanges: batches of 1 and of 64 move a
 #: log-probability of an FP8 model by some 0.1.
@@ -27,7 +28,7 @@ def judge(one: Any, other: Any) -> Evidence:
     """
     if one["text"] == other["text"]:
         return Evidence("repeat", "ok", "two greedy requests, one answer")
-    found = f"{_short(one['text'])!r}, then {_short(other['text'])!r}"
+    found = f"{short(one['text'])!r}, then {short(other['text'])!r}"
     apart = _apart(one.get("logprobs"), other.get("logprobs"))
     if apart is None or not apart <= NEAR:
         by = "" if apart is None else f", {apart:.2f} nats apart"
@@ -57,8 +58,3 @@ def _apart(one: Any, other: Any) -> float | None:
     except (TypeError, KeyError, IndexError, ValueError, OverflowError, AttributeError):
         return None
     return None  # they are the same as far as they are told, and the texts are not
-
-
-def _short(text: str) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= 80 else flat[:79] + "…"

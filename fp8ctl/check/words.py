@@ -1,4 +1,4 @@
-"""What an engine says of itself: how it was started, and what it calls its quantisation. Pure.
+"""What a server says, and what of it is shown: arguments, quantisation, the start of a text. Pure.
 
 It is what was asked for, not what is in memory; `weights` finds that. Called by `live`.
 """
@@ -115,3 +115,9 @@ def versions(engine: str | None, told: Mapping[str, Any]) -> str | None:
     found += [f"{name} {told[name]}" for name in ("fp8ctl", "torch", "python") if told.get(name)]
     device = f" on {told['device']}" if told.get("device") else ""
     return (", ".join(one for one in found if one) + device) if any(found) else None
+
+
+def short(text: str) -> str:
+    """Return the beginning of an answer, in one line."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 80 else flat[:79] + "…"

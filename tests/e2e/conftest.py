@@ -141,6 +141,16 @@ def small_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return write_model(folder, demo_model, kept, {"num_hidden_layers": 2})
 
 
+def _attention(at: str) -> dict[str, tuple[int, ...]]:
+    """Return four heads of 64, two of keys."""
+    return {
+        f"{at}.self_attn.q_proj.weight": (256, 256),
+        f"{at}.self_attn.k_proj.weight": (128, 256),
+        f"{at}.self_attn.v_proj.weight": (128, 256),
+        f"{at}.self_attn.o_proj.weight": (256, 256),
+    }
+
+
 @pytest.fixture(scope="session")
 def even_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a tiny random model whose heads can be shared by two ranks: SmolLM2 has nine."""
@@ -157,10 +167,7 @@ def even_model(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for layer in range(2):
         at = f"model.layers.{layer}"
         shapes |= {
-            f"{at}.self_attn.q_proj.weight": (256, 256),
-            f"{at}.self_attn.k_proj.weight": (128, 256),
-            f"{at}.self_attn.v_proj.weight": (128, 256),
-            f"{at}.self_attn.o_proj.weight": (256, 256),
+            **_attention(at),
             f"{at}.mlp.gate_proj.weight": (512, 256),
             f"{at}.mlp.up_proj.weight": (512, 256),
             f"{at}.mlp.down_proj.weight": (256, 512),
@@ -247,10 +254,7 @@ def random_experts(demo_model: Path, folder: Path, spread: float = 0.05) -> Path
     for layer in range(2):
         at = f"model.layers.{layer}"
         shapes |= {
-            f"{at}.self_attn.q_proj.weight": (256, 256),
-            f"{at}.self_attn.k_proj.weight": (128, 256),
-            f"{at}.self_attn.v_proj.weight": (128, 256),
-            f"{at}.self_attn.o_proj.weight": (256, 256),
+            **_attention(at),
             f"{at}.self_attn.q_norm.weight": (64,),
             f"{at}.self_attn.k_norm.weight": (64,),
             f"{at}.mlp.gate.weight": (4, 256),

@@ -116,9 +116,7 @@ def test_weights_that_change_between_two_slices_are_told_anew_in_one_piece(
     def update() -> None:
         if len(workers.asked) == 2:
             there.begin_update()
-            with torch.no_grad():
-                for parameter in workers.models[0].parameters():
-                    parameter.fill_(7)
+            fill(workers, 7)
             there.end_update(Outcome("applied"))
 
     workers.meanwhile = update
