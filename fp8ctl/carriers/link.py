@@ -80,8 +80,11 @@ class Line:
             raise ConflictError(f"{self.who} says {line[:80]!r}, which is no message")
         return message
 
-    def hear(self, deadline: float) -> Message:
+    def hear(self, deadline: float | None) -> Message:
         """Wait for the next message.
+
+        Args:
+            deadline: of time.monotonic(); None: there is none.
 
         Raises:
             TimeoutError: it does not come until then.
@@ -90,9 +93,15 @@ class Line:
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
             while (message := self.heard()) is None:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not selector.select(left):
                     raise TimeoutError(f"{self.who} did not answer in time")
         return message
+
+    def end(self) -> None:
+        """End the connection; whoever waits for a message in another thread hears of it."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -339,7 +348,15 @@ def agree(line: Line, deadline: float) -> Message:
         ConflictError: it says no, or is gone.
         TimeoutError: it says nothing.
     """
-    message = line.hear(deadline)
+    return refuse(line.hear(deadline))
+
+
+def refuse(message: Message) -> Message:
+    """Return the trainer's message, unless it is the end.
+
+    Raises:
+        ConflictError: it says no.
+    """
     if "no" in message:
         raise ConflictError(f"the trainer says: {message['no']}")
     return message

@@ -155,7 +155,7 @@ class Receiver:
     def receive(
         self, slot: int, nbytes: int, entries: Sequence[Mapping[str, Any]], number: int
     ) -> dict[str, Any]:
-        """Load a bucket; the device has done it when this returns.
+        """Load a bucket; when this returns its sender may write where it lay.
 
         Args:
             slot: of the carrier.
@@ -187,7 +187,7 @@ class Receiver:
             clock.lap("loaders")
             copy([pair for pairs in copies.values() for pair in pairs])
             clock.lap("copies")
-            wait_for(self.device)
+            self._slots.loaded()
             clock.lap("device")
             ways = {"loaders": len(others), "copies": len(copies)}
             names = [name for name, _ in held]
