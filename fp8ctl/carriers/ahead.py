@@ -1,7 +1,7 @@
 """A rank's end of a group: a thread takes each bucket when the trainer gives it.
 
 So the next one is on its way while the last is loaded, and while the server is asked to load
-it. A bucket goes into a slot that nobody reads any more, and they are handed on in order.
+it. The trainer is told which slots have room; buckets are handed on in order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
     import torch
 
-#: Seconds between two looks whether the trainer is still there, while a slot is waited for.
-_LOOK = 0.02
 #: Seconds after a bucket in which another one is likely.
 _SOON = 1.0
 #: Seconds that a thread may hold Python's lock while another waits for it: an engine at rest
@@ -66,11 +64,13 @@ class Ahead:
         #: Slot and size of what has come and was not taken yet.
         self._come: deque[tuple[int, int]] = deque()
         #: Slots that may be written, and the event of the device that is to come first.
-        self._free: dict[int, Any] = dict.fromkeys(range(len(slots)))
+        self._free: dict[int, Any] = {}
         self._error: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fp8ctl-push-take", daemon=True)
         self._thread.start()
+        for slot in range(len(self._slots)):
+            self.free(slot, None)
 
     def take(self, slot: int, nbytes: int) -> None:
         """Wait until the next bucket has come, which has to be this one.
@@ -95,7 +95,8 @@ class Ahead:
         """Let the slot be written again, when the device has reached the event `after`."""
         with self._changed:
             self._free[slot] = after
-            self._changed.notify_all()
+            with contextlib.suppress(ConflictError):  # the thread hears of it, too
+                self._line.say(room=slot)
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave the group; the trainer is told an error."""
@@ -145,28 +146,15 @@ class Ahead:
                     return
 
     def _give(self, message: link.Message) -> None:
-        link.refuse(message)
-        slot, nbytes = message["give"]
-        part = self._slots[slot][:nbytes]
-        deadline = time.monotonic() + self._timeout
-        after = self._wait_for(slot, deadline)
-        self._line.say(take=[slot, nbytes])
-        link.agree(self._line, deadline)
-        self._backend.broadcast(part, after, deadline, self._check)
+        slot, nbytes = link.refuse(message)["go"]
+        if slot not in self._free:
+            raise ConflictError(f"the trainer gives slot {slot}, which has no room")
+        part, after = self._slots[slot][:nbytes], self._free.pop(slot)
+        self._backend.broadcast(part, after, time.monotonic() + self._timeout, self._check)
         with self._changed:
             self._come.append((slot, nbytes))
+            self._line.say(got=slot)
             self._changed.notify_all()
-        self._line.say(got=slot)
-
-    def _wait_for(self, slot: int, deadline: float) -> Any:
-        """Wait until a slot is free; return what the device has to reach first."""
-        with self._changed:
-            while slot not in self._free:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"slot {slot} is still read")
-                self._changed.wait(_LOOK)
-                self._check()
-            return self._free.pop(slot)
 
     def _check(self) -> None:
         """Raise where the group has ended; the trainer says nothing else now."""

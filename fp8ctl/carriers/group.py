@@ -1,9 +1,9 @@
 """Buckets by a broadcast: a trainer and all ranks of all servers, over NCCL or gloo.
 
-The trainer is rank 0 and holds a connection to each rank (`link`). It says which bucket it
-gives; a broadcast begins when every rank has room for it and has said so, so that nobody is
-left in one that another never enters, and who is missing has a name. In a rank a thread takes
-them (`ahead`). After a failure the group is ended, and made anew.
+The trainer is rank 0 and holds a connection to each rank (`link`). A broadcast begins when every
+rank has said that it has room for the bucket, so that nobody is left in one that another never
+enters, and who is missing has a name. In a rank a thread takes them (`ahead`). After a failure
+the group is ended, and made anew.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class GroupSender:
         self._backend_name = "nccl" if device.type == "cuda" else "gloo"
         self._first = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         self._world = 1 + sum(ranks)
+        #: Of each rank, the slots that it has room in; the ranks that have what was given last.
+        self._room: dict[int, set[int]] = {rank: set() for rank in range(1, self._world)}
+        self._has: set[int] = set()
         self._nbytes = [nbytes] * slots
         self._slots = offers.allocate(self._nbytes, device)
         #: What the device does before a slot may be read.
@@ -122,22 +125,23 @@ class GroupSender:
                 raise ConflictError("the group is not there: it was not joined, or has ended")
             try:
                 self._hub.check()
-                self._hub.tell(give=[slot, nbytes])
-                for rank, message in self._hub.collect(deadline).items():
-                    if message.get("take") != [slot, nbytes]:
-                        raise ConflictError(
-                            f"{self._hub.name(rank)} answers {message} to slot {slot} with"
-                            f" {nbytes} bytes"
-                        )
-                self._hub.tell(go=slot)
+                self._hub.listen(
+                    self._note,
+                    lambda: [r for r, has in self._room.items() if slot not in has],
+                    deadline,
+                )
+                for has in self._room.values():
+                    has.discard(slot)
+                self._hub.tell(go=[slot, nbytes])
                 self._give(slot, nbytes, deadline)
-                self._hub.collect(deadline)
+                self._hub.listen(self._note, self._without, deadline)
             except BaseException as e:
                 self._break(str(e))
                 raise
 
     def _give(self, slot: int, nbytes: int, deadline: float) -> None:
         assert self._backend is not None
+        self._has.clear()
         try:
             self._backend.broadcast(
                 self._slots[slot][:nbytes], self._written[slot], deadline, self._hub.check
@@ -145,10 +149,23 @@ class GroupSender:
         except (TimeoutError, ConflictError) as e:
             # The transport names addresses at best. Who has not said that it has the bucket?
             try:
-                self._hub.collect(time.monotonic() + 1.0)
+                self._hub.listen(self._note, self._without, time.monotonic() + 1.0)
             except (TimeoutError, ConflictError) as who:
                 raise type(e)(f"{e}; {who}") from e
             raise
+
+    def _note(self, rank: int, message: link.Message) -> None:
+        """Take a rank's word that it has room in a slot, or what was given last."""
+        if "room" in message:
+            self._room[rank].add(message["room"])
+        elif "got" in message:
+            self._has.add(rank)
+        else:
+            raise ConflictError(f"{self._hub.name(rank)} says {message}")
+
+    def _without(self) -> list[int]:
+        """Return the ranks that do not have what was given last."""
+        return [rank for rank in self._room if rank not in self._has]
 
     def cancel(self, why: str) -> None:
         """End the group; what waits in another thread raises."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 #: A line longer than this is not one of ours.
 LONGEST = 1 << 16
@@ -238,6 +238,37 @@ class Hub:
                     assert isinstance(line, Line)
                     if ranks[line] in said:
                         selector.unregister(line)
+
+    def listen(
+        self,
+        take: Callable[[int, Message], None],
+        missing: Callable[[], Collection[int]],
+        deadline: float,
+    ) -> None:
+        """Hand on what the ranks say, until nobody is missing.
+
+        Args:
+            take: is given a rank and what it says.
+            missing: returns the ranks that have more to say.
+            deadline: of time.monotonic().
+
+        Raises:
+            TimeoutError: some did not say it; all are named.
+            ConflictError: one is gone or has failed, or `cancel` was called.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for line in self._lines.values():
+                selector.register(line, selectors.EVENT_READ)
+            while True:
+                for rank, line in self._lines.items():
+                    while (message := line.heard()) is not None:
+                        _refuse_failed(line, message)
+                        take(rank, message)
+                waiting = missing()
+                if not waiting:
+                    return
+                self._select(selector, deadline, {*waiting})
 
     def _select(
         self, selector: selectors.BaseSelector, deadline: float, missing: set[int]
