@@ -7,25 +7,21 @@ it. The trainer is told which slots have room; buckets are handed on in order.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fp8ctl.carriers import link
+from fp8ctl.carriers import link, turns
 from fp8ctl.errors import ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
 #: Seconds after a bucket in which another one is likely.
 _SOON = 1.0
-#: Seconds that a thread may hold Python's lock while another waits for it: an engine at rest
-#: may ask for requests in a loop, and 5 ms for each step here would be longer than a bucket.
-_TURN = 0.0002
 #: Seconds that the thread gets to end; what holds it longer ends by its own time-out.
 _LEAVING = 15.0
 
@@ -137,7 +133,7 @@ class Ahead:
 
     def _one(self, message: link.Message) -> None:
         """Take one bucket, and those that follow soon."""
-        with _short_turns():
+        with turns.short():
             while True:
                 self._give(message)
                 try:
@@ -167,14 +163,3 @@ class Ahead:
     def _say_failed(self, error: BaseException) -> None:
         with contextlib.suppress(ConflictError):  # it knows
             self._line.say(failed=f"{type(error).__name__}: {error}")
-
-
-@contextlib.contextmanager
-def _short_turns() -> Iterator[None]:
-    """Have threads of this process take turns more often."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, _TURN))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

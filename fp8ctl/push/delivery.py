@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fp8ctl.carriers import turns
 from fp8ctl.errors import AbortedError, Fp8ctlError
 
 if TYPE_CHECKING:
@@ -155,6 +156,8 @@ class ByCarrier:
         self._last: list[Future[dict[str, Any]]] = []
         group = link.kind == "group"
         self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
+        self._turns = contextlib.ExitStack()
+        self._turns.enter_context(turns.short())
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when what was in it is read by nobody any more."""
@@ -192,6 +195,7 @@ class ByCarrier:
 
     def close(self) -> None:
         """End the thread that sends."""
+        self._turns.close()
         if self._sending is not None:
             self._sending.shutdown(wait=True, cancel_futures=True)
 
