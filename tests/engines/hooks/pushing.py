@@ -61,6 +61,7 @@ class Ranks:
 
     Attributes:
         held: by rank, name -> digest of the version it is of.
+        slots: of the carrier, name -> digest of what lies there.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
         calls: what was asked, in order.
         parameters, same: what the engine has names for, and names in the memory of another one.
@@ -71,6 +72,7 @@ class Ranks:
         self.ranks = ranks
         full = {n: digest(version, n) for n in NAMES} if version else {}
         self.held: list[dict[str, str]] = [dict(full) for _ in range(ranks)]
+        self.slots: dict[int, dict[str, str]] = {}
         self.dtypes = {name: dtype for name, (dtype, _) in TENSORS.items()}
         self.arrived: set[str] = set()
         self.faults: dict[str, Any] = {}
@@ -125,7 +127,7 @@ class Ranks:
         if error:
             loaded = 1 if error == "half-way" else 0
         for entry in entries[:loaded]:
-            self.held[rank][entry["name"]] = entry["digest"]
+            self.held[rank][entry["name"]] = self.slots[slot][entry["name"]]
             self.arrived.add(entry["name"])
         self.broken |= bool(loaded and error)
         seconds = {"load": 0.5 + rank}
@@ -283,13 +285,15 @@ class Server:
     async def bucket(
         self, number: int, names: list[str], version: str = "B", push: str = "", **changes: Any
     ) -> tuple[int, Any]:
+        slot, found = int(number) % 2, entries(version, names, **changes)
+        self.workers.slots[slot] = {str(one["name"]): str(one["digest"]) for one in found}
         return await self.post(
             wire.BUCKET,
             push=push or f"push-{version}",
             number=number,
-            slot=int(number) % 2,
+            slot=slot,
             nbytes=1 << 20,
-            entries=entries(version, names, **changes),
+            entries=found,
         )
 
     async def end(

@@ -22,6 +22,11 @@ def lines(*numbers: int) -> list[dict[str, object]]:
     return [{"kind": "update", "number": n} for n in numbers]
 
 
+def write(log: PushLog, found: list[dict[str, object]]) -> None:
+    log.later(found)
+    log.settle()
+
+
 def numbers(found: list[Any]) -> list[int]:
     return [line["number"] for line in found]
 
@@ -92,7 +97,7 @@ def test_facts_of_the_client_do_not_replace_what_the_server_knows(tmp_path: Path
 def test_the_log_is_its_owners_alone(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
-        PushLog(tmp_path).write(lines(0))
+        write(PushLog(tmp_path), lines(0))
     finally:
         os.umask(old)
     assert (tmp_path / "push-log.jsonl").stat().st_mode & 0o777 == 0o600
@@ -101,21 +106,21 @@ def test_the_log_is_its_owners_alone(tmp_path: Path) -> None:
 def test_a_reader_goes_on_where_it_was(tmp_path: Path) -> None:
     log = PushLog(tmp_path)
     assert log.read(0) == ([], 0)
-    log.write(lines(0, 1, 2))
+    write(log, lines(0, 1, 2))
     found, following = log.read(0, most=2)
     assert (numbers(found), following) == ([0, 1], 2)
     found, following = log.read(following)
     assert (numbers(found), following) == ([2], 3)
     assert log.read(3) == ([], 3)
     assert log.read(99) == ([], 3)  # of a server that ran before
-    log.write(lines(3))
+    write(log, lines(3))
     assert numbers(log.read(3)[0]) == [3]
 
 
 def test_at_its_limit_the_log_keeps_the_newest_lines_under_their_numbers(tmp_path: Path) -> None:
     log = PushLog(tmp_path, limit=100)
     for n in range(0, 40, 2):
-        log.write(lines(n, n + 1))
+        write(log, lines(n, n + 1))
         files = list(tmp_path.iterdir())
         assert len(files) <= 2
         assert all(f.stat().st_size < 200 for f in files)
@@ -130,16 +135,16 @@ def test_a_disk_that_is_full_costs_the_lines_and_nothing_else(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log = PushLog(tmp_path)
-    log.write(lines(0))
+    write(log, lines(0))
     size = log.path.stat().st_size if log.path else 0
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
     try:
-        log.write(lines(1))
+        write(log, lines(1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.strerror(errno.EFBIG) in capsys.readouterr().err
-    log.write(lines(2))
+    write(log, lines(2))
     assert numbers(log.read(0)[0]) == [0, 2]
 
 
