@@ -61,6 +61,21 @@ def test_what_was_the_same_before_is_as_likely_in_both() -> None:
 
 
 @pytest.mark.parametrize(
+    ("last", "result"),
+    [(-0.71, "not visible"), (-0.7 - NEAR + 0.01, "not visible"), (-1.2, "failed")],
+)
+def test_a_token_that_is_not_told_is_no_likelier_than_the_last_that_is(
+    last: float, result: str
+) -> None:
+    """Of a model that finds many as likely, five do not show which others are."""
+    flat = [{"a": -0.1}, {"x": -0.7, "z": last}]
+    for one, other in (("x", "y"), ("y", "x")):
+        tops = {"x": flat, "y": two(0.01)}
+        found = judge(choice("a", one, tops=tops[one]), choice("a", other, tops=tops[other]))
+        assert found.result == result, found.found
+
+
+@pytest.mark.parametrize(
     "tops",
     [
         None,
