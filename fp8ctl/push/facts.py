@@ -8,7 +8,7 @@ stays in 16 or 32 bits, `amax` alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -39,14 +39,14 @@ def facts(
     kept = [
         tensor
         for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True))
-        if _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel()
+        if is_kept(entries, i) and tensor.is_floating_point() and tensor.numel()
     ]
     peaks = iter(largest(kept))
     for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
         if entry.dtype == "float8_e4m3fn":
             asked += of_codes(tensor, tensors[i + 1], block)
             names.append(("amax", "saturated", "zero_blocks"))
-        elif _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel():
+        elif is_kept(entries, i) and tensor.is_floating_point() and tensor.numel():
             asked.append(next(peaks))
             names.append(("amax",))
         else:
@@ -60,24 +60,32 @@ def facts(
 
 
 def largest(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the largest magnitude in each tensor, NaN where there is one, as 0-D FP64.
+    """Return what `peaks` does, each as 0-D; of no tensors none."""
+    return [*peaks(tensors).unbind()] if tensors else []
+
+
+def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the largest magnitude in each tensor, NaN where there is one, as FP64 [tensors].
 
     Args:
-        tensors: of floats, none empty; all on one device.
+        tensors: of floats, at least one, none empty; all on one device.
     """
-    if not tensors or tensors[0].device.type == "cpu":
-        return [torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors]
+    if tensors[0].device.type == "cpu":
+        return torch.stack([torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors])
     # A few launches for all, where the host would take longer with one each.
     alike: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         alike.setdefault(tensor.dtype, []).append(i)
-    found: list[Any] = [None] * len(tensors)
-    for those in alike.values():
-        norms = torch._foreach_norm([tensors[i] for i in those], float("inf"))
-        # One conversion for all: each is a launch.
-        for i, norm in zip(those, torch.stack(list(norms)).double().unbind(), strict=True):
-            found[i] = norm
-    return found
+    found = [
+        torch.stack([*torch._foreach_norm([tensors[i] for i in those], float("inf"))]).double()
+        for those in alike.values()
+    ]
+    if len(found) == 1:
+        return found[0]
+    # Back into the order in which they came.
+    place = {i: at for at, i in enumerate(i for those in alike.values() for i in those)}
+    each = torch.cat(found).unbind()
+    return torch.stack([each[place[i]] for i in range(len(tensors))])
 
 
 def of_codes(
@@ -90,7 +98,7 @@ def of_codes(
     return largest, _saturated(bits).double(), zero.sum().double()
 
 
-def _is_kept(entries: Sequence[Entry], i: int) -> bool:
+def is_kept(entries: Sequence[Entry], i: int) -> bool:
     """Say whether it is neither codes nor the scales of those before it."""
     of_it = entries[i].dtype, entries[i - 1].dtype if i else ""
     return "float8_e4m3fn" not in of_it
