@@ -22,7 +22,7 @@ from fp8ctl.ranks import leave, meet, tell
 from fp8ctl.wire import ALIGN, DTYPES, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from fp8ctl.forms import Form
@@ -61,8 +61,13 @@ class Placing(Protocol):
     def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
         """Return memory for these tensors; may wait until there is some."""
 
-    def writing(self) -> None:
-        """Hear that all which writes to these places is queued; need not wait for it."""
+    def writing(self, scales: Collection[str]) -> None:
+        """Hear that all which writes to these places is queued; need not wait for it.
+
+        Args:
+            scales: names of those that are made here. Where one would not be finite, nothing of
+                all this is passed on.
+        """
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Return what measures a stage of the work."""
@@ -307,7 +312,7 @@ class Taker:
             # One wait for the device, and what is to be found out about the outputs is queued
             # before it: the host does its part meanwhile.
             if self.placing is not None:
-                self.placing.writing()
+                self.placing.writing({slots[1].name for *_, fp8, slots in bucket if fp8})
             for those, wait in begun:
                 made.update(zip(those, wait(), strict=True))
         except NonFiniteError as e:

@@ -17,12 +17,12 @@ import torch
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels.digest import to_text
-from fp8ctl.push.facts import is_kept, peaks
+from fp8ctl.push.facts import peaks
 from fp8ctl.push.result import Progress
 from fp8ctl.wire import ALIGN, DTYPES, NO_FACTS, Entry, Slot, place
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from fp8ctl.push.aside import Aside
@@ -150,10 +150,10 @@ class Filler:
         self._used += nbytes
         return [*self._tensors]
 
-    def writing(self) -> None:
-        """Begin to look at what is written to the places."""
+    def writing(self, scales: Collection[str]) -> None:
+        """Begin to look at what is written to the places, but at the finite scales for digests."""
         with self._clock.stage("digest"):
-            self._looking = self._look(self._batch, self._tensors)
+            self._looking = self._look(self._batch, self._tensors, scales)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Measure a stage of the stream."""
@@ -227,13 +227,14 @@ class Filler:
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
 
-    def _look(self, batch: list[Entry], tensors: list[torch.Tensor]) -> Callable[[], list[Entry]]:
+    def _look(
+        self, batch: list[Entry], tensors: list[torch.Tensor], scales: Collection[str]
+    ) -> Callable[[], list[Entry]]:
         """Begin to look at tensors; return what waits for it, and refuses what is not finite."""
-        # Scales that the kernels made of finite numbers are finite.
         kept = [
             (entry, tensor)
-            for i, (entry, tensor) in enumerate(zip(batch, tensors, strict=True))
-            if entry.dtype in _FLOATS and (self._made or is_kept(batch, i)) and tensor.numel()
+            for entry, tensor in zip(batch, tensors, strict=True)
+            if entry.dtype in _FLOATS and entry.name not in scales and tensor.numel()
         ]
         found = [peaks([tensor for _, tensor in kept])] if kept else []
         if self._made:

@@ -39,14 +39,14 @@ def facts(
     kept = [
         tensor
         for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True))
-        if is_kept(entries, i) and tensor.is_floating_point() and tensor.numel()
+        if _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel()
     ]
     peaks = iter(largest(kept))
     for i, (entry, tensor) in enumerate(zip(entries, tensors, strict=True)):
         if entry.dtype == "float8_e4m3fn":
             asked += of_codes(tensor, tensors[i + 1], block)
             names.append(("amax", "saturated", "zero_blocks"))
-        elif is_kept(entries, i) and tensor.is_floating_point() and tensor.numel():
+        elif _is_kept(entries, i) and tensor.is_floating_point() and tensor.numel():
             asked.append(next(peaks))
             names.append(("amax",))
         else:
@@ -72,7 +72,11 @@ def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if tensors[0].device.type == "cpu":
         return torch.stack([torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors])
-    # A few launches for all, where the host would take longer with one each.
+    return _by_norms(tensors)
+
+
+def _by_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Find them in a few launches for all, where the host would take longer with one each."""
     alike: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         alike.setdefault(tensor.dtype, []).append(i)
@@ -98,7 +102,7 @@ def of_codes(
     return largest, _saturated(bits).double(), zero.sum().double()
 
 
-def is_kept(entries: Sequence[Entry], i: int) -> bool:
+def _is_kept(entries: Sequence[Entry], i: int) -> bool:
     """Say whether it is neither codes nor the scales of those before it."""
     of_it = entries[i].dtype, entries[i - 1].dtype if i else ""
     return "float8_e4m3fn" not in of_it
