@@ -152,7 +152,7 @@ class Filler:
 
     def writing(self, scales: Collection[str]) -> None:
         """Begin to look at what is written to the places, but at the finite scales for digests."""
-        with self._clock.stage("digest"):
+        with self.stage("digest"):
             self._looking = self._look(self._batch, self._tensors, scales)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
