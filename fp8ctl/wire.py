@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 #: Both ends must have the same one; it changes when what is said changes.
-PROTOCOL = 1
+PROTOCOL = 2
 #: Where every tensor of a bucket begins, in bytes: what CUDA's widest loads want, and more.
 ALIGN = 256
 

@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fp8ctl.kernels import compiled
+from fp8ctl.kernels import compiled, known
 from fp8ctl.kernels.inputs import has_triton
+from fp8ctl.kernels.known import Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -219,17 +220,12 @@ class Lists:
     """Lists of tensors on GPUs, and what was found out about those that were asked for before.
 
     To find out how a tensor is cut takes Python 40 us, as long as an H100 takes to read 100 MB
-    of it; and a push asks for the same tensors at every update. A list that comes again, the
-    same kinds of tensors at the same addresses, is known by that alone.
+    of it; and a push asks for the same tensors at every update.
     """
 
     def __init__(self, most: int = 256) -> None:
         """Remember up to `most` lists; a list of 500 tensors takes some 0.5 MB of the device."""
-        from fp8ctl.kernels.facts import Facts  # needs numpy, as Triton's part does, and a CPU not
-
-        self._most = most
-        self._facts = Facts()
-        self._known: dict[bytes, Prepared] = {}
+        self._known: Known[Prepared] = Known(most)
 
     def start(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the sums of a list, int64 on the device, without waiting for it.
@@ -237,28 +233,22 @@ class Lists:
         Args:
             parts: at least one, all of one device and none empty.
         """
-        import numpy as np
-
         from fp8ctl.kernels.digest_triton import Prepared
 
         tensors = [t for t, _, _ in parts]
-        key = b""
+        key = None
         if not any(map(torch.Tensor.is_neg, tensors)):
-            numbers, addresses = self._facts.look(tensors)
-            places = np.array([(r, c) for _, r, c in parts])
-            key = numbers.tobytes() + addresses.tobytes() + places.tobytes()
-        known = self._known.get(key)
-        if known is None:
+            key = self._known.key(tensors, tuple([(r, c) for _, r, c in parts]))
+        found = None if key is None else self._known.get(key)
+        if found is None:
             sums = [_sums(t.detach(), r, c) for t, r, c in parts]
             held = [one for one in sums if one is not None]
-            known = Prepared(held)
+            found = Prepared(held)
             # What had to be copied first is elsewhere the next time.
             memory = zip(tensors, held, strict=True)
-            if key and all(_begin(t) == _begin(one.bits) for t, one in memory):
-                if len(self._known) >= self._most:
-                    self._known.clear()
-                self._known[key] = known
-        return known.run()
+            if key is not None and all(_begin(t) == _begin(one.bits) for t, one in memory):
+                self._known.put(key, found)
+        return found.run()
 
 
 def _begin(t: torch.Tensor) -> int:
@@ -368,8 +358,7 @@ def _lists() -> Lists:
 
 def forget() -> None:
     """Give back what is remembered: the tensors of a connection that ended come no more."""
-    if _lists.cache_info().currsize:
-        _lists.cache_clear()
+    known.forget()
 
 
 def _finish(x: torch.Tensor) -> torch.Tensor:

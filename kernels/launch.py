@@ -407,6 +407,11 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def current_stream(where: torch.device) -> int:
+    """Return what tells the stream that kernels of a device are launched on from others."""
+    return 0 if _INTERPRETED else int(torch.cuda.current_stream(where).cuda_stream)
+
+
 def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 #: A line longer than this is not one of ours.
 LONGEST = 1 << 16
@@ -80,8 +80,11 @@ class Line:
             raise ConflictError(f"{self.who} says {line[:80]!r}, which is no message")
         return message
 
-    def hear(self, deadline: float) -> Message:
+    def hear(self, deadline: float | None) -> Message:
         """Wait for the next message.
+
+        Args:
+            deadline: of time.monotonic(); None: there is none.
 
         Raises:
             TimeoutError: it does not come until then.
@@ -90,9 +93,15 @@ class Line:
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
             while (message := self.heard()) is None:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not selector.select(left):
                     raise TimeoutError(f"{self.who} did not answer in time")
         return message
+
+    def end(self) -> None:
+        """End the connection; whoever waits for a message in another thread hears of it."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -230,6 +239,37 @@ class Hub:
                     if ranks[line] in said:
                         selector.unregister(line)
 
+    def listen(
+        self,
+        take: Callable[[int, Message], None],
+        missing: Callable[[], Collection[int]],
+        deadline: float,
+    ) -> None:
+        """Hand on what the ranks say, until nobody is missing.
+
+        Args:
+            take: is given a rank and what it says.
+            missing: returns the ranks that have more to say.
+            deadline: of time.monotonic().
+
+        Raises:
+            TimeoutError: some did not say it; all are named.
+            ConflictError: one is gone or has failed, or `cancel` was called.
+        """
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for line in self._lines.values():
+                selector.register(line, selectors.EVENT_READ)
+            while True:
+                for rank, line in self._lines.items():
+                    while (message := line.heard()) is not None:
+                        _refuse_failed(line, message)
+                        take(rank, message)
+                waiting = missing()
+                if not waiting:
+                    return
+                self._select(selector, deadline, {*waiting})
+
     def _select(
         self, selector: selectors.BaseSelector, deadline: float, missing: set[int]
     ) -> list[Any]:
@@ -339,7 +379,15 @@ def agree(line: Line, deadline: float) -> Message:
         ConflictError: it says no, or is gone.
         TimeoutError: it says nothing.
     """
-    message = line.hear(deadline)
+    return refuse(line.hear(deadline))
+
+
+def refuse(message: Message) -> Message:
+    """Return the trainer's message, unless it is the end.
+
+    Raises:
+        ConflictError: it says no.
+    """
     if "no" in message:
         raise ConflictError(f"the trainer says: {message['no']}")
     return message

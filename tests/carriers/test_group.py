@@ -110,19 +110,24 @@ def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
     assert not listening()
 
 
-def test_the_next_slot_is_written_while_the_last_is_sent(pool: Pool) -> None:
+def test_ranks_take_what_they_have_room_for_before_they_are_asked(pool: Pool) -> None:
     processes = pool.take(1)
     with group(1) as sender, ThreadPoolExecutor(1) as threads:
         come(sender, processes, 1)
-        wanted = fill(sender, 0, NBYTES, seed=0)
-        for bucket in range(4):
-            slot = bucket % 2
-            sent = threads.submit(sender.send, slot, NBYTES)
-            following = fill(sender, 1 - slot, NBYTES, seed=bucket + 1)
-            assert not sent.done()  # it waits for the rank
-            assert processes[0].ok(bucket=[slot, NBYTES]) == wanted
-            sent.result()
-            wanted = following
+        wanted = [fill(sender, slot, NBYTES, seed=slot) for slot in range(2)]
+        for slot in range(2):
+            sender.send(slot, NBYTES)
+        wanted.append(fill(sender, 0, NBYTES, seed=2))
+        third = threads.submit(sender.send, 0, NBYTES)
+        time.sleep(0.3)
+        assert not third.done(), "the rank has read neither slot"
+        assert processes[0].ok(bucket=[0, NBYTES], keep=True) == wanted[0]
+        time.sleep(0.3)
+        assert not third.done(), "it has, and may read it again"
+        assert processes[0].ok(look=0) == wanted[0]
+        assert processes[0].ok(bucket=[1, NBYTES]) == wanted[1]
+        third.result(PATIENCE)
+        assert processes[0].ok(bucket=[0, NBYTES]) == wanted[2]
         processes[0].ok(close=True)
 
 
@@ -181,15 +186,17 @@ def test_a_rank_that_dies_while_others_are_awaited_is_named_at_once(pool: Pool) 
     assert second.ok(left=True)
 
 
-def test_a_rank_that_does_not_ask_for_its_bucket_is_named(pool: Pool) -> None:
+def test_a_rank_that_has_no_room_is_named(pool: Pool) -> None:
     first, second = processes = pool.take(2)
     with group(1, 1, timeout=SHORT) as sender:
         come(sender, processes, 1, 1)
-        first.say(bucket=[0, 100])
+        sender.send(0, 100)
+        first.ok(bucket=[0, 100])
+        second.ok(bucket=[0, 100], keep=True)
         with pytest.raises(TimeoutError, match=rf"rank 0 of server 1 .process {second.pid} "):
             sender.send(0, 100)
         assert not sender.alive
-        answer = first.answer()
+        answer = first.ask(bucket=[0, 100])
         assert answer["error"] == "ConflictError"
         assert "rank 0 of server 1" in answer["message"]
         assert second.ask(bucket=[0, 100])["error"] == "ConflictError"
@@ -324,10 +331,12 @@ def test_a_rank_that_asks_for_another_bucket_is_named(pool: Pool) -> None:
     processes = pool.take(1)
     with group(1) as sender:
         come(sender, processes, 1)
-        processes[0].say(bucket=[1, 100])
-        with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asks for \[1, 100\]"):
-            sender.send(0, 100)
-        assert "asks for [1, 100]" in processes[0].answer()["message"]
+        sender.send(0, 100)
+        answer = processes[0].ask(bucket=[1, 100])
+        assert "asked for slot 1 with 100 bytes" in answer["message"]
+        with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asked for slot 1"):
+            sender.send(1, 100)
+        assert "error" in processes[0].ask(bucket=[1, 100])
 
 
 # --- how it ends ----------------------------------------------------------------------------------
@@ -368,9 +377,12 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
     processes = pool.take(2)
     with group(2) as sender, ThreadPoolExecutor(1) as threads:
         come(sender, processes, 2)
+        sender.send(0, 100)
+        processes[0].ok(bucket=[0, 100])
         sending = threads.submit(sender.send, 0, 100)
         processes[0].say(bucket=[0, 100])
         time.sleep(0.3)
+        assert not sending.done(), "the other rank has not read the slot"
         sender.cancel("server 0: q_proj.weight has the wrong shape")
         with pytest.raises(ConflictError, match=r"q_proj\.weight"):
             sending.result(10)

@@ -158,7 +158,7 @@ class Receiver:
     def receive(
         self, slot: int, nbytes: int, entries: Sequence[Mapping[str, Any]], number: int
     ) -> dict[str, Any]:
-        """Load a bucket; the device has done it when this returns.
+        """Load a bucket; when this returns its sender may write where it lay.
 
         Args:
             slot: of the carrier.
@@ -190,7 +190,7 @@ class Receiver:
             clock.lap("loaders")
             copy(parts.moves)
             clock.lap("copies")
-            wait_for(self.device)
+            self._slots.loaded()
             clock.lap("device")
             ways = {"loaders": len(parts.others), "copies": len(parts.copied)}
             names = [name for name, _ in held]
