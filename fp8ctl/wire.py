@@ -7,6 +7,7 @@ a trainer, in an engine and in the command: standard library, Python 3.10.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -55,7 +56,14 @@ class WireError(ValueError):
     """A body that does not say what it should."""
 
 
-_NO_FACTS: Mapping[str, float] = MappingProxyType({})
+#: Of an entry that nobody recorded.
+NO_FACTS: Mapping[str, float] = MappingProxyType({})
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor's values; there are few kinds, and they are asked for often."""
+    return math.prod(shape) * DTYPES[dtype]
 
 
 class Entry(NamedTuple):
@@ -75,12 +83,12 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     digest: str = ""
-    facts: Mapping[str, float] = _NO_FACTS
+    facts: Mapping[str, float] = NO_FACTS
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry as JSON types."""
@@ -90,7 +98,7 @@ class Entry(NamedTuple):
             "shape": list(self.shape),
             "offset": self.offset,
             "digest": self.digest,
-            "facts": dict(self.facts),
+            "facts": dict(self.facts) if self.facts else {},
         }
 
 
@@ -104,7 +112,7 @@ class Slot(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
 
 def place(slots: Iterable[Slot]) -> tuple[list[int], int]:
@@ -149,7 +157,7 @@ def _entry(found: Any) -> Entry:
             shape = tuple(shape)
         else:
             shape, offset = tuple(_is(int, side) for side in shape), _is(int, offset)
-        entry = Entry(name, dtype, shape, offset, digest, dict(facts) if facts else _NO_FACTS)
+        entry = Entry(name, dtype, shape, offset, digest, dict(facts) if facts else NO_FACTS)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise WireError(f"not an entry of a bucket: {type(e).__name__} {e}") from None
     if dtype not in DTYPES:

@@ -89,28 +89,42 @@ def digest(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
     return digests([(t, row_offset, col_offset)])[0]
 
 
-@torch.no_grad()
 def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
     """Return the digest of each (tensor, row_offset, col_offset), as `digest` does.
 
     With Triton a GPU gets all of its tensors in a few launches and is waited for once.
     """
+    return start(parts)()
+
+
+@torch.no_grad()
+def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[int]]:
+    """Begin with `digests`; return what waits for them. With Triton a GPU's come later."""
     found: list[int | torch.Tensor] = []
+    paths: dict[torch.device, Callable[[Sums], int | torch.Tensor] | None] = {}
     lists: dict[torch.device, list[tuple[int, Part]]] = {}
-    for t, row_offset, col_offset in parts:
-        path = _path(t.device)
+    for part in parts:
+        t, row_offset, col_offset = part
+        where = t.device
+        if where not in paths:
+            paths[where] = _path(where)
+        path = paths[where]
         if path is None:
             if t.numel():
-                lists.setdefault(t.device, []).append((len(found), (t, row_offset, col_offset)))
+                lists.setdefault(where, []).append((len(found), part))
             found.append(0)
             continue
         sums = _sums(t.detach(), row_offset, col_offset)
         found.append(0 if sums is None else path(sums))
-    started = [_lists().start([part for _, part in those]) for those in lists.values()]
-    for those, totals in zip(lists.values(), started, strict=True):
-        for (i, _), value in zip(those, totals.tolist(), strict=True):
-            found[i] = value
-    return [int(one) & _MASK for one in found]
+    started = [(those, _lists().start([part for _, part in those])) for those in lists.values()]
+
+    def ended() -> list[int]:
+        for those, totals in started:
+            for (i, _), value in zip(those, totals.tolist(), strict=True):
+                found[i] = value
+        return [int(one) & _MASK for one in found]
+
+    return ended
 
 
 @torch.no_grad()
