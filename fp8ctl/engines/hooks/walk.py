@@ -43,6 +43,11 @@ class Known:
         """Whether all modules and parameters are those that were walked, and where they were."""
         return self._look is not None and self._look.same
 
+    @property
+    def kept(self) -> list[Shard] | None:
+        """What `shards` would return if nothing had moved; None where some is made anew."""
+        return None if self._made else self._all
+
     def of(self, walk: Walk) -> Known:
         """Return itself, knowing what this walk finds now."""
         if walk == self._walk and self.same:
