@@ -80,7 +80,8 @@ class Layouts:
                 self._learn(ranks)
             for rank, name in zip(ranks, self.known or [""] * len(ranks), strict=True):
                 if "sums" in rank and rank["layout"] != name:
-                    raise ValueError(f"rank {rank['rank']} gave sums of {rank['layout']!r}")
+                    told = f"rank {rank['rank']} gave sums of another layout, {rank['layout']!r}"
+                    raise ValueError(told)
             return self._layout.add_up([one for rank in ranks for one in _sums(rank)])
         except ValueError:
             self._told = []  # the next time they are asked for all of it

@@ -66,11 +66,7 @@ class Inventory:
             unscaled guard saw nobody load, next and seconds, as of a slice.
         """
         began = time.perf_counter()
-        if not self._known.same:
-            self._word, walk = self._walk()
-            self._known.of(walk)
-        listed = self._known.shards()
-        sums = shards.sums(listed)
+        listed, sums = self._read()
         # Where nothing is made anew the list is the same, and its places are.
         if listed is not self._listed:
             places = [shards.place(shard) for shard in listed]
@@ -88,6 +84,19 @@ class Inventory:
             "next": None,
             "seconds": time.perf_counter() - began,
         }
+
+    def _read(self) -> tuple[list[Shard], list[int]]:
+        """Return all that is held, and the digest of each."""
+        # A GPU reads what was held the last time while Python looks whether that is still it.
+        kept = self._known.kept
+        reading = shards.begin(kept) if kept is not None else None
+        if not self._known.same:
+            self._word, walk = self._walk()
+            self._known.of(walk)
+        listed = self._known.shards()
+        if reading is None or listed is not kept:
+            reading = shards.begin(listed)
+        return listed, reading()
 
     def slice(self, start: int | None, most: int) -> dict[str, Any]:
         """Return place, type and digest of a part, for a check: it is to look for itself.

@@ -172,14 +172,14 @@ class Receiver:
             something may be in place all the same; seconds: bucket (until its bytes were
             there), loaders, copies, device; ways: number of tensors on each.
         """
-        if number == 0:
-            self._rectangles.look_anew()
         clock = _Clock()
         ways = {"loaders": 0, "copies": 0}
         touched = False
         error = ""
         names: list[str] = []
         try:
+            if number == 0:
+                self._rectangles.look_anew()  # while the bucket is on its way
             held = self._slots.views(slot, nbytes, self._read(number, nbytes, entries))
             parts = self._rectangles.part(held)
             clock.lap("bucket")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.kernels.digest import digests, to_text
+from fp8ctl.kernels.digest import start, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -139,9 +139,9 @@ def place(shard: Shard) -> dict[str, object]:
     }
 
 
-def sums(held: Iterable[Shard]) -> list[int]:
-    """Return the digest of each shard; the device is waited for once."""
-    return digests((shard.tensor, shard.row, shard.column) for shard in held)
+def begin(held: Iterable[Shard]) -> Callable[[], list[int]]:
+    """Begin with the digest of each shard; return what waits for them, once for all."""
+    return start((shard.tensor, shard.row, shard.column) for shard in held)
 
 
 def describe(held: Iterable[Shard]) -> list[dict[str, object]]:
@@ -149,7 +149,7 @@ def describe(held: Iterable[Shard]) -> list[dict[str, object]]:
     those = list(held)
     return [
         {**place(shard), "digest": to_text(digest)}
-        for shard, digest in zip(those, sums(those), strict=True)
+        for shard, digest in zip(those, begin(those)(), strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fp8ctl.engines.hooks.shards import Shard, Walk
 
@@ -35,12 +35,18 @@ class Known:
         self._walk: Walk | None = None
         self._seen: list[_Seen] = []
         self._all: list[Shard] | None = None
+        self._made = False
         self._look: _Look | None = None
 
     @property
     def same(self) -> bool:
         """Whether all modules and parameters are those that were walked, and where they were."""
         return self._look is not None and self._look.same
+
+    @property
+    def kept(self) -> list[Shard] | None:
+        """What `shards` would return if nothing had moved; None where some is made anew."""
+        return None if self._made else self._all
 
     def of(self, walk: Walk) -> Known:
         """Return itself, knowing what this walk finds now."""
@@ -61,6 +67,7 @@ class Known:
                 for one in self._seen
             ]
         self._all = None
+        self._made = any(one.found is None for one in self._seen)
         self._look = _Look([one.module for one in self._seen])
         return self
 
@@ -73,7 +80,7 @@ class Known:
         walk = self._walk
         if walk is None:
             return []
-        if self._all is None or any(one.found is None for one in self._seen):
+        if self._all is None or self._made:
             self._all = []
             for one in self._seen:
                 found = one.found
@@ -137,24 +144,23 @@ def _see(walk: Walk, prefix: str, module: Any, parent: Any) -> _Seen:
 
 #: Facts, which must be equal, and objects, which must be the same.
 _Found = tuple[list[object], list[object]]
-_INSIDE = operator.itemgetter("_modules", "_parameters", "_buffers")
 
 
 def _inside(modules: Sequence[Any]) -> tuple[_Found, _Found]:
     """Return what modules are in each module, and what else: parameters and what tells a form."""
     # named_parameters is slow.
     attributes = [*map(vars, modules)]
-    children, parameters, buffers = zip(*map(_INSIDE, attributes), strict=True)
+    children, parameters, buffers = (
+        [one[kind] for one in attributes] for kind in ("_modules", "_parameters", "_buffers")
+    )
     names = [*map(len, children), *chain.from_iterable(children)]
     sizes = [*map(len, parameters), *map(len, buffers), *map(len, attributes)]
-    objects = [
-        *chain.from_iterable(held.values() for held in parameters),
-        *(held.get("quant_method") for held in attributes),
-    ]
-    return (
-        (names, [*chain.from_iterable(held.values() for held in children)]),
-        ([*sizes, *chain.from_iterable(parameters)], objects),
-    )
+    objects = [*_values(parameters), *[one.get("quant_method") for one in attributes]]
+    return (names, _values(children)), ([*sizes, *chain.from_iterable(parameters)], objects)
+
+
+def _values(dicts: Iterable[Mapping[str, Any]]) -> list[object]:
+    return [value for one in dicts for value in one.values()]
 
 
 def _alike(now: _Found, then: _Found) -> bool:

@@ -46,10 +46,10 @@ class Workers(Protocol):
         - "refittable" {}: `refittable` (bool); `why` (str) where it is not.
         - "connect" {carrier: the client's offer}: {}. A rank that cannot open it fails.
         - "disconnect" {}: {}. Also where nothing is connected.
-        - "receive" {number, slot, nbytes, entries: as in the request, without digests and facts}:
-          `loaded` (how many tensors), `broken` (True where weights were written and it then
-          failed), `error` ("" or why; this question never raises for it), `seconds` {stage:
-          seconds}. When it answers, the client may write where the bucket lies.
+        - "receive" {number, slot, nbytes, entries: without digests or facts}: `loaded` (how many
+          tensors), `broken` (True where weights were written and it then failed), `error`
+          ("" or why; this question never raises for it), `seconds` {stage: seconds}. When
+          it answers, the client may write where the bucket lies.
         - "progress" {expected: names}: asked once, when the last bucket was taken: the rank brings
           up to date what it derives from weights and waits for its device, then answers
           `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which

@@ -66,6 +66,7 @@ class Ranks:
         calls: what was asked, in order.
         parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
+        remembers: it tells its layout once, and then sums alone.
     """
 
     def __init__(self, version: str | None, ranks: int = 2) -> None:
@@ -86,6 +87,7 @@ class Ranks:
         self.parameters = list(full)
         self.same: dict[str, str] = {}
         self.broken = False
+        self.remembers = True
 
     async def _maybe(self, what: str) -> None:
         self.calls.append(what)
@@ -145,8 +147,8 @@ class Ranks:
     def _names(self, rank: int) -> dict[str, Any]:
         return {"names": self.parameters, "same": self.same}
 
-    def _digests(self, rank: int) -> dict[str, Any]:
-        shards = []
+    def _digests(self, rank: int, layouts: list[str] | None = None) -> dict[str, Any]:
+        shards: list[dict[str, Any]] = []
         for name, text in self.held[rank].items():
             # Two halves that add up to the tensor's digest.
             half = int(text, 16) // 2
@@ -161,7 +163,13 @@ class Ranks:
                     "digest": f"{part:016x}",
                 }
             )
-        return {"rank": rank, "format": self.form, "tensors": shards}
+        told = {"rank": rank, "format": self.form}
+        if not self.remembers:
+            return {**told, "tensors": shards}
+        told["layout"] = ", ".join(f"{one['name']} {one['dtype']}" for one in shards)
+        if layouts and layouts[rank] == told["layout"]:
+            return {**told, "sums": "".join(shard["digest"] for shard in shards)}
+        return {**told, "tensors": shards}
 
     async def load_from_disk(self, path: str) -> Reloaded:
         await self._maybe("disk")

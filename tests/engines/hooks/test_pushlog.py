@@ -6,13 +6,15 @@ import asyncio
 import errno
 import os
 import resource
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fp8ctl import wire
+from fp8ctl.engines.hooks import session
 from fp8ctl.engines.hooks.pushlog import PushLog
-from tests.engines.hooks.pushing import NAMES, Server, digest
+from tests.engines.hooks.pushing import NAMES, Server, digest, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,3 +160,61 @@ def test_without_a_run_folder_there_is_no_log() -> None:
 def test_a_place_that_is_no_number_is_refused(query: str) -> None:
     status, answer = read(Server(), query)
     assert (status, answer["error"]["id"]) == (400, "FP8-WIRE")
+
+
+def test_lines_are_written_when_the_client_has_its_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To make them takes longer than all else of an END; whoever reads waits for it."""
+    monkeypatch.setattr(session, "ANSWERED", 60.0)
+    server = Server(tmp_path)
+    log = server.updates.log
+    assert log.path is not None
+
+    async def push() -> None:
+        assert (await server.push("B"))[0] == 200
+        ended = time.time()
+        assert not log.path.exists()  # type: ignore[union-attr]
+        found = (await server.http("GET", wire.LOG))[1]["lines"]
+        assert [line["kind"] for line in found] == ["tensor"] * 4 + ["update"]
+        assert found[-1]["ended"] <= ended, "it is the update's end, not the line's"
+        assert len(log.path.read_text().splitlines()) == 5  # type: ignore[union-attr]
+        await server.push("C")
+        # Nobody reads it; the server ends.
+
+    asyncio.run(push())
+    assert len(log.path.read_text().splitlines()) == 10
+
+
+def test_lines_come_without_a_reader_too(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+
+    async def push() -> None:
+        await server.push("B")
+        path = server.updates.log.path
+        await until(lambda: path is not None and path.exists())
+
+    asyncio.run(push())
+
+
+def test_updates_that_follow_each_other_at_once_are_logged_in_their_order(tmp_path: Path) -> None:
+    server = Server(tmp_path)
+
+    async def push() -> None:
+        for version in "BCD":
+            assert (await server.push(version))[0] == 200
+        await server.begin("A")
+        await server.bucket(0, NAMES[:1], "A")
+        await server.abort("A")
+
+    asyncio.run(push())
+    found = read(server)[1]["lines"]
+    assert [(line["kind"], line["version"]) for line in found] == [
+        *(one for v in "BCD" for one in [*[("tensor", v)] * 4, ("update", v)]),
+        *[("tensor", "A"), ("update", "A")],
+    ]
+    assert [line["digest"] for line in found if line["kind"] == "tensor"][:-1] == [
+        digest(v, name) for v in "BCD" for name in NAMES
+    ]
+    ended = [line["ended"] for line in found if line["kind"] == "update"]
+    assert ended == sorted(ended)
