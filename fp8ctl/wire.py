@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -100,6 +101,17 @@ class Entry(NamedTuple):
             "digest": self.digest,
             "facts": dict(self.facts) if self.facts else {},
         }
+
+    def to_text(self) -> str:
+        """Return it as JSON; most of an entry is as it was in the update before, and remembered."""
+        facts = json.dumps(dict(self.facts)) if self.facts else "{}"
+        return f'{_where(*self[:4])}, "digest": {json.dumps(self.digest)}, "facts": {facts}}}'
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _where(name: str, dtype: str, shape: tuple[int, ...], offset: int) -> str:
+    """Return an entry's JSON without its end."""
+    return json.dumps({"name": name, "dtype": dtype, "shape": shape, "offset": offset})[:-1]
 
 
 class Slot(NamedTuple):
