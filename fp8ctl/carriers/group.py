@@ -248,9 +248,9 @@ class GroupReceiver:
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
         """Wait for the bucket, which may be there."""
-        part = offers.part(self._slots, slot, nbytes)
         if self._ahead is None:
             raise ConflictError("the group has ended: connect anew")
+        part = offers.part(self._slots, slot, nbytes)
         try:
             self._ahead.take(slot, nbytes)
         except BaseException as e:

@@ -336,7 +336,7 @@ def test_a_rank_that_asks_for_another_bucket_is_named(pool: Pool) -> None:
         assert "asked for slot 1 with 100 bytes" in answer["message"]
         with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asked for slot 1"):
             sender.send(1, 100)
-        assert "error" in processes[0].ask(bucket=[1, 100])
+        assert "has ended" in processes[0].ask(bucket=[1, 100])["message"]
 
 
 # --- how it ends ----------------------------------------------------------------------------------
