@@ -105,13 +105,15 @@ class Entry(NamedTuple):
     def to_text(self) -> str:
         """Return it as JSON; most of an entry is as it was in the update before, and remembered."""
         facts = json.dumps(dict(self.facts)) if self.facts else "{}"
-        return f'{_where(*self[:4])}, "digest": {json.dumps(self.digest)}, "facts": {facts}}}'
+        known = _known(self.name, self.dtype, self.shape)
+        digest = json.dumps(self.digest)
+        return f'{known}, "offset": {self.offset}, "digest": {digest}, "facts": {facts}}}'
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _where(name: str, dtype: str, shape: tuple[int, ...], offset: int) -> str:
-    """Return an entry's JSON without its end."""
-    return json.dumps({"name": name, "dtype": dtype, "shape": shape, "offset": offset})[:-1]
+def _known(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """Return the JSON of what an entry says at every update, without its end."""
+    return json.dumps({"name": name, "dtype": dtype, "shape": shape})[:-1]
 
 
 class Slot(NamedTuple):

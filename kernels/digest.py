@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from fp8ctl.kernels import compiled, known
+from fp8ctl.kernels import compiled
 from fp8ctl.kernels.inputs import has_triton
 from fp8ctl.kernels.known import Known
 
@@ -248,11 +248,13 @@ class Lists:
             parts: at least one, all of one device and none empty.
         """
         from fp8ctl.kernels.digest_triton import Prepared
+        from fp8ctl.kernels.launch import current_stream
 
         tensors = [t for t, _, _ in parts]
         key = None
         if not any(map(torch.Tensor.is_neg, tensors)):
-            key = self._known.key(tensors, tuple([(r, c) for _, r, c in parts]))
+            places = tuple([(r, c) for _, r, c in parts])
+            key = self._known.key(tensors, places, current_stream(tensors[0].device))
         found = None if key is None else self._known.get(key)
         if found is None:
             sums = [_sums(t.detach(), r, c) for t, r, c in parts]
@@ -368,11 +370,6 @@ def _made_keys(kind: str | int, first: int, count: int, device: torch.device) ->
 def _lists() -> Lists:
     """Return the lists of this process."""
     return Lists()
-
-
-def forget() -> None:
-    """Give back what is remembered: the tensors of a connection that ended come no more."""
-    known.forget()
 
 
 def _finish(x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: Times as many questions as there is room for: more than the lists of any one update.
+_LONG = 64
+
 _all: weakref.WeakSet[Known[Any]] = weakref.WeakSet()
 
 
@@ -35,7 +38,9 @@ class Known(Generic[T]):
         self._most = most
         # Kept for ever: a number must not come to mean another kind.
         self._facts = Facts()
-        self._made: dict[Key, T] = {}
+        #: With the turn in which each was asked for last; the longest ago comes first.
+        self._made: dict[Key, tuple[T, int]] = {}
+        self._turn = 0
         _all.add(self)
 
     def __len__(self) -> int:
@@ -53,13 +58,25 @@ class Known(Generic[T]):
 
     def get(self, key: Key) -> T | None:
         """Return what was made for a list."""
-        return self._made.get(key)
+        self._turn += 1
+        found = self._made.pop(key, None)
+        if found is None:
+            return None
+        self._made[key] = found[0], self._turn
+        return found[0]
 
     def put(self, key: Key, made: T) -> None:
-        """Remember what was made for a list; where there are too many, no others."""
-        if len(self._made) >= self._most:
-            self._made.clear()
-        self._made[key] = made
+        """Remember what was made for a list; where there are too many, no others.
+
+        Those of an update come in a circle: if new ones took the places of old ones, none would be
+        there when it is asked for again. One that was not asked for in a long time gives its own.
+        """
+        if len(self._made) >= self._most and key not in self._made:
+            oldest = next(iter(self._made))
+            if self._turn - self._made[oldest][1] < _LONG * self._most:
+                return
+            del self._made[oldest]
+        self._made[key] = made, self._turn
 
     def clear(self) -> None:
         """Forget them."""

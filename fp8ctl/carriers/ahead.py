@@ -44,7 +44,12 @@ class Ahead:
     """The buckets of one rank; owns the connection and the backend, and closes both."""
 
     def __init__(
-        self, line: link.Line, backend: Backend, slots: Sequence[torch.Tensor], timeout: float
+        self,
+        line: link.Line,
+        backend: Backend,
+        slots: Sequence[torch.Tensor],
+        after: Any,
+        timeout: float,
     ) -> None:
         """Begin to listen.
 
@@ -52,6 +57,7 @@ class Ahead:
             line: to the trainer, which has opened the group.
             backend: of the group.
             slots: this rank's own memory.
+            after: an event of the device that comes before the first use of it; None: nothing.
             timeout: seconds that a bucket may take.
         """
         self._line, self._backend, self._slots = line, backend, [*slots]
@@ -61,12 +67,13 @@ class Ahead:
         self._come: deque[tuple[int, int]] = deque()
         #: Slots that may be written, and the event of the device that is to come first.
         self._free: dict[int, Any] = {}
-        self._error: BaseException | None = None
+        #: Why there are no more. Words: an exception would keep what its frames hold, the slots.
+        self._why = ""
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="fp8ctl-push-take", daemon=True)
         self._thread.start()
         for slot in range(len(self._slots)):
-            self.free(slot, None)
+            self.free(slot, after)
 
     def take(self, slot: int, nbytes: int) -> None:
         """Wait until the next bucket has come, which has to be this one.
@@ -76,16 +83,15 @@ class Ahead:
             TimeoutError: it does not come.
         """
         with self._changed:
-            over = self._changed.wait_for(lambda: bool(self._come or self._error), self._timeout)
+            if not self._changed.wait_for(lambda: bool(self._come or self._why), self._timeout):
+                raise TimeoutError("the trainer did not give the bucket in time")
             if self._come:
                 given = self._come.popleft()
                 if given == (slot, nbytes):
                     return
-                why = f"asked for slot {slot} with {nbytes} bytes, and the trainer gave {given}"
-                self._error = self._error or ConflictError(why)
-        if not over:
-            raise TimeoutError("the trainer did not give the bucket in time")
-        raise self._ended()
+                asked = f"asked for slot {slot} with {nbytes} bytes"
+                self._why = self._why or f"{asked}, and the trainer gave {given}"
+            raise ConflictError(self._why)
 
     def free(self, slot: int, after: Any) -> None:
         """Let the slot be written again, when the device has reached the event `after`."""
@@ -98,40 +104,32 @@ class Ahead:
         """Leave the group; the trainer is told an error."""
         with self._changed:
             self._closing = True
-            self._error = self._error or error
+            self._why = self._why or "the group has ended: connect anew"
             self._changed.notify_all()
-        if error is not None:
-            self._say_failed(error)
+            if error is not None:
+                self._say_failed(error)
         self._line.end()
         self._thread.join(_LEAVING)
-        self._slots.clear()
-
-    def _ended(self) -> ConflictError:
-        error = self._error
-        if isinstance(error, ConflictError):
-            return error
-        if error is None or self._closing:
-            return ConflictError("the group has ended: connect anew")
-        return ConflictError(f"{type(error).__name__}: {error}")
 
     # --- in the thread ----------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while True:
-                self._one(self._line.hear(None))
-        except BaseException as e:  # noqa: BLE001 - who waits for a bucket raises it
+                self._some(self._line.hear(None))
+        except BaseException as e:  # noqa: BLE001 - who waits for a bucket is told
             with self._changed:
-                told = self._closing
-                self._error = self._error or e
+                if not self._closing:
+                    self._say_failed(e)
+                kind = "" if isinstance(e, ConflictError) else f"{type(e).__name__}: "
+                self._why = self._why or f"{kind}{e}"
                 self._changed.notify_all()
-            if not told:
-                self._say_failed(e)
         finally:
             self._line.close()
             self._backend.close()
+            self._slots.clear()
 
-    def _one(self, message: link.Message) -> None:
+    def _some(self, message: link.Message) -> None:
         """Take one bucket, and those that follow soon."""
         with turns.short():
             while True:
@@ -153,12 +151,10 @@ class Ahead:
             self._changed.notify_all()
 
     def _check(self) -> None:
-        """Raise where the group has ended; the trainer says nothing else now."""
+        """Raise where the group has ended."""
         if self._closing:
-            raise ConflictError("the group has ended: connect anew")
-        message = self._line.heard()
-        if message is not None:
-            raise ConflictError(f"the trainer says: {message.get('no', message)}")
+            raise ConflictError(self._why)
+        link.expect_nothing(self._line)
 
     def _say_failed(self, error: BaseException) -> None:
         with contextlib.suppress(ConflictError):  # it knows

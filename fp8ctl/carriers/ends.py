@@ -98,8 +98,9 @@ class Receiver(Protocol):
     def loaded(self) -> None:
         """Say that all which reads the buckets until now is launched, on the current stream.
 
-        Where the trainer writes the slot itself, this waits until the device has read it: after
-        this the server answers, and the trainer writes.
+        Whoever reads on another stream has the current one wait for that before. Where the
+        trainer writes the slot itself, this waits until the device has read it: after this the
+        server answers, and the trainer writes.
         """
 
     def close(self) -> None:

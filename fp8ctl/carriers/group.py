@@ -9,6 +9,7 @@ the group is ended, and made anew.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -218,12 +219,7 @@ class GroupReceiver:
             deadline,
         )
         world = offers.take(offer, "world", int)
-
-        def check() -> None:
-            message = line.heard()  # nothing is due
-            if message is not None:
-                raise ConflictError(f"the trainer says: {message.get('no', message)}")
-
+        check = functools.partial(link.expect_nothing, line)
         joined: Backend | None = None
         try:
             go = link.agree(line, deadline)["go"]
@@ -244,7 +240,8 @@ class GroupReceiver:
                 joined.close()
             self._slots.clear()
             raise
-        self._ahead = Ahead(line, joined, self._slots, timeout)
+        # The memory may have been another tensor's, which something on this stream still uses.
+        self._ahead = Ahead(line, joined, self._slots, self._reached(), timeout)
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
         """Wait for the bucket, which may be there."""
@@ -263,13 +260,15 @@ class GroupReceiver:
         """Let the slots be written again, after what was launched until now."""
         if self._ahead is not None:
             for slot in self._read:
-                after = _reached(self._device) if self._device.type == "cuda" else None
-                self._ahead.free(slot, after)
+                self._ahead.free(slot, self._reached())
         self._read.clear()
 
     def close(self) -> None:
         """Leave the group and give the slots back."""
         self._end(None)
+
+    def _reached(self) -> Any:
+        return _reached(self._device) if self._device.type == "cuda" else None
 
     def _end(self, error: BaseException | None) -> None:
         ahead, self._ahead = self._ahead, None

@@ -393,5 +393,16 @@ def refuse(message: Message) -> Message:
     return message
 
 
+def expect_nothing(line: Line) -> None:
+    """Look, in a rank, whether the trainer says anything: now that is the end.
+
+    Raises:
+        ConflictError: it does, or is gone.
+    """
+    message = line.heard()
+    if message is not None:
+        raise ConflictError(f"the trainer says: {message.get('no', message)}")
+
+
 def _left(deadline: float) -> float:
     return max(0.001, deadline - time.monotonic())

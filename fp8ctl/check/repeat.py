@@ -16,11 +16,9 @@ from fp8ctl.check.words import short
 #: How far apart in nats two tokens may be that rounding exchanges: batches of 1 and of 64 move a
 #: log-probability of an FP8 model by some 0.1.
 NEAR: Final = 0.25
-EXPECTED: Final = "one answer"
-
-
 #: Likeliest tokens that are asked for: as many as both engines tell anybody.
 TOLD: Final = 5
+EXPECTED: Final = "one answer"
 
 
 class _Apart(NamedTuple):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -253,7 +252,7 @@ class Filler:
 
         def ended() -> list[Entry]:
             # The recorder's facts, which few ask for, are waited for by themselves.
-            facts = None if self._facts is None else self._facts(batch, tensors)
+            facts = [NO_FACTS] * len(batch) if self._facts is None else self._facts(batch, tensors)
             made = iter(sums())
             numbers = () if highest is None else highest.tolist()
             for (entry, tensor), peak in zip(kept, numbers, strict=True):
@@ -261,7 +260,7 @@ class Filler:
                     raise _not_finite(entry.name, tensor)
             return [
                 Entry(e.name, e.dtype, e.shape, e.offset, to_text(next(made)) if yes else "", of_it)
-                for e, yes, of_it in zip(batch, asked, facts or repeat(NO_FACTS), strict=False)
+                for e, yes, of_it in zip(batch, asked, facts, strict=True)
             ]
 
         return ended

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     Places = dict[tuple[int, str, tuple[int, ...]], torch.Tensor]
 
 
-SLOTS = 2
-
-
 class Clock:
     """Seconds by stage.
 
@@ -216,10 +213,13 @@ class ByCarrier:
         Raises:
             BaseException: what went wrong with the oldest that failed.
         """
-        for bucket in self._under_way:  # the older first: what follows a failure does not say why
-            error = bucket.error()
-            if error is not None:
-                raise _named(error, bucket.entries)
+        if any(bucket.error() for bucket in self._under_way):
+            # The oldest, by a second look: what follows a failure does not say why, and may have
+            # failed after its cause was looked at and went well.
+            first = next(one for one in self._under_way if one.error() is not None)
+            error = first.error()
+            assert error is not None
+            raise _named(error, first.entries)
         self._under_way = [one for one in self._under_way if not all(f.done() for f in one.all)]
 
 

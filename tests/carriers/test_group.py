@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, gloo, link
+from fp8ctl.carriers import ends, gloo, link, offers
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError, UsageError
 from fp8ctl.wire import WireError
@@ -25,7 +28,7 @@ from tests.carriers.processes import alive
 from tests.carriers.rank import left, weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.carriers.processes import Pool, Process
 
@@ -390,6 +393,51 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
         with pytest.raises(ConflictError, match="not joined, or has ended"):
             sender.send(0, 100)
         processes[1].ok(close=True)
+
+
+@pytest.mark.parametrize("how", ["while it waits", "before it asks", "by another bucket"])
+def test_a_group_that_failed_keeps_no_slot(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a GPU does not wait for Python to look for cycles: the next group needs it."""
+    freed: list[int] = []
+
+    def allocate(sizes: Sequence[int], _device: torch.device) -> list[torch.Tensor]:
+        slots = []
+        for size in sizes:
+            memory = (ctypes.c_uint8 * size)()
+            weakref.finalize(memory, freed.append, size).atexit = False
+            slots.append(torch.frombuffer(memory, dtype=torch.uint8))
+        return slots
+
+    def ask(rank: ends.Receiver) -> None:
+        with pytest.raises(ConflictError):
+            rank.bucket(0, 100)
+        rank.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with group(1) as sender, ThreadPoolExecutor(1) as threads:
+            monkeypatch.setattr(offers, "allocate", allocate)
+            joining = threads.submit(sender.join)
+            rank = ends.receive(sender.offer(), 0, CPU)
+            joining.result(PATIENCE)
+            if how == "while it waits":
+                asking = threads.submit(ask, rank)
+                time.sleep(0.2)
+                sender.close()
+                asking.result(PATIENCE)
+                del asking
+            elif how == "before it asks":
+                sender.close()
+                time.sleep(0.2)
+                ask(rank)
+            else:
+                sender.send(0, 99)
+                ask(rank)
+            del rank
+        assert len(freed) == 2
+    finally:
+        gc.enable()
 
 
 def test_closing_before_anybody_came_leaves_nothing() -> None:

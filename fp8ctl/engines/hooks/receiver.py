@@ -20,7 +20,7 @@ from fp8ctl import wire
 from fp8ctl.engines.hooks.inventory import Inventory
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
 from fp8ctl.engines.hooks.slots import Slots
-from fp8ctl.kernels import digest
+from fp8ctl.kernels import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -147,7 +147,7 @@ class Receiver:
         self._slots.forget()
         self._rectangles.forget()
         self._known_entries.clear()
-        digest.forget()
+        known.forget()
 
     def refittable(self) -> dict[str, Any]:
         """Say whether the model can be loaded a second time: refittable, why not."""
@@ -169,8 +169,9 @@ class Receiver:
 
         Returns:
             loaded: number of tensors; error: "" or what was raised; broken: True where
-            something may be in place all the same; seconds: bucket (until its bytes were
-            there), loaders, copies, device; ways: number of tensors on each.
+            something may be in place all the same; seconds: bucket (until it is known where
+            it goes, and its bytes are there), loaders, copies, device (until the sender may
+            write again); ways: number of tensors on each.
         """
         clock = _Clock()
         ways = {"loaders": 0, "copies": 0}

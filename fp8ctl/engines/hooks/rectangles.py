@@ -216,7 +216,7 @@ def _together(pairs: Iterable[Iterable[Pair]]) -> list[Move]:
     """Return what is copied in one call: all of a dtype, which are quick if none is cut."""
     alike: dict[object, list[Pair]] = defaultdict(list)
     for pair in chain.from_iterable(pairs):
-        alike[pair[0].dtype, *(t.is_contiguous() for t in pair)].append(pair)
+        alike[(pair[0].dtype, *(t.is_contiguous() for t in pair))].append(pair)
     return [([to for to, _ in those], [part for _, part in those]) for those in alike.values()]
 
 

@@ -102,7 +102,7 @@ def _rest(scheduler: Any) -> None:
     """Wait for a message, for a moment.
 
     SGLang's loop would look for one again and again, and hold Python's lock nearly all the time:
-    the thread that takes the next bucket needs it. Other ranks wait for the first anyway.
+    the thread that takes the next bucket needs it.
     """
     poll = getattr(getattr(scheduler, "recv_from_tokenizer", None), "poll", None)
     if poll is not None:
