@@ -13,9 +13,9 @@ from typing import Any, Final, NamedTuple
 from fp8ctl.check.verdict import Evidence
 from fp8ctl.check.words import short
 
-#: How far apart in nats two tokens may be that rounding exchanges: batches of 1 and of 64 move a
-#: log-probability of an FP8 model by some 0.1.
-NEAR: Final = 0.25
+#: How far apart in nats two tokens may be that rounding exchanges: of an FP8 model in batches of 1
+#: to 33, 0.22 were seen (docs/evidence).
+NEAR: Final = 0.5
 #: Likeliest tokens that are asked for: as many as both engines tell anybody.
 TOLD: Final = 5
 EXPECTED: Final = "one answer"
