@@ -3,102 +3,40 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import itertools
 import math
 import os
 import re
 import subprocess
 import sys
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from fp8ctl.kernels import known, native, quantize, reference
+from fp8ctl.kernels import native, quantize, reference
 from fp8ctl.kernels.groups import PER_CHANNEL, PER_TENSOR, Groups, block
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.kernels.recipes import IEEE, RECIPES, UE8M0
 from tests.kernels import matrix
 from tests.kernels.implementations import ROOT
+from tests.kernels.lists import (
+    NOT_TRITON,
+    needs_triton,
+    on_each_device,
+    outputs,
+    same,
+    tensors,
+    through_triton,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     Pair = tuple[torch.Tensor, torch.Tensor]
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is published for Linux only"
-)
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def same(found: Pair, wanted: Pair) -> bool:
-    return torch.equal(
-        found[0].cpu().view(torch.uint8), wanted[0].cpu().view(torch.uint8)
-    ) and torch.equal(found[1].cpu().view(torch.int32), wanted[1].cpu().view(torch.int32))
-
-
-def tensors(device: str = "cpu", again: int = 0) -> list[torch.Tensor]:
-    """Return tensors of all dtypes, some shapes twice, some empty, some not contiguous."""
-    shapes = ((5, 7), (64, 40), (5, 7), (0, 3), (130, 20), (64, 40), (2, 0), (1, 1), (5, 7))
-    return [
-        matrix.lay_out(
-            matrix.numbers("normal", shape, matrix.DTYPES[i % 3], again),
-            ("contiguous", "transposed", "steps", "fused")[i % 4],
-            device,
-        )
-        for i, shape in enumerate(shapes)
-    ]
-
-
-def outputs(xs: Sequence[torch.Tensor], groups: Groups) -> list[Pair]:
-    return [
-        (
-            torch.empty(x.shape, dtype=torch.uint8, device=x.device),
-            torch.empty(groups.scale_shape(x.shape), device=x.device),
-        )
-        for x in xs
-    ]
-
-
-BLOCK = block(64, 32)
-
-
-def some(device: str, again: int = 0) -> list[torch.Tensor]:
-    """Return the tensors that go into a launch, none of them empty."""
-    return [x for x in tensors(device, again) if x.numel()]
-
-
-def all_right(
-    found: Sequence[Pair], xs: Sequence[torch.Tensor], groups: Groups = BLOCK, recipe: str = "ieee"
-) -> bool:
-    wanted = [reference.quantize(x.cpu(), groups, RECIPES[recipe]) for x in xs]
-    return all(same(one, other) for one, other in zip(found, wanted, strict=True))
-
-
-def remembered(device: str) -> int | None:
-    """Return how many lists are known, None where no list is prepared."""
-    if not quantize._on_gpu(torch.empty(1, device=device)):
-        return None
-    from fp8ctl.kernels import batch
-
-    return len(batch._known())
 
 
 @on_each_device
@@ -283,165 +221,6 @@ def test_a_whole_bucket_is_filled_by_one_call(device: str) -> None:
     assert torch.equal(bucket[: len(codes)].cpu(), codes)
     assert bool((bucket[len(codes) : start] == 0xA5).all())
     assert torch.equal(floats.cpu(), expected)
-
-
-@on_each_device
-def test_a_list_that_comes_again_is_read_anew(device: str) -> None:
-    known.forget()
-    xs = some(device)
-    out = outputs(xs, BLOCK)
-    for again in range(3):
-        for x, new in zip(xs, some(device, again), strict=True):
-            x.copy_(new)
-        assert all_right(quantize.quantize_many(xs, BLOCK, out=out), xs)
-        assert remembered(device) in (None, 1)
-    # Another arithmetic, other groups, the same memory in another order: other lists.
-    found = quantize.quantize_many(xs, BLOCK, "reciprocal", out=out)
-    assert all_right(found, xs, recipe="reciprocal")
-    found = quantize.quantize_many(xs, BLOCK, UE8M0, out=out)
-    assert all_right(found, xs, recipe="ue8m0")
-    assert all_right(quantize.quantize_many(xs[::-1], BLOCK, out=out[::-1]), xs[::-1])
-    coarser = block(128, 32)
-    wide = outputs(xs, coarser)
-    pairs = [(codes, scales) for (codes, _), (_, scales) in zip(out, wide, strict=True)]
-    assert all_right(quantize.quantize_many(xs, coarser, out=pairs), xs, coarser)
-    # As many scales as of the list before, each of half as many rows.
-    finer = block(32, 64)
-    pairs = [(c, s.new_empty(finer.scale_shape(c.shape))) for c, s in pairs]
-    assert all_right(quantize.quantize_many(xs, finer, out=pairs), xs, finer)
-    assert remembered(device) in (None, 6)
-    known.forget()
-    assert remembered(device) in (None, 0)
-    assert all_right(quantize.quantize_many(xs, BLOCK, out=out), xs)
-
-
-@on_each_device
-def test_other_tensors_again_in_the_same_memory_are_another_list(device: str) -> None:
-    values = matrix.numbers("normal", (64, 64), torch.float32).to(device)
-    memory = values.view(torch.uint8).flatten()
-    codes = torch.empty(64 * 64, dtype=torch.uint8, device=device)
-    scales = torch.empty(16, device=device)
-
-    def check(x: torch.Tensor, at: int = 0) -> None:
-        first = x.shape[0] * x.shape[1]
-        found = quantize.quantize_many(
-            [x], BLOCK, out=[(codes[at : at + first].view(x.shape), grid(x))]
-        )
-        assert all_right(found, [x])
-
-    def grid(x: torch.Tensor) -> torch.Tensor:
-        n, k = BLOCK.scale_shape(x.shape)
-        return scales[: n * k].view(n, k)
-
-    for _ in range(2):
-        check(values)
-        check(values.t())
-        check(values[:, :32])
-        check(values[:32])
-        check(memory.view(torch.bfloat16)[:4096].view(64, 64).nan_to_num())
-        check(memory.view(torch.float16)[:2048].view(32, 64).nan_to_num())
-        check(values[:, ::2])
-        check(values[:32], at=2048)
-    # Halves of one dtype and the other at one address, with no number that is not finite.
-    bits = torch.arange(4096, dtype=torch.int16, device=device)
-    for _ in range(2):
-        check(bits.view(torch.bfloat16).view(64, 64))
-        check(bits.view(torch.float16).view(64, 64))
-
-
-@on_each_device
-def test_memory_that_is_freed_is_used_again_and_nothing_is_kept_alive(device: str) -> None:
-    known.forget()
-    groups = block(64, 64)
-    seen = set()
-    for again in range(4):
-        xs = some(device, again)
-        out = outputs(xs, groups)
-        for _ in range(2):
-            assert all_right(quantize.quantize_many(xs, groups, out=out), xs, groups)
-        seen.add(tuple(t.data_ptr() for t in (*xs, *itertools.chain(*out))))
-        held = [weakref.ref(t) for t in (*xs, *itertools.chain(*out))]
-        ref: Any = StorageWeakRef
-        stores = [ref(t.untyped_storage()) for t in (*xs, *itertools.chain(*out))]
-        del xs, out
-        assert not [one for one in held if one() is not None]
-        assert all(one.expired() for one in stores)
-    assert remembered(device) in (None, len(seen))
-    assert device == "cpu" or len(seen) < 4, "an allocator that never gives memory again"
-
-
-@on_each_device
-def test_an_error_in_a_list_that_comes_again_is_named_and_forgotten(device: str) -> None:
-    xs = [x.clone() for x in some(device)]
-    out = outputs(xs, BLOCK)
-    quantize.quantize_many(xs, BLOCK, out=out)
-    clean = [x.clone() for x in xs]
-    for tensor, index, value in (
-        (3, (11, 7), math.nan),
-        (0, (0, 0), math.inf),
-        (1, (2, 3), -math.inf),
-    ):
-        xs[tensor][index] = value
-        xs[3][20, 1] = math.nan
-        for _ in range(2):
-            with pytest.raises(NonFiniteError) as found:
-                quantize.quantize_many(xs, BLOCK, out=out)
-            assert (found.value.tensor, found.value.index) == (tensor, index)
-            assert found.value.value == value or math.isnan(value)
-        for x, good in zip(xs, clean, strict=True):
-            x.copy_(good)
-        assert all_right(quantize.quantize_many(xs, BLOCK, out=out), xs)
-    # The other policies take what this one refuses, in the same memory.
-    xs[2][1, 1] = math.inf
-    found_ = quantize.quantize_many(xs, BLOCK, "ieee", "saturate", out)
-    for x, pair in zip(xs, found_, strict=True):
-        assert same(pair, reference.quantize(x.cpu(), BLOCK, IEEE, "saturate"))
-
-
-@on_each_device
-def test_what_is_refused_is_refused_again(device: str) -> None:
-    numbers = torch.complex(torch.ones(16, 16), torch.ones(16, 16)).to(device)
-    plain, minus = numbers.imag, numbers.conj().imag
-    assert minus.is_neg()
-    assert (plain.data_ptr(), plain.stride()) == (minus.data_ptr(), minus.stride())
-    out = outputs([plain], BLOCK)
-    quantize.quantize_many([plain], BLOCK, out=out)
-    quantize.quantize_many([plain], BLOCK, out=out)
-    for _ in range(2):
-        with pytest.raises(TypeError, match=r"tensor 0: .*negates"):
-            quantize.quantize_many([minus], BLOCK, out=out)
-        with pytest.raises(ValueError, match="tensor 0: scales of shape"):
-            quantize.quantize_many([plain], block(8, 8), out=out)
-        with pytest.raises(ValueError, match="overlap"):
-            quantize.quantize_many([plain, plain], BLOCK, out=out * 2)
-        with pytest.raises(ValueError, match="1 outputs for 2 tensors"):
-            quantize.quantize_many([plain, plain], BLOCK, out=out)
-
-
-@on_each_device
-def test_a_list_that_was_begun_is_waited_for_again_and_again(device: str) -> None:
-    lists = [[x.clone() for x in some(device, again)] for again in range(3)]
-    outs = [outputs(xs, BLOCK) for xs in lists]
-    for _ in range(3):
-        begun = [
-            quantize.start_many(xs, BLOCK, "ieee", out) for xs, out in zip(lists, outs, strict=True)
-        ]
-        for xs, out, one in zip(lists, outs, begun, strict=True):
-            assert one.wait() == out
-            assert all_right(out, xs)
-            for x in xs:
-                x.mul_(-0.5)
-    lists[1][2][3, 4] = math.nan
-
-    first = quantize.start_many(lists[0], BLOCK, "ieee", outs[0])
-    with pytest.raises(NonFiniteError) as found:
-        quantize.start_many(lists[1], BLOCK, "ieee", outs[1]).wait()
-    assert (found.value.tensor, found.value.index) == (2, (3, 4))
-    first.wait()
-    lists[1][2][3, 4] = 1
-    quantize.start_many(lists[1], BLOCK, "ieee", outs[1]).wait()
-    assert all_right(outs[0], lists[0])
-    assert all_right(outs[1], lists[1])
 
 
 @on_each_device
@@ -670,44 +449,17 @@ def test_on_a_cpu_the_c_kernel_is_chosen_where_it_can_be_built(
     assert len(calls) == 3
 
 
-_INTERPRETED = """
-import os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-import pytest, torch
-from fp8ctl.kernels import quantize
-assert quantize._on_gpu(torch.zeros(1)) is False
-quantize._on_gpu = lambda x: isinstance(x, torch.Tensor)
-options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
-sys.exit(pytest.main([*options, {path!r}, "-k", {selection!r}]))
-"""
-_NOT_TRITON = "not meta and not c_kernel and not compiler and not threads and not by_triton"
-
-
-def _through_triton(selection: str, home: Path, **more: str) -> None:
-    script = _INTERPRETED.format(path=__file__, selection=f"cpu and {selection}")
-    environment = {**os.environ, "TRITON_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 @needs_triton
 @pytest.mark.parametrize("native", ["1", "0"])
 def test_plans_and_refusals_by_triton_interpreted(native: str, tmp_path: Path) -> None:
-    some = f"(plan or refused or given or whatever or again) and {_NOT_TRITON}"
-    _through_triton(some, tmp_path, FP8CTL_NATIVE=native)
+    some = f"(plan or refused or given or whatever) and {NOT_TRITON}"
+    through_triton(__file__, some, tmp_path, FP8CTL_NATIVE=native)
 
 
 @pytest.mark.long
 @needs_triton
 def test_all_of_these_by_triton_interpreted(tmp_path: Path) -> None:
-    _through_triton(_NOT_TRITON, tmp_path)
+    through_triton(__file__, NOT_TRITON, tmp_path)
 
 
 _SCRIPT = """
