@@ -1,6 +1,6 @@
 """Buckets by a broadcast: a trainer and all ranks of all servers, over NCCL or gloo.
 
-The trainer is rank 0 and holds a connection to each rank (`link`). A broadcast begins when every
+The trainer is rank 0 and holds a connection to each rank (`hub`). A broadcast begins when every
 rank has said that it has room for the bucket, so that nobody is left in one that another never
 enters, and who is missing has a name. In a rank a thread takes them (`ahead`). After a failure
 the group is ended, and made anew.
@@ -18,6 +18,7 @@ import torch
 
 from fp8ctl.carriers import gloo, link, nccl, offers
 from fp8ctl.carriers.ahead import Ahead
+from fp8ctl.carriers.hub import Hub
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
@@ -66,7 +67,7 @@ class GroupSender:
             for server, count in enumerate(ranks)
             for rank in range(count)
         ]
-        self._hub = link.Hub(host, names)
+        self._hub = Hub(host, names)
 
     def offer(self, server: int = 0) -> dict[str, Any]:
         """Return where a server finds this trainer, and which ranks of the group are its own."""

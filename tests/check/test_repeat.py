@@ -24,7 +24,9 @@ def test_one_answer_is_well_whatever_its_likelihoods() -> None:
     assert judge(choice("a"), {"text": "a"}).result == "ok"
 
 
-@pytest.mark.parametrize(("gap", "result"), [(0.0, "ok"), (NEAR - 0.01, "ok"), (NEAR + 0.05, "failed")])
+@pytest.mark.parametrize(
+    ("gap", "result"), [(0.0, "ok"), (NEAR - 0.01, "ok"), (NEAR + 0.05, "failed")]
+)
 def test_tokens_as_likely_as_each_other_may_take_turns(gap: float, result: str) -> None:
     for sign in (1, -1):
         tops = two(sign * gap)
