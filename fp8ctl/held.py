@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    #: Number of a shard among those of all ranks, its rank, and what that told of it.
+    _Part = tuple[int, int, Mapping[str, Any]]
+
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Held:
-    """One checkpoint tensor as all workers together hold it.
+class Held(NamedTuple):
+    """One checkpoint tensor as all workers together hold it. A tuple: an update makes thousands.
 
     Attributes:
         dtype: as torch spells it, without the `torch.`.
@@ -45,26 +47,131 @@ class Held:
 
 def gather(ranks: Iterable[Mapping[str, Any]]) -> dict[str, Held]:
     """Add up what the ranks reported, by checkpoint tensor."""
-    places: dict[str, dict[tuple[int, int], list[tuple[int, Mapping[str, Any]]]]] = {}
-    for rank in ranks:
-        for shard in rank["tensors"]:
+    told = list(ranks)
+    return _Layout(told).add_up([one for rank in told for one in _sums(rank)])
+
+
+class Layouts:
+    """Which tensors lie where on the ranks of one server.
+
+    That stays as it is from one update to the next: a rank tells it once, under a name, and
+    then only the sums.
+    """
+
+    def __init__(self) -> None:
+        """Know nothing yet."""
+        self._told: list[Mapping[str, Any]] = []
+        self._layout = _Layout(())
+
+    @property
+    def known(self) -> list[str]:
+        """The name of each rank's; empty where one has not told any."""
+        names: list[str] = [rank.get("layout", "") for rank in self._told]
+        return names if all(names) else []
+
+    def gather(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Held]:
+        """Add up, as `gather` does, what ranks answered that were told which ones are `known`.
+
+        Raises:
+            ValueError: a rank gave sums of something else.
+        """
+        try:
+            if not all("sums" in rank for rank in ranks):
+                self._learn(ranks)
+            for rank, name in zip(ranks, self.known or [""] * len(ranks), strict=True):
+                if "sums" in rank and rank["layout"] != name:
+                    told = f"rank {rank['rank']} gave sums of another layout, {rank['layout']!r}"
+                    raise ValueError(told)
+            return self._layout.add_up([one for rank in ranks for one in _sums(rank)])
+        except ValueError:
+            self._told = []  # the next time they are asked for all of it
+            raise
+
+    def _learn(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        nothing: Mapping[str, Any] = {"tensors": []}
+        before = self._told or [nothing] * len(ranks)
+        pairs = zip(ranks, before, strict=True)
+        self._told = [old if "sums" in rank else rank for rank, old in pairs]
+        self._layout = _Layout(self._told)
+
+
+def _sums(rank: Mapping[str, Any]) -> Sequence[int]:
+    if "sums" in rank:
+        return unpacked(rank["sums"])
+    return [int(shard["digest"], 16) for shard in rank["tensors"]]
+
+
+class _Layout:
+    """Where the ranks hold what, so that sums alone can be added up."""
+
+    def __init__(self, ranks: Sequence[Mapping[str, Any]]) -> None:
+        """Sort the shards of each tensor.
+
+        Args:
+            ranks: each with its `rank` and, in the order of its sums, its `tensors`.
+        """
+        told = ((rank["rank"], shard) for rank in ranks for shard in rank["tensors"])
+        parts: dict[str, dict[tuple[int, int], list[_Part]]] = {}
+        for number, (rank, shard) in enumerate(told):
             at = (int(shard["row"]), int(shard["column"]))
-            places.setdefault(shard["name"], defaultdict(list))[at].append((rank["rank"], shard))
-    held = {}
-    for name, rectangles in places.items():
-        total, agree, holders, dtypes = 0, True, set(), set()
-        shape: tuple[int, ...] = ()
-        for at, copies in rectangles.items():
-            counting = [s for _, s in copies if s["primary"]]
-            total += sum(int(s["digest"], 16) for s in counting)
-            agree &= len(counting) == 1 and len({s["digest"] for _, s in copies}) == 1
-            holders |= {rank for rank, _ in copies}
-            dtypes |= {s["dtype"] for _, s in copies}
-            for _, shard in copies:
-                shape = _cover(shape, at, shard.get("shape", ()))
-        word = "/".join(sorted(dtypes))
-        held[name] = Held(word, total & _MASK, agree, tuple(sorted(holders)), shape)
-    return held
+            parts.setdefault(shard["name"], defaultdict(list))[at].append((number, rank, shard))
+        self._count = sum(len(rank["tensors"]) for rank in ranks)
+        self._tensors = [(name, *_sorted(rectangles)) for name, rectangles in parts.items()]
+
+    def add_up(self, sums: Sequence[int]) -> dict[str, Held]:
+        """Add up the digests of all shards of all ranks, one rank's behind the other's.
+
+        Raises:
+            ValueError: there are more of them, or fewer, than shards.
+        """
+        if len(sums) != self._count:
+            raise ValueError(f"{len(sums)} digests of {self._count} parts of tensors")
+        found = {}
+        for name, blank, counting, copies in self._tensors:
+            if len(counting) == 1:
+                total = sums[counting[0]]
+            else:
+                total = sum(sums[i] for i in counting) & _MASK
+            agree = blank.replicas_agree and all(sums[i] == sums[j] for i, j in copies)
+            found[name] = Held(blank.dtype, total, agree, blank.ranks, blank.shape)
+        return found
+
+
+def _sorted(
+    rectangles: Mapping[tuple[int, int], Sequence[_Part]],
+) -> tuple[Held, list[int], list[tuple[int, int]]]:
+    """Return a tensor but for its digest, which sums count, and which must be alike."""
+    counting: list[int] = []
+    alike: list[tuple[int, int]] = []
+    agree, holders, dtypes = True, set(), set()
+    shape: tuple[int, ...] = ()
+    for at, copies in rectangles.items():
+        primary = [number for number, _, shard in copies if shard["primary"]]
+        counting += primary
+        agree &= len(primary) == 1
+        alike += [(copies[0][0], number) for number, _, _ in copies[1:]]
+        holders |= {rank for _, rank, _ in copies}
+        dtypes |= {shard["dtype"] for _, _, shard in copies}
+        for _, _, shard in copies:
+            shape = _cover(shape, at, shard.get("shape", ()))
+    return Held("/".join(sorted(dtypes)), 0, agree, tuple(sorted(holders)), shape), counting, alike
+
+
+def packed(sums: Sequence[int]) -> str:
+    """Return digests as one text: 16 hexadecimal digits each, as `kernels.digest.to_text`."""
+    return struct.pack(f">{len(sums)}Q", *sums).hex()
+
+
+def unpacked(text: str) -> tuple[int, ...]:
+    """Return the digests that `packed` wrote.
+
+    Raises:
+        ValueError: it did not write this.
+    """
+    data = bytes.fromhex(text)
+    if len(data) % 8:
+        raise ValueError(f"{len(data)} bytes are no digests")
+    return struct.unpack(f">{len(data) // 8}Q", data)
 
 
 def _cover(shape: tuple[int, ...], at: tuple[int, int], part: Sequence[int]) -> tuple[int, ...]:

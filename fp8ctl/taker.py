@@ -6,6 +6,7 @@ each bucket begins with a meeting, and ends with the word of the source that it 
 
 from __future__ import annotations
 
+import math
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
@@ -21,7 +22,7 @@ from fp8ctl.ranks import leave, meet, tell
 from fp8ctl.wire import ALIGN, DTYPES, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from fp8ctl.forms import Form
@@ -30,6 +31,13 @@ if TYPE_CHECKING:
     Named = tuple[str, torch.Tensor]
     #: Name, tensor, whether it becomes FP8, and the places that it needs in a push.
     _Held = tuple[str, torch.Tensor, bool, Sequence[Slot]]
+    #: Whether it becomes FP8, the dtype that it has or gets where not, and its shape.
+    _Kind = tuple[bool, torch.dtype, torch.Size]
+    #: dtype, shape, and bytes until the next one may begin.
+    _Place = tuple[str, tuple[int, ...], int]
+
+#: Types that are nothing distributed.
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 class Placing(Protocol):
@@ -52,6 +60,14 @@ class Placing(Protocol):
 
     def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
         """Return memory for these tensors; may wait until there is some."""
+
+    def writing(self, scales: Collection[str]) -> None:
+        """Hear that all which writes to these places is queued; need not wait for it.
+
+        Args:
+            scales: names of those that are made here. Where one would not be finite, nothing of
+                all this is passed on.
+        """
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Return what measures a stage of the work."""
@@ -82,6 +98,8 @@ class Taker:
         self._held: list[_Held] = []
         self._bytes = 0
         self._came: set[str] = set()
+        #: Most tensors are like one before: dtypes, shapes and bytes of their places.
+        self._alike: dict[_Kind, tuple[_Place, ...]] = {}
         #: Of who reads the stream, for the other ranks.
         self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
@@ -118,8 +136,7 @@ class Taker:
             size = tensor.numel() * tensor.element_size()
         else:
             # A place is as large as it is: what would not fit any more is the next one's.
-            slots = self._slots(name, tensor, becomes_fp8)
-            size = sum(-(-slot.nbytes // ALIGN) * ALIGN for slot in slots)
+            slots, size = self._slots(name, tensor, becomes_fp8)
             size += self._form.ahead(name)
             if self._held and self._bytes + size > self._limit:
                 full = self._bucket(self._taken())
@@ -179,11 +196,16 @@ class Taker:
                 meet(ranks, "more", names=[name for name, *_ in held], patience=self._patience)
             self._open = True
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
-        with self._stage("gather"):
-            whole = [(n, self._whole(n, t, fp8, gives), fp8, s) for n, t, fp8, s in held]
+        with self._stage("gather"), torch.no_grad():
+            where = self._device if self.placing is None else self.placing.device
+            whole = [(n, self._whole(n, t, fp8, gives, where), fp8, s) for n, t, fp8, s in held]
         held.clear()
         if gives:
-            yield from self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None])
+            made = self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None])
+            del whole
+            made.reverse()
+            while made:  # what was given is no longer kept here
+                yield made.pop()
         if ranks is not None:
             with self._among_ranks():
                 tell(ranks, patience=0.0 if self.placing is None else self.placing.patience)
@@ -217,31 +239,41 @@ class Taker:
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)
 
-    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> list[Slot]:
-        """Return the places that what a tensor becomes needs."""
-        shape = tuple(tensor.shape)
-        if not fp8:
-            rounded = self._form.dtype(name) if tensor.is_floating_point() else None
-            spelled = _spelled(rounded or tensor.dtype)
-            if spelled not in DTYPES:
-                raise PlanDoesNotFitError(
-                    f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
-                    hint="cast it before it is sent",
-                    data={"tensor": name},
-                )
-            return [Slot(name, spelled, shape)]
-        scale = formats.scale_name(name, self._form.mode)
-        return [
-            Slot(name, "float8_e4m3fn", shape),
-            Slot(scale, "float32", tuple(self._form.groups.scale_shape(shape))),
-        ]
+    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> tuple[list[Slot], int]:
+        """Return the places that what a tensor becomes needs, and their bytes."""
+        rounded = None if fp8 or not tensor.is_floating_point() else self._form.dtype(name)
+        kind = fp8, rounded or tensor.dtype, tensor.shape
+        places = self._alike.get(kind)
+        if places is None:
+            places = self._alike[kind] = self._places_of(name, *kind)
+        slots = [Slot(name, *places[0][:2])]
+        if fp8:
+            slots.append(Slot(formats.scale_name(name, self._form.mode), *places[1][:2]))
+        return slots, sum([nbytes for *_, nbytes in places])
 
-    @torch.no_grad()
+    def _places_of(
+        self, name: str, fp8: bool, dtype: torch.dtype, shape: torch.Size
+    ) -> tuple[_Place, ...]:
+        spelled = _spelled(dtype)
+        if not fp8 and spelled not in DTYPES:
+            raise PlanDoesNotFitError(
+                f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
+                hint="cast it before it is sent",
+                data={"tensor": name},
+            )
+        found = [("float8_e4m3fn" if fp8 else spelled, tuple(shape))]
+        if fp8:
+            found.append(("float32", tuple(self._form.groups.scale_shape(shape))))
+        return tuple(
+            (dtype_, sides, -(-math.prod(sides) * DTYPES[dtype_] // ALIGN) * ALIGN)
+            for dtype_, sides in found
+        )
+
     def _whole(
-        self, name: str, tensor: torch.Tensor, fp8: bool, wanted: bool
+        self, name: str, tensor: torch.Tensor, fp8: bool, wanted: bool, where: torch.device | None
     ) -> torch.Tensor | None:
         moved: Any = tensor.detach()
-        if hasattr(moved, "full_tensor"):
+        if type(tensor) not in _PLAIN and hasattr(moved, "full_tensor"):
             # Shards that are kept on the CPU are gathered where the ranks' group is.
             there = moved.device_mesh.device_type
             if moved.device.type != there:
@@ -249,36 +281,56 @@ class Taker:
             moved = moved.full_tensor()
         if not wanted:
             return None
-        if self.placing is not None:
-            moved = moved.to(self.placing.device) if fp8 else moved  # what is kept is copied there
-        elif self._device is not None:
-            moved = moved.to(self._device)
+        # To where it is already, and to what it is, takes time as well. In a push, what is kept
+        # is copied there.
+        if where is not None and (fp8 or self.placing is None) and moved.device != where:
+            moved = moved.to(where)
         rounded = self._dtype or (self._form.dtype(name) if fp8 else None)
-        if rounded is not None and moved.is_floating_point():
+        if rounded is not None and moved.dtype != rounded and moved.is_floating_point():
             moved = moved.to(rounded)
         whole: torch.Tensor = moved
         return whole
 
     @torch.no_grad()
-    def _become(self, bucket: list[_Held]) -> Iterator[Named]:
+    def _become(self, bucket: list[_Held]) -> list[Named]:
         places = self._places([slots for *_, slots in bucket])
         by_device: dict[torch.device, list[int]] = {}
         for i, (_, tensor, fp8, _) in enumerate(bucket):
             if fp8:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        with self._stage("quantise"):
-            for those in by_device.values():
-                made.update(self._quantize(bucket, those, places))
-            for i, (place,) in ((i, p) for i, p in places.items() if len(p) == 1):
-                bucket[i] = (bucket[i][0], place.copy_(bucket[i][1]), False, ())
+        begun: list[tuple[list[int], Callable[[], Any]]] = []
+        those: list[int] = []
+        try:
+            with self._stage("quantise"):
+                for those in by_device.values():
+                    begun += [(those, self._quantize(bucket, those, places))]
+                for i, place in places.items():
+                    if len(place) == 1:
+                        name, tensor, *_ = bucket[i]
+                        bucket[i] = (name, place[0].copy_(tensor), False, ())
+            # One wait for the device, and what is to be found out about the outputs is queued
+            # before it: the host does its part meanwhile.
+            if self.placing is not None:
+                self.placing.writing({slots[1].name for *_, fp8, slots in bucket if fp8})
+            for those, wait in begun:
+                made.update(zip(those, wait(), strict=True))
+        except NonFiniteError as e:
+            name = bucket[those[e.tensor or 0]][0]
+            raise PlanDoesNotFitError(
+                f"{name}: non-finite value {e.value} at index {list(e.index)};"
+                " FP8 has no code for it",
+                hint="look at the optimiser's step: one such value spoils its whole block",
+                data={"tensor": name, "index": list(e.index)},
+            ) from e
+        pairs: list[Named] = []
         for i, (name, tensor, *_) in enumerate(bucket):
             if i not in made:
-                yield name, tensor
+                pairs.append((name, tensor))
                 continue
-            codes, scales = made.pop(i)
-            yield name, codes
-            yield formats.scale_name(name, self._form.mode), scales
+            codes, scales = made[i]
+            pairs += ((name, codes), (formats.scale_name(name, self._form.mode), scales))
+        return pairs
 
     def _places(self, slots: list[Sequence[Slot]]) -> dict[int, tuple[torch.Tensor, ...]]:
         """Return where what the tensors become is to be written, where that matters."""
@@ -292,20 +344,15 @@ class Taker:
         bucket: list[_Held],
         those: list[int],
         places: dict[int, tuple[torch.Tensor, ...]],
-    ) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    ) -> Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]:
+        """Begin with these tensors; return what waits for codes and scales of each."""
         xs = [bucket[i][1] for i in those]
-        out: Any = [places[i] for i in those] if places else None
-        try:
-            made = kernels.quantize_many(xs, self._form.groups, self._form.recipe, out=out)
-        except NonFiniteError as e:
-            name = bucket[those[e.tensor or 0]][0]
-            raise PlanDoesNotFitError(
-                f"{name}: non-finite value {e.value} at index {list(e.index)};"
-                " FP8 has no code for it",
-                hint="look at the optimiser's step: one such value spoils its whole block",
-                data={"tensor": name, "index": list(e.index)},
-            ) from e
-        return iter([*zip(those, made, strict=True)])
+        form = self._form
+        if not places:
+            made = kernels.quantize_many(xs, form.groups, form.recipe)
+            return lambda: made
+        out: Any = [places[i] for i in those]
+        return kernels.start_many(xs, form.groups, form.recipe, out).wait
 
 
 def _spelled(dtype: torch.dtype) -> str:

@@ -7,7 +7,9 @@ a trainer, in an engine and in the command: standard library, Python 3.10.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 #: Both ends must have the same one; it changes when what is said changes.
-PROTOCOL = 1
+PROTOCOL = 2
 #: Where every tensor of a bucket begins, in bytes: what CUDA's widest loads want, and more.
 ALIGN = 256
 
@@ -55,7 +57,14 @@ class WireError(ValueError):
     """A body that does not say what it should."""
 
 
-_NO_FACTS: Mapping[str, float] = MappingProxyType({})
+#: Of an entry that nobody recorded.
+NO_FACTS: Mapping[str, float] = MappingProxyType({})
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the bytes of a tensor's values; there are few kinds, and they are asked for often."""
+    return math.prod(shape) * DTYPES[dtype]
 
 
 class Entry(NamedTuple):
@@ -75,12 +84,12 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     digest: str = ""
-    facts: Mapping[str, float] = _NO_FACTS
+    facts: Mapping[str, float] = NO_FACTS
 
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
     def to_json(self) -> dict[str, object]:
         """Return the entry as JSON types."""
@@ -90,8 +99,21 @@ class Entry(NamedTuple):
             "shape": list(self.shape),
             "offset": self.offset,
             "digest": self.digest,
-            "facts": dict(self.facts),
+            "facts": dict(self.facts) if self.facts else {},
         }
+
+    def to_text(self) -> str:
+        """Return it as JSON; most of an entry is as it was in the update before, and remembered."""
+        facts = json.dumps(dict(self.facts)) if self.facts else "{}"
+        known = _known(self.name, self.dtype, self.shape)
+        digest = json.dumps(self.digest)
+        return f'{known}, "offset": {self.offset}, "digest": {digest}, "facts": {facts}}}'
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _known(name: str, dtype: str, shape: tuple[int, ...]) -> str:
+    """Return the JSON of what an entry says at every update, without its end."""
+    return json.dumps({"name": name, "dtype": dtype, "shape": shape})[:-1]
 
 
 class Slot(NamedTuple):
@@ -104,7 +126,7 @@ class Slot(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the values."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
+        return bytes_of(self.dtype, self.shape)
 
 
 def place(slots: Iterable[Slot]) -> tuple[list[int], int]:
@@ -149,7 +171,7 @@ def _entry(found: Any) -> Entry:
             shape = tuple(shape)
         else:
             shape, offset = tuple(_is(int, side) for side in shape), _is(int, offset)
-        entry = Entry(name, dtype, shape, offset, digest, dict(facts) if facts else _NO_FACTS)
+        entry = Entry(name, dtype, shape, offset, digest, dict(facts) if facts else NO_FACTS)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise WireError(f"not an entry of a bucket: {type(e).__name__} {e}") from None
     if dtype not in DTYPES:

@@ -8,8 +8,10 @@ the host prepares the next, and views of the outputs are made when all is under 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -24,6 +26,7 @@ from fp8ctl.kernels.inputs import (
     make_outputs,
     unravel,
 )
+from fp8ctl.kernels.known import Known
 from fp8ctl.kernels.recipes import IEEE, check_non_finite
 from fp8ctl.kernels.tables import Bucket, Kind, Pair, Table
 
@@ -63,7 +66,107 @@ def quantize_many(
         NonFiniteError: names the first tensor of the list that has one, and its first.
         TypeError, ValueError: as `launch.quantize`; the tensor is named.
     """
-    return Prepared(xs, groups, recipe, non_finite, out, now=True).outputs
+    if out is None:
+        return Prepared(xs, groups, recipe, non_finite, now=True).outputs
+    return start_many(xs, groups, recipe, non_finite, out).wait()
+
+
+@torch.no_grad()
+def start_many(
+    xs: Sequence[torch.Tensor],
+    groups: Groups,
+    recipe: Recipe,
+    non_finite: NonFinite,
+    out: Sequence[Pair],
+) -> Started:
+    """Begin with `quantize_many`, for outputs that the caller gives, and wait for nothing.
+
+    With "error", a list that comes again is known by what it is and where it lies: its tables
+    are on the device, and what was checked holds. The other policies wait for nothing at all, so
+    that a graph may capture them, which would go on to read tables that are forgotten here.
+
+    Raises:
+        TypeError, ValueError: as `quantize_many`.
+        NonFiniteError: where a tensor was taken by itself, and waited for.
+    """
+    known, key = _known(), None
+    if xs and non_finite == "error" and len(out) == len(xs):
+        # What is no tensor is refused below, by its place in the list.
+        with contextlib.suppress(TypeError, AttributeError, RuntimeError):
+            if not any(map(torch.Tensor.is_neg, xs)):
+                every = [*xs, *[pair[0] for pair in out], *[pair[1] for pair in out]]
+                key = known.key(every, groups, recipe, launch.current_stream(xs[0].device))
+    launches = None if key is None else known.get(key)
+    if launches is None:
+        plan = Prepared(xs, groups, recipe, non_finite, out)
+        if key is None or plan.singles:
+            return Started(plan.run())
+        launches = plan.launches()
+        known.put(key, launches)
+    with launch.on_device(xs[0]):
+        flag = launch.Flag(xs[0].device)
+        for one in launches:
+            one.start(flag)
+    return Started(out, xs, flag)
+
+
+class Started:
+    """A list on its way; made by `start_many`."""
+
+    def __init__(
+        self,
+        outputs: Sequence[Pair],
+        xs: Sequence[torch.Tensor] = (),
+        flag: launch.Flag | None = None,
+    ) -> None:
+        """Take a list that is under way.
+
+        Args:
+            outputs: of it.
+            xs: the tensors.
+            flag: of their launches; None: all is done.
+        """
+        self._outputs, self._xs, self._flag = outputs, xs, flag
+
+    def wait(self) -> Sequence[Pair]:
+        """Wait for the device, as far as its work is queued now; return the outputs.
+
+        Raises:
+            NonFiniteError: as `quantize_many`.
+        """
+        flag, self._flag = self._flag, None
+        if flag is not None:
+            with flag:
+                place = flag.read()
+                if place is not None:
+                    raise _error(self._xs, place)
+        return self._outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A table, and the kernel that works on it. Holds no tensor of the list."""
+
+    table: Table
+    program: launch.Program
+
+    def start(self, flag: launch.Flag) -> None:
+        """Launch it on the current device."""
+        one = self.table
+        if one.amax is not None:
+            one.amax.zero_()
+        self.program.run(
+            one.programs,
+            (*(flag.tensor,) * 4, one.on_device, one.places, one.per, *(1,) * 10),
+            one.amax,
+            same=True,
+        )
+
+
+@functools.cache
+def _known() -> Known[list[Launch]]:
+    """Return the lists of this process."""
+    return Known()
 
 
 class Prepared:
@@ -71,6 +174,7 @@ class Prepared:
 
     Attributes:
         outputs: codes and scales of each tensor; every run writes the same memory.
+        singles: places of tensors that no launch takes.
     """
 
     outputs: Sequence[Pair]
@@ -98,7 +202,7 @@ class Prepared:
         self._facts = [Facts() for _ in range(1 if out is None else 3)]
         self._kinds: dict[int, Kind] = {}
         self._launches: list[Table] = []
-        self._singles: list[int] = []
+        self.singles: list[int] = []
         self._single_numbers: list[int] = []
         self.outputs = []
         if not self._xs:
@@ -115,9 +219,9 @@ class Prepared:
                 for one in launches:
                     self._launches.append(one)
                     if now:
-                        self._start(one, flag)
+                        self._launch(one).start(flag)
             if self._given is None:
-                made = {i: make_outputs(self._xs[i], groups, None) for i in self._singles}
+                made = {i: make_outputs(self._xs[i], groups, None) for i in self.singles}
                 self.outputs = _Outputs(len(self._xs), buckets, made)
             else:
                 self.outputs = self._given
@@ -146,7 +250,7 @@ class Prepared:
                 for one in self._launches:
                     if xs is not None:
                         self._replace(one)
-                    self._start(one, flag)
+                    self._launch(one).start(flag)
                 self._check_singles()
             except (TypeError, ValueError):
                 # The plan stays what it was, whatever its outputs hold now.
@@ -184,7 +288,7 @@ class Prepared:
             kind, like = self._kinds[number], int(found[0][0][here[0] - ids.start])
             buckets.append(Bucket(kind, like, here, *addresses))
             if kind.single:
-                self._singles += here.tolist()
+                self.singles += here.tolist()
                 self._single_numbers += [like] * len(here)
         return buckets
 
@@ -211,7 +315,7 @@ class Prepared:
         self._written = writes[np.argsort(writes[:, 0])]
         ends = np.maximum.accumulate(self._written[:, 1])
         near = (ends[:-1] > self._written[1:, 0]).any() or self._touches(reads)
-        if near or self._singles:
+        if near or self.singles:
             check_disjoint([tensor for pair in self._given or () for tensor in pair], self._xs)
 
     def _touches(self, reads: Numbers) -> bool:
@@ -250,9 +354,12 @@ class Prepared:
             classes.setdefault(bucket.variant(), []).append(bucket)
         return [Table(variant, buckets) for variant, buckets in classes.items()]
 
-    def _start(self, one: Table, flag: launch.Flag) -> None:
-        if one.amax is not None:
-            one.amax.zero_()
+    def launches(self) -> list[Launch]:
+        """Return what runs it, but for what is taken by itself (`singles`)."""
+        with launch.on_device(self._xs[0]):
+            return [self._launch(one) for one in self._launches]
+
+    def _launch(self, one: Table) -> Launch:
         kernel = launch.program(
             one.variant,
             self._recipe,
@@ -260,12 +367,7 @@ class Prepared:
             "uniform" if one.per else "mixed",
             launch.current_device().index or 0,
         )
-        kernel.run(
-            one.programs,
-            (*(flag.tensor,) * 4, one.on_device, one.places, one.per, *(1,) * 10),
-            one.amax,
-            same=True,
-        )
+        return Launch(one, kernel)
 
     def _replace(self, one: Table) -> None:
         """Put the addresses of the tensors that are there now into a launch's table."""
@@ -288,7 +390,7 @@ class Prepared:
 
     def _check_singles(self) -> None:
         """Refuse tensors of another kind among those that no launch looked at."""
-        self._addresses(self._singles, np.array(self._single_numbers, dtype=np.int64))
+        self._addresses(self.singles, np.array(self._single_numbers, dtype=np.int64))
 
     def _finish(self, flag: launch.Flag) -> None:
         """Quantise what no list takes, wait for the rest, and raise for the first NaN or Inf."""
@@ -297,7 +399,7 @@ class Prepared:
             for i, x in enumerate(self._xs):
                 self._checked(i, functools.partial(check_input, x, self._groups))
         error: NonFiniteError | None = None
-        for i in self._singles:
+        for i in self.singles:
             try:
                 launch.quantize(
                     self._xs[i], self._groups, self._recipe, self._non_finite, self.outputs[i]
@@ -307,11 +409,15 @@ class Prepared:
                 break
         place = flag.read() if self._non_finite == "error" else None
         if place is not None and (error is None or place[0] < (error.tensor or 0)):
-            x = self._xs[place[0]]
-            index = unravel(place[1], x.shape)
-            error = NonFiniteError(index, float(x[index]), place[0])
+            error = _error(self._xs, place)
         if error is not None:
             raise error
+
+
+def _error(xs: Sequence[torch.Tensor], place: tuple[int, int]) -> NonFiniteError:
+    x = xs[place[0]]
+    index = unravel(place[1], x.shape)
+    return NonFiniteError(index, float(x[index]), place[0])
 
 
 class _Outputs(Sequence[Pair]):

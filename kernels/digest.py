@@ -34,6 +34,7 @@ import torch
 
 from fp8ctl.kernels import compiled
 from fp8ctl.kernels.inputs import has_triton
+from fp8ctl.kernels.known import Known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -88,28 +89,42 @@ def digest(t: torch.Tensor, row_offset: int = 0, col_offset: int = 0) -> int:
     return digests([(t, row_offset, col_offset)])[0]
 
 
-@torch.no_grad()
 def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
     """Return the digest of each (tensor, row_offset, col_offset), as `digest` does.
 
     With Triton a GPU gets all of its tensors in a few launches and is waited for once.
     """
+    return start(parts)()
+
+
+@torch.no_grad()
+def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[int]]:
+    """Begin with `digests`; return what waits for them. With Triton a GPU's come later."""
     found: list[int | torch.Tensor] = []
+    paths: dict[torch.device, Callable[[Sums], int | torch.Tensor] | None] = {}
     lists: dict[torch.device, list[tuple[int, Part]]] = {}
-    for t, row_offset, col_offset in parts:
-        path = _path(t.device)
+    for part in parts:
+        t, row_offset, col_offset = part
+        where = t.device
+        if where not in paths:
+            paths[where] = _path(where)
+        path = paths[where]
         if path is None:
             if t.numel():
-                lists.setdefault(t.device, []).append((len(found), (t, row_offset, col_offset)))
+                lists.setdefault(where, []).append((len(found), part))
             found.append(0)
             continue
         sums = _sums(t.detach(), row_offset, col_offset)
         found.append(0 if sums is None else path(sums))
-    started = [_lists().start([part for _, part in those]) for those in lists.values()]
-    for those, totals in zip(lists.values(), started, strict=True):
-        for (i, _), value in zip(those, totals.tolist(), strict=True):
-            found[i] = value
-    return [int(one) & _MASK for one in found]
+    started = [(those, _lists().start([part for _, part in those])) for those in lists.values()]
+
+    def ended() -> list[int]:
+        for those, totals in started:
+            for (i, _), value in zip(those, totals.tolist(), strict=True):
+                found[i] = value
+        return [int(one) & _MASK for one in found]
+
+    return ended
 
 
 @torch.no_grad()
@@ -219,17 +234,12 @@ class Lists:
     """Lists of tensors on GPUs, and what was found out about those that were asked for before.
 
     To find out how a tensor is cut takes Python 40 us, as long as an H100 takes to read 100 MB
-    of it; and a push asks for the same tensors at every update. A list that comes again, the
-    same kinds of tensors at the same addresses, is known by that alone.
+    of it; and a push asks for the same tensors at every update.
     """
 
     def __init__(self, most: int = 256) -> None:
         """Remember up to `most` lists; a list of 500 tensors takes some 0.5 MB of the device."""
-        from fp8ctl.kernels.facts import Facts  # needs numpy, as Triton's part does, and a CPU not
-
-        self._most = most
-        self._facts = Facts()
-        self._known: dict[bytes, Prepared] = {}
+        self._known: Known[Prepared] = Known(most)
 
     def start(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the sums of a list, int64 on the device, without waiting for it.
@@ -237,28 +247,24 @@ class Lists:
         Args:
             parts: at least one, all of one device and none empty.
         """
-        import numpy as np
-
         from fp8ctl.kernels.digest_triton import Prepared
+        from fp8ctl.kernels.launch import current_stream
 
         tensors = [t for t, _, _ in parts]
-        key = b""
+        key = None
         if not any(map(torch.Tensor.is_neg, tensors)):
-            numbers, addresses = self._facts.look(tensors)
-            places = np.array([(r, c) for _, r, c in parts])
-            key = numbers.tobytes() + addresses.tobytes() + places.tobytes()
-        known = self._known.get(key)
-        if known is None:
+            places = tuple([(r, c) for _, r, c in parts])
+            key = self._known.key(tensors, places, current_stream(tensors[0].device))
+        found = None if key is None else self._known.get(key)
+        if found is None:
             sums = [_sums(t.detach(), r, c) for t, r, c in parts]
             held = [one for one in sums if one is not None]
-            known = Prepared(held)
+            found = Prepared(held)
             # What had to be copied first is elsewhere the next time.
             memory = zip(tensors, held, strict=True)
-            if key and all(_begin(t) == _begin(one.bits) for t, one in memory):
-                if len(self._known) >= self._most:
-                    self._known.clear()
-                self._known[key] = known
-        return known.run()
+            if key is not None and all(_begin(t) == _begin(one.bits) for t, one in memory):
+                self._known.put(key, found)
+        return found.run()
 
 
 def _begin(t: torch.Tensor) -> int:
@@ -364,12 +370,6 @@ def _made_keys(kind: str | int, first: int, count: int, device: torch.device) ->
 def _lists() -> Lists:
     """Return the lists of this process."""
     return Lists()
-
-
-def forget() -> None:
-    """Give back what is remembered: the tensors of a connection that ended come no more."""
-    if _lists.cache_info().currsize:
-        _lists.cache_clear()
 
 
 def _finish(x: torch.Tensor) -> torch.Tensor:

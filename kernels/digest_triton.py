@@ -8,13 +8,14 @@ a launch takes the host as long as a small matrix takes the device. Triton 3.3.1
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from fp8ctl.kernels.launch import INTERPRETED
 from fp8ctl.kernels.tables import Numbers, spread
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class Prepared:
             columns = min(triton.next_power_of_2(bits.shape[1]), _WIDTH // size)
             kinds.setdefault((size, columns, _aligned(bits)), []).append(i)
         self._launches = []
+        self._compiled: dict[int, tuple[Any, tuple[Any, ...]]] = {}
         for (size, columns, aligned), those in kinds.items():
             # Narrow matrices have more rows at a time, so that programs are as large.
             rows = max(_ROWS, _ROWS * _WIDTH // size // columns)
@@ -151,19 +153,19 @@ class Prepared:
         """
         found = torch.zeros(self._count, dtype=torch.int64, device=self._where)
         with torch.cuda.device_of(found):  # type: ignore[no-untyped-call]
-            for table, owners, (size, rows, columns, aligned) in self._launches:
-                _add_up_many[(len(owners),)](
-                    table,
-                    owners,
-                    found,
-                    SIZE=size,
-                    ROWS=rows,
-                    COLUMNS=columns,
-                    STEPS=_STEPS,
-                    ALIGNED=aligned,
-                    DTYPE=_DTYPES[size],
-                    num_warps=_WARPS,
-                )
+            for i, (table, owners, how) in enumerate(self._launches):
+                arguments, programs = (table, owners, found), len(owners)
+                if i in self._compiled:
+                    compiled, constants = self._compiled[i]
+                    compiled[(programs, 1, 1)](*arguments, *constants)
+                    continue
+                size, rows, columns, aligned = how
+                constants = (size, rows, columns, _STEPS, aligned, _DTYPES[size])
+                compiled = _add_up_many[(programs,)](*arguments, *constants, num_warps=_WARPS)
+                # The arguments of the next run are alike: Triton need not look at them again,
+                # which is most of a launch's time.
+                if not INTERPRETED:
+                    self._compiled[i] = compiled, constants
         return found
 
 

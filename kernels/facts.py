@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class Facts:
     def __init__(self) -> None:
         self._look = _compiled()
         self._keys: dict[object, int] = {}
+        self._naming = threading.Lock()
         if self._look is not None:
             self._seen = np.zeros((_ROOM, _WORDS), dtype=np.int64)
             self._known = ctypes.c_int64(0)
@@ -79,8 +81,9 @@ class Facts:
         """Do it by calls of torch's methods."""
         found = [*map(self._keys.get, _keys(xs))]
         if None in found:
-            for key in _keys(xs):
-                self._keys.setdefault(key, _ROOM + len(self._keys))
+            with self._naming:  # or two kinds could get one number
+                for key in _keys(xs):
+                    self._keys.setdefault(key, _ROOM + len(self._keys))
             found = [*map(self._keys.get, _keys(xs))]
         addresses = np.fromiter(map(torch.Tensor.data_ptr, xs), np.int64, len(xs))
         return np.array(found, dtype=np.int64), addresses

@@ -43,7 +43,7 @@ _TRITON_DTYPE = {
     torch.float16: tl.float16,
     torch.float32: tl.float32,
 }
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @dataclass(frozen=True)
@@ -171,12 +171,12 @@ class Variant:
             "ARITHMETIC": recipe.arithmetic,
             "FLOOR": recipe.floor_bits,
             "NON_FINITE": non_finite,
-            "FUSED": not _INTERPRETED,
+            "FUSED": not INTERPRETED,
             "STEPS": 2 if self.dtype == torch.float32 else 1,
             "HARDWARE": hardware,
             "num_warps": self.tiling.warps,
         }
-        if not _INTERPRETED:
+        if not INTERPRETED:
             constants["enable_fp_fusion"] = False
             # Three programs of 8 warps at a time keep enough reads in flight; nothing
             # spills at this number of registers (docs/kernels.md).
@@ -320,7 +320,7 @@ class Program:
             return
         constants = {**self._constants, **more}
         compiled = kernel[(programs,)](*arguments, **constants)
-        if same and not _INTERPRETED:
+        if same and not INTERPRETED:
             names = kernel.arg_names[len(arguments) :]
             self._compiled[number] = compiled, [constants[name] for name in names]
 
@@ -335,7 +335,7 @@ def program(
             many programs, or not.
         index: of the GPU.
     """
-    hardware = not _INTERPRETED and _capability() >= (8, 9)
+    hardware = not INTERPRETED and _capability() >= (8, 9)
     return _program(variant, recipe, non_finite, lists, index, hardware)
 
 
@@ -402,9 +402,14 @@ def on_device(x: torch.Tensor) -> torch.cuda.device_of:
 
 def current_device() -> torch.device:
     """Return the device that kernels are launched on: the current GPU, or the interpreter's CPU."""
-    if _INTERPRETED:
+    if INTERPRETED:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def current_stream(where: torch.device) -> int:
+    """Return what tells the stream that kernels of a device are launched on from others."""
+    return 0 if INTERPRETED else int(torch.cuda.current_stream(where).cuda_stream)
 
 
 def _capability() -> tuple[int, int]:

@@ -115,6 +115,37 @@ def quantize_many(
     return _Loop(xs, groups, recipe, non_finite, out).run()
 
 
+class Started(Protocol):
+    """A list that is being quantised."""
+
+    def wait(self) -> Sequence[Pair]:
+        """Return codes and scales of each when they are there; once.
+
+        Raises:
+            NonFiniteError: as `quantize_many`.
+        """
+
+
+def start_many(
+    xs: Sequence[torch.Tensor],
+    groups: Groups,
+    recipe: Recipe | str,
+    out: Sequence[Pair],
+) -> Started:
+    """Begin with `quantize_many(..., out=out)`, with "error": on a GPU it is not waited for.
+
+    What is queued there before `wait` is called is waited for as well, at no other cost.
+
+    Raises:
+        TypeError, ValueError: as `quantize_many`; a NonFiniteError where that is known now.
+    """
+    if xs and _on_gpu(xs[0]):
+        from fp8ctl.kernels import batch
+
+        return batch.start_many(xs, groups, named(recipe), "error", out)
+    return _Done(_Loop(xs, groups, recipe, "error", out).run())
+
+
 class Prepared(Protocol):
     """A list of tensors whose quantisation is prepared, to be run at every step."""
 
@@ -158,6 +189,16 @@ def quantize_per_tensor(x: torch.Tensor) -> Pair:
 def quantize_per_channel(x: torch.Tensor) -> Pair:
     """Quantise a [N, K] tensor with a scale per row [N, 1]; see `quantize`."""
     return quantize(x, PER_CHANNEL)
+
+
+class _Done:
+    """What was not begun but done."""
+
+    def __init__(self, outputs: Sequence[Pair]) -> None:
+        self._outputs = outputs
+
+    def wait(self) -> Sequence[Pair]:
+        return self._outputs
 
 
 class _Loop:

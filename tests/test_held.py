@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp8ctl.held import Held, constant_digest, gather
+from fp8ctl.held import Held, Layouts, constant_digest, gather, packed, unpacked
 from fp8ctl.kernels.digest import digest, to_text
 
 
@@ -77,3 +77,73 @@ def test_the_digest_of_one_value_everywhere_needs_no_tensor(
 ) -> None:
     found = constant_digest(struct.pack("<f", value), shape)
     assert found == digest(torch.full(shape, value))
+
+
+def told(name: str, shards: list[dict[str, object]], number: int = 0) -> dict[str, Any]:
+    return {**rank(shards, number), "layout": name}
+
+
+def only_sums(name: str, *values: int, number: int = 0) -> dict[str, Any]:
+    return {"rank": number, "layout": name, "sums": packed(values)}
+
+
+def test_digests_are_packed_as_they_are_written() -> None:
+    values = (0, 1, (1 << 64) - 1, 0x0123456789ABCDEF)
+    assert packed(values) == "".join(map(to_text, values))
+    assert unpacked(packed(values)) == values
+    assert unpacked("") == ()
+    for wrong in ("0" * 15, "0" * 18, "g" * 16):
+        with pytest.raises(ValueError, match=r"digests|hexadecimal"):
+            unpacked(wrong)
+
+
+def test_sums_of_a_known_layout_add_up_to_what_whole_answers_would() -> None:
+    def ranks(*values: int) -> list[dict[str, Any]]:
+        a, b, c, d, e = values
+        zero = [shard("a", a, shape=[2, 4]), shard("b", b), shard("c", c)]
+        one = [shard("a", d, row=2, shape=[2, 4]), shard("b", e, primary=False)]
+        return [told("x", zero), told("y", one, 1)]
+
+    layouts = Layouts()
+    assert layouts.known == []
+    assert layouts.gather(ranks(1, 2, 3, 4, 2)) == gather(ranks(1, 2, 3, 4, 2))
+    assert layouts.known == ["x", "y"]
+    for a, b, c, d, e in [(1, 2, 3, 4, 2), ((1 << 64) - 1, 7, 8, 9, 7), (5, 6, 7, 8, 9)]:
+        held = layouts.gather([only_sums("x", a, b, c), only_sums("y", d, e, number=1)])
+        assert held == gather(ranks(a, b, c, d, e))
+        assert held["b"].replicas_agree == (b == e)
+
+
+def test_a_rank_that_tells_its_layout_anew_is_heard_beside_one_that_need_not() -> None:
+    layouts = Layouts()
+    layouts.gather([told("x", [shard("a", 1)]), told("y", [shard("a", 2, row=1)], 1)])
+    again = [only_sums("x", 5), told("z", [shard("b", 7), shard("a", 6, row=1)], 1)]
+    held = layouts.gather(again)
+    assert {name: one.digest for name, one in held.items()} == {"a": 11, "b": 7}
+    assert layouts.known == ["x", "z"]
+    held = layouts.gather([only_sums("x", 1), only_sums("z", 2, 3, number=1)])
+    assert {name: one.digest for name, one in held.items()} == {"a": 4, "b": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [only_sums("another", 1, 2), only_sums("x", 1), only_sums("x", 1, 2, 3), only_sums("x")],
+)
+def test_sums_of_something_else_are_refused_and_all_is_asked_again(wrong: dict[str, Any]) -> None:
+    layouts = Layouts()
+    layouts.gather([told("x", [shard("a", 1), shard("b", 2)])])
+    with pytest.raises(ValueError, match=r"layout|parts"):
+        layouts.gather([wrong])
+    assert layouts.known == []
+
+
+def test_sums_that_nobody_asked_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="layout"):
+        Layouts().gather([only_sums("x", 1)])
+
+
+def test_ranks_without_a_name_for_their_layout_are_asked_for_all_of_it() -> None:
+    layouts = Layouts()
+    held = layouts.gather([told("x", [shard("a", 1)]), rank([shard("a", 2, row=1)], 1)])
+    assert held["a"].digest == 3
+    assert layouts.known == []

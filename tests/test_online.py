@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -109,7 +108,7 @@ def test_what_the_engine_chose_to_quantise_is_expected_so_but_for_routers(folder
     found = own.guess(folder, "sglang", 1, chosen)
     assert found is not None
     assert {t.name for t in found[0].quantized} == {Q, OUT}, "a router is no engine's to quantise"
-    left = {n: replace(h, dtype="bfloat16") if n == Q else h for n, h in held().items()}
+    left = {n: h._replace(dtype="bfloat16") if n == Q else h for n, h in held().items()}
     found = own.guess(folder, "sglang", 1, left)
     assert found is not None
     assert Q in {t.name for t in found[0].quantized}, "what it left is a fault that is told"

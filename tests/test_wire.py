@@ -81,7 +81,7 @@ def test_a_beginning_survives_json() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"protocol": 2}, "protocol 2"),
+        ({"protocol": wire.PROTOCOL + 1}, f"protocol {wire.PROTOCOL + 1}"),
         ({"protocol": None}, "protocol None"),
         ({"in_flight": "drop"}, "'drop'"),
         ({"in_flight": []}, "in_flight"),
@@ -94,3 +94,11 @@ def test_a_beginning_that_is_none_is_refused(change: dict[str, Any], told: str) 
     good = wire.Begin("p", "c", "1", "ff").to_json()
     with pytest.raises(wire.WireError, match=told):
         wire.Begin.from_json(good | change)
+
+
+def test_an_entrys_text_is_its_json_however_it_is_called() -> None:
+    for name in ("a.weight", 'odd "name"\\', "Gewichte \u00fc"):
+        for digest, facts in (("", {}), ("00ff", {"amax": 1.5, "saturated": 3.0})):
+            one = wire.Entry(name, "bfloat16", (3, 4), 256, digest, facts)
+            for again in (one, one._replace(offset=512), one._replace(shape=())):
+                assert json.loads(again.to_text()) == again.to_json()

@@ -178,6 +178,10 @@ class CudaReceiver:
         self._driver.copy(part.data_ptr(), self._slots[slot].address, nbytes, stream.cuda_stream)
         return part
 
+    def loaded(self) -> None:
+        """Wait until the device has read."""
+        torch.cuda.synchronize(self._device)
+
     def close(self) -> None:
         """Close the handles, as soon as no tensor uses them."""
         if self._slots:

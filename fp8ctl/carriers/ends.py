@@ -49,20 +49,25 @@ class Sender(Protocol):
     def buffer(self, slot: int) -> torch.Tensor:
         """Return where a bucket is written: uint8, all bytes of the slot.
 
-        A slot may be written again when every server has answered for its last bucket.
+        A slot may be written again when every server has answered for its last bucket; where
+        the carrier is a group, when `send` has returned.
         """
 
     def ready(self, slot: int) -> None:
-        """Wait until the device has written the slot: now another process may read it."""
+        """Say that all which writes the slot is launched, on the current stream.
+
+        Where other processes read the slot itself this waits until the device has written it.
+        """
 
     def send(self, slot: int, nbytes: int) -> None:
         """Bring the first bytes of a slot to all ranks, where the carrier is a group.
 
-        Blocks until they have them, while the servers answer to the request for this bucket:
-        send that from other threads. Where the ranks read the slot itself this does nothing.
+        Blocks until they have them: then the slot may be written again. A rank that has loaded
+        what it got before takes the next one by itself; so request that from other threads.
+        Where the ranks read the slot itself this does nothing.
 
         Raises:
-            TimeoutError: a rank did not come for it; the message names it.
+            TimeoutError: a rank had no room for it; the message names it.
             ConflictError: `cancel` or `close` ended it, or a rank is gone.
         """
 
@@ -80,14 +85,22 @@ class Receiver(Protocol):
     """The end in one rank of a server."""
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
-        """Return the bytes of a bucket, uint8: to be read, until the next bucket of this slot.
+        """Return the bytes of a bucket, uint8: to be read until `loaded`.
 
-        What reads them on a GPU is launched on the current stream, and waited for before the
-        server answers: then the trainer writes the slot again.
+        What reads them on a GPU is launched on the current stream. Buckets are asked for in the
+        order in which they are sent.
 
         Raises:
             CarrierError: there is no such slot, or it is smaller.
             TimeoutError: the trainer did not send it; `ConflictError`: it withdrew it.
+        """
+
+    def loaded(self) -> None:
+        """Say that all which reads the buckets until now is launched, on the current stream.
+
+        Whoever reads on another stream has the current one wait for that before. Where the
+        trainer writes the slot itself, this waits until the device has read it: after this the
+        server answers, and the trainer writes.
         """
 
     def close(self) -> None:

@@ -109,10 +109,11 @@ class Gloo:
     def broadcast(
         self,
         tensor: torch.Tensor,
+        _after: Any,
         deadline: float,
         check: Callable[[], None],
     ) -> None:
-        """Give the tensor, or get it; gone peers end it.
+        """Give the tensor, or get it; gone peers end it. A CPU has done what comes before.
 
         Raises:
             TimeoutError: it took too long.

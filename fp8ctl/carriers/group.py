@@ -1,38 +1,35 @@
 """Buckets by a broadcast: a trainer and all ranks of all servers, over NCCL or gloo.
 
-The trainer is rank 0 and holds a connection to each rank (`link`). A broadcast begins when
-every rank has asked for the bucket, so that nobody is left in one that another never enters,
-and who is missing has a name. After a failure the group is ended, and made anew.
+The trainer is rank 0 and holds a connection to each rank (`hub`). A broadcast begins when every
+rank has said that it has room for the bucket, so that nobody is left in one that another never
+enters, and who is missing has a name. In a rank a thread takes them (`ahead`). After a failure
+the group is ended, and made anew.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8ctl.carriers import gloo, link, nccl, offers
+from fp8ctl.carriers.ahead import Ahead
+from fp8ctl.carriers.hub import Hub
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
+    from fp8ctl.carriers.ahead import Backend
     from fp8ctl.wire import Kind
 
 
 _LATER = 5.0
-
-
-class _Backend(Protocol):
-    def broadcast(
-        self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]
-    ) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class GroupSender:
@@ -55,9 +52,14 @@ class GroupSender:
         self._backend_name = "nccl" if device.type == "cuda" else "gloo"
         self._first = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         self._world = 1 + sum(ranks)
+        #: Of each rank, the slots that it has room in; the ranks that have what was given last.
+        self._room: dict[int, set[int]] = {rank: set() for rank in range(1, self._world)}
+        self._has: set[int] = set()
         self._nbytes = [nbytes] * slots
         self._slots = offers.allocate(self._nbytes, device)
-        self._backend: _Backend | None = None
+        #: What the device does before a slot may be read.
+        self._written: list[Any] = [None] * slots
+        self._backend: Backend | None = None
         # One thread at a time joins or sends; `cancel` reaches it through the hub.
         self._busy = threading.Lock()
         names = [
@@ -65,7 +67,7 @@ class GroupSender:
             for server, count in enumerate(ranks)
             for rank in range(count)
         ]
-        self._hub = link.Hub(host, names)
+        self._hub = Hub(host, names)
 
     def offer(self, server: int = 0) -> dict[str, Any]:
         """Return where a server finds this trainer, and which ranks of the group are its own."""
@@ -95,7 +97,7 @@ class GroupSender:
                 self._break(str(e))
                 raise
 
-    def _open(self, told: Mapping[int, link.Message], deadline: float) -> _Backend:
+    def _open(self, told: Mapping[int, link.Message], deadline: float) -> Backend:
         if self._backend_name == "gloo":
             store, port = gloo.open_store(self._host, self._hub.key, self._timeout)
             self._hub.tell(go=port)
@@ -113,43 +115,59 @@ class GroupSender:
         return self._slots[slot]
 
     def ready(self, slot: int) -> None:
-        """Wait until the device has written."""
+        """Note what was launched until now: `send` comes after that, and nobody waits here."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            self._written[slot] = _reached(self._device)
 
     def send(self, slot: int, nbytes: int) -> None:
-        """Wait until every rank asks for the bucket, give it, wait until every rank has it."""
+        """Wait until every rank has room for the bucket, give it, wait until every rank has it."""
         deadline = time.monotonic() + self._timeout
         with self._busy:
             if self._backend is None:
                 raise ConflictError("the group is not there: it was not joined, or has ended")
             try:
                 self._hub.check()
-                asked = self._hub.collect(deadline)
-                for rank, message in asked.items():
-                    if message.get("take") != [slot, nbytes]:
-                        raise ConflictError(
-                            f"{self._hub.name(rank)} asks for {message.get('take')},"
-                            f" not for slot {slot} with {nbytes} bytes"
-                        )
-                self._hub.tell(go=slot)
+                self._hub.listen(
+                    self._note,
+                    lambda: [r for r, has in self._room.items() if slot not in has],
+                    deadline,
+                )
+                for has in self._room.values():
+                    has.discard(slot)
+                self._hub.tell(go=[slot, nbytes])
                 self._give(slot, nbytes, deadline)
-                self._hub.collect(deadline)
+                self._hub.listen(self._note, self._without, deadline)
             except BaseException as e:
                 self._break(str(e))
                 raise
 
     def _give(self, slot: int, nbytes: int, deadline: float) -> None:
         assert self._backend is not None
+        self._has.clear()
         try:
-            self._backend.broadcast(self._slots[slot][:nbytes], deadline, self._hub.check)
+            self._backend.broadcast(
+                self._slots[slot][:nbytes], self._written[slot], deadline, self._hub.check
+            )
         except (TimeoutError, ConflictError) as e:
             # The transport names addresses at best. Who has not said that it has the bucket?
             try:
-                self._hub.collect(time.monotonic() + 1.0)
+                self._hub.listen(self._note, self._without, time.monotonic() + 1.0)
             except (TimeoutError, ConflictError) as who:
                 raise type(e)(f"{e}; {who}") from e
             raise
+
+    def _note(self, rank: int, message: link.Message) -> None:
+        """Take a rank's word that it has room in a slot, or what was given last."""
+        if "room" in message:
+            self._room[rank].add(message["room"])
+        elif "got" in message:
+            self._has.add(rank)
+        else:
+            raise ConflictError(f"{self._hub.name(rank)} says {message}")
+
+    def _without(self) -> list[int]:
+        """Return the ranks that do not have what was given last."""
+        return [rank for rank in self._room if rank not in self._has]
 
     def cancel(self, why: str) -> None:
         """End the group; what waits in another thread raises."""
@@ -184,14 +202,16 @@ class GroupReceiver:
                 f"the trainer speaks {backend}, and this server's weights are on {device}",
                 hint="trainer and servers all on GPUs, or all on CPUs",
             )
-        self._timeout = offers.take(offer, "timeout", float)
+        timeout = offers.take(offer, "timeout", float)
         self._device = device
-        self._backend: _Backend | None = None
         self._slots = offers.allocate([one["nbytes"] for one in offers.slots_of(offer)], device)
+        #: Slots that were handed out and are read.
+        self._read: list[int] = []
+        self._ahead: Ahead | None = None
         mine = offers.take(offer, "first_rank", int) + rank
-        deadline = time.monotonic() + self._timeout
+        deadline = time.monotonic() + timeout
         host, key = offers.take(offer, "host", str), offers.take(offer, "key", str)
-        self._line = link.join(
+        line = link.join(
             host,
             offers.take(offer, "port", int),
             key,
@@ -200,52 +220,67 @@ class GroupReceiver:
             deadline,
         )
         world = offers.take(offer, "world", int)
+        check = functools.partial(link.expect_nothing, line)
+        joined: Backend | None = None
         try:
-            go = link.agree(self._line, deadline)["go"]
+            go = link.agree(line, deadline)["go"]
             if backend == "gloo":
                 left = max(0.001, deadline - time.monotonic())
                 store = gloo.reach_store(host, int(go), key, left)
-                address = gloo.address_of(self._line.connection)
-                self._backend = gloo.Gloo(store, mine, world, address, left, self._check)
+                address = gloo.address_of(line.connection)
+                joined = gloo.Gloo(store, mine, world, address, left, check)
             else:
                 unique = bytes.fromhex(go)
-                self._backend = nccl.Nccl(unique, mine, world, device, deadline, self._check)
-            self._line.say(there=mine)
+                joined = nccl.Nccl(unique, mine, world, device, deadline, check)
+            line.say(there=mine)
         except BaseException as e:
-            self._fail(e)
+            with contextlib.suppress(ConflictError):  # it knows
+                line.say(failed=f"{type(e).__name__}: {e}")
+            line.close()
+            if joined is not None:
+                joined.close()
+            self._slots.clear()
             raise
+        # The memory may have been another tensor's, which something on this stream still uses.
+        self._ahead = Ahead(line, joined, self._slots, self._reached(), timeout)
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
-        """Ask for the bucket and wait for it."""
-        part = offers.part(self._slots, slot, nbytes)
-        if self._backend is None:
+        """Wait for the bucket, which may be there."""
+        if self._ahead is None:
             raise ConflictError("the group has ended: connect anew")
-        deadline = time.monotonic() + self._timeout
+        part = offers.part(self._slots, slot, nbytes)
         try:
-            self._line.say(take=[slot, nbytes])
-            link.agree(self._line, deadline)
-            self._backend.broadcast(part, deadline, self._check)
-            self._line.say(got=slot)
+            self._ahead.take(slot, nbytes)
         except BaseException as e:
-            self._fail(e)
+            self._end(e)
             raise
+        self._read.append(slot)
         return part
 
-    def _check(self) -> None:
-        """Raise where the trainer is gone, or has ended the group; nothing else is due."""
-        message = self._line.heard()
-        if message is not None:
-            raise ConflictError(f"the trainer says: {message.get('no', message)}")
-
-    def _fail(self, error: BaseException) -> None:
-        with contextlib.suppress(ConflictError):  # it knows
-            self._line.say(failed=f"{type(error).__name__}: {error}")
-        self.close()
+    def loaded(self) -> None:
+        """Let the slots be written again, after what was launched until now."""
+        if self._ahead is not None:
+            for slot in self._read:
+                self._ahead.free(slot, self._reached())
+        self._read.clear()
 
     def close(self) -> None:
         """Leave the group and give the slots back."""
-        self._line.close()
-        if self._backend is not None:
-            self._backend.close()
-        self._backend = None
+        self._end(None)
+
+    def _reached(self) -> Any:
+        return _reached(self._device) if self._device.type == "cuda" else None
+
+    def _end(self, error: BaseException | None) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close(error)
         self._slots.clear()
+
+
+def _reached(device: torch.device) -> Any:
+    """Return an event of what was launched on the current stream until now."""
+    cuda: Any = torch.cuda
+    event = cuda.Event()
+    event.record(cuda.current_stream(device))
+    return event

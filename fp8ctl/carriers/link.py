@@ -1,4 +1,4 @@
-"""Who is in a group, and what is said in it: one connection from each rank to the trainer.
+"""A connection between a rank of a group and its trainer; the trainer has one to each (`hub`).
 
 The weights go by NCCL or gloo. These connections say when, and who is gone: the end of a
 process ends its connection at once, and whoever waits hears of it. Lines of JSON; who joins
@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 import selectors
 import socket
 import time
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
 #: A line longer than this is not one of ours.
 LONGEST = 1 << 16
@@ -80,8 +79,11 @@ class Line:
             raise ConflictError(f"{self.who} says {line[:80]!r}, which is no message")
         return message
 
-    def hear(self, deadline: float) -> Message:
+    def hear(self, deadline: float | None) -> Message:
         """Wait for the next message.
+
+        Args:
+            deadline: of time.monotonic(); None: there is none.
 
         Raises:
             TimeoutError: it does not come until then.
@@ -90,9 +92,15 @@ class Line:
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
             while (message := self.heard()) is None:
-                if not selector.select(max(0.0, deadline - time.monotonic())):
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                if not selector.select(left):
                     raise TimeoutError(f"{self.who} did not answer in time")
         return message
+
+    def end(self) -> None:
+        """End the connection; whoever waits for a message in another thread hears of it."""
+        with contextlib.suppress(OSError):  # the other end was faster
+            self.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -102,188 +110,6 @@ class Line:
 def proof(key: str, question: str, rank: int) -> str:
     """Return what only someone with the key can answer."""
     return hmac.new(bytes.fromhex(key), f"{question} {rank}".encode(), hashlib.sha256).hexdigest()
-
-
-class Hub:
-    """The trainer's side: ranks 1 to n, each by its name until it has told more.
-
-    `cancel` may be called from any thread; the rest from one at a time.
-    """
-
-    def __init__(self, host: str, names: Sequence[str]) -> None:
-        self.key = secrets.token_hex(32)
-        self._names = dict(enumerate(names, start=1))
-        self._lines: dict[int, Line] = {}
-        self._why = ""
-        self._listener: socket.socket | None = None
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        try:
-            self._listener = listen(host)
-        except OSError as e:
-            self.close()
-            raise CarrierError(
-                f"cannot listen on {host}: {e.strerror or e}",
-                hint='Rollout(urls, plan, via="nccl", master=ADDRESS), one of this host',
-            ) from e
-        self.port: int = self._listener.getsockname()[1]
-
-    def gather(self, deadline: float) -> dict[int, Message]:
-        """Wait until every rank has joined; return what each said of itself.
-
-        Raises:
-            TimeoutError: some did not come; all are named.
-            ConflictError: `cancel` was called, or one that had come is gone.
-        """
-        told: dict[int, Message] = {}
-        asked: dict[Line, str] = {}
-        listener = self._listener
-        assert listener is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            selector.register(listener, selectors.EVENT_READ)
-            try:
-                while len(told) < len(self._names):
-                    ready = self._select(selector, deadline, set(self._names) - set(told))
-                    if listener in ready:
-                        ready.remove(listener)
-                        self._ask(listener, selector, asked)
-                    for one in ready:
-                        assert isinstance(one, Line)
-                        if one not in asked:
-                            _refuse_failed(one, one.heard())  # nothing else is due
-                        elif self._joins(one, asked[one], told):
-                            del asked[one]
-                        elif one.fileno() < 0:
-                            selector.unregister(one)
-            finally:
-                for line in asked:
-                    line.close()
-        listener.close()
-        self._listener = None
-        return told
-
-    def _ask(
-        self, listener: socket.socket, selector: selectors.BaseSelector, asked: dict[Line, str]
-    ) -> None:
-        try:
-            connection, address = listener.accept()
-        except OSError:
-            return  # gone before it was heard
-        line = Line(connection, f"a stranger at {address[0]}")
-        asked[line] = secrets.token_hex(16)
-        selector.register(line, selectors.EVENT_READ)
-        try:
-            line.say(question=asked[line])
-        except ConflictError:
-            line.close()
-
-    def _joins(self, line: Line, question: str, told: dict[int, Message]) -> bool:
-        """Read what a new connection says; one that does not belong here is closed."""
-        try:
-            message = line.heard()
-            if message is None:
-                return False
-            rank = message.get("rank")
-            if type(rank) is not int or rank not in self._names:
-                line.say(no=f"no rank {rank!r} is expected")
-            elif not hmac.compare_digest(
-                str(message.get("proof")).encode(), proof(self.key, question, rank).encode()
-            ):
-                line.say(no="this is another group: the key is not its own")
-            elif rank in told:
-                line.say(no=f"{self._names[rank]} is there already")
-            else:
-                told[rank] = message
-                line.who = f"{self._names[rank]} ({message.get('process')})"
-                self._lines[rank] = line
-                return True
-        except ConflictError:
-            pass
-        # It stays in `asked`, and is taken from the selector by who called.
-        line.close()
-        return False
-
-    def collect(self, deadline: float) -> dict[int, Message]:
-        """Wait for one message of every rank.
-
-        Raises:
-            TimeoutError: some did not say anything; all are named.
-            ConflictError: one is gone or has failed, or `cancel` was called.
-        """
-        said: dict[int, Message] = {}
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            ranks = {line: rank for rank, line in self._lines.items()}
-            for line in ranks:
-                selector.register(line, selectors.EVENT_READ)
-            while True:
-                # Before it waits: a line may have come together with the one before.
-                for line, rank in ranks.items():
-                    if rank not in said and (message := line.heard()) is not None:
-                        _refuse_failed(line, message)
-                        said[rank] = message
-                if len(said) == len(ranks):
-                    return said
-                for line in self._select(selector, deadline, set(self._lines) - set(said)):
-                    assert isinstance(line, Line)
-                    if ranks[line] in said:
-                        selector.unregister(line)
-
-    def _select(
-        self, selector: selectors.BaseSelector, deadline: float, missing: set[int]
-    ) -> list[Any]:
-        """Wait for what can be read; `cancel` and the deadline end it."""
-        ready = [key.fileobj for key, _ in selector.select(max(0.0, deadline - time.monotonic()))]
-        if self._why:
-            raise ConflictError(self._why)
-        if not ready:
-            raise TimeoutError(
-                f"{len(missing)} of {len(self._names)} ranks did not come in time: "
-                + ", ".join(self.name(rank) for rank in sorted(missing))
-            )
-        return ready
-
-    def name(self, rank: int) -> str:
-        """Return what a rank is called in messages."""
-        return self._lines[rank].who if rank in self._lines else self._names[rank]
-
-    def tell(self, **message: object) -> None:
-        """Say the same to all.
-
-        Raises:
-            ConflictError: one is gone.
-        """
-        for line in self._lines.values():
-            line.say(**message)
-
-    def check(self) -> None:
-        """Raise what `cancel` asked for."""
-        if self._why:
-            raise ConflictError(self._why)
-
-    def cancel(self, why: str) -> None:
-        """End what waits, now and later."""
-        self._why = self._why or why
-        with contextlib.suppress(OSError):  # full of earlier ones, or closed
-            self._waker.send(b"!")
-
-    def close(self, why: str = "") -> None:
-        """Tell all that this is the end, and close every connection."""
-        for line in self._lines.values():
-            with contextlib.suppress(ConflictError):
-                line.say(no=why or self._why or "the trainer has closed the group")
-            line.close()
-        self._lines.clear()
-        for one in (self._listener, self._woken, self._waker):
-            if one is not None:
-                one.close()
-        self._listener = None
-
-
-def _refuse_failed(line: Line, message: Message | None) -> None:
-    if message is not None and "failed" in message:
-        raise ConflictError(f"{line.who}: {message['failed']}")
 
 
 def listen(host: str) -> socket.socket:
@@ -339,10 +165,29 @@ def agree(line: Line, deadline: float) -> Message:
         ConflictError: it says no, or is gone.
         TimeoutError: it says nothing.
     """
-    message = line.hear(deadline)
+    return refuse(line.hear(deadline))
+
+
+def refuse(message: Message) -> Message:
+    """Return the trainer's message, unless it is the end.
+
+    Raises:
+        ConflictError: it says no.
+    """
     if "no" in message:
         raise ConflictError(f"the trainer says: {message['no']}")
     return message
+
+
+def expect_nothing(line: Line) -> None:
+    """Look, in a rank, whether the trainer says anything: now that is the end.
+
+    Raises:
+        ConflictError: it does, or is gone.
+    """
+    message = line.heard()
+    if message is not None:
+        raise ConflictError(f"the trainer says: {message.get('no', message)}")
 
 
 def _left(deadline: float) -> float:

@@ -128,6 +128,9 @@ class MemoryReceiver:
         """Return the bytes where the trainer wrote them."""
         return offers.part(self._slots, slot, nbytes)
 
+    def loaded(self) -> None:
+        """Do nothing: a CPU has read what it was told to read."""
+
     def close(self) -> None:
         """Unmap the slots, as soon as no tensor uses them."""
         self._slots.clear()

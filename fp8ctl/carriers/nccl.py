@@ -34,6 +34,8 @@ _MAGIC = 0xCAFEBEEF
 _UINT8 = 1
 #: Seconds that a kernel may take to end after it was told to.
 _LEAVING = 10.0
+#: Seconds between two looks at what should end soon.
+_NAP = 0.00003
 
 
 class _UniqueId(ctypes.Structure):
@@ -162,16 +164,24 @@ class Nccl:
             self.close()
             raise
 
-    def broadcast(self, tensor: torch.Tensor, deadline: float, check: Callable[[], None]) -> None:
+    def broadcast(
+        self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
+    ) -> None:
         """Give the tensor, or get it, and wait until this device has done it.
+
+        Args:
+            tensor: the whole of it.
+            after: an event of this device that comes first; None: nothing does.
+            deadline: of time.monotonic().
+            check: raises where nobody wants it any more.
 
         Raises:
             TimeoutError: it took too long.
             ConflictError: NCCL failed, or `check` raised it.
         """
         with torch.cuda.device(self._device):
-            # What was launched on the slot before, by whoever calls, comes first.
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            if after is not None:
+                self._stream.wait_event(after)
             result = self._library.ncclBroadcast(
                 *(tensor.data_ptr(), tensor.data_ptr(), tensor.numel(), _UINT8, 0),
                 *(self._communicator, self._stream.cuda_stream),
@@ -207,7 +217,10 @@ class Nccl:
 
 
 def _poll(done: Callable[[], bool], what: str, deadline: float, check: Callable[[], None]) -> None:
-    """Wait: first at a run, since a bucket takes milliseconds, then with naps."""
+    """Wait with naps, short ones at first: a bucket takes milliseconds.
+
+    Not without any: other threads of this process are at work.
+    """
     began = time.monotonic()
     while not done():
         now = time.monotonic()
@@ -217,4 +230,4 @@ def _poll(done: Callable[[], bool], what: str, deadline: float, check: Callable[
             check()
             time.sleep(0.001)
         else:
-            time.sleep(0)
+            time.sleep(_NAP)

@@ -284,7 +284,7 @@ def _judge_generation(look: _Look, server: Server, model: str, *, probabilities:
     choices: list[Any] = []
     for number in range(3):
         # Of the two that are compared, how near to the next each token was.
-        wanted = 2 if number else 1
+        wanted = repeat.TOLD if number else 1
         more = {"logprobs": wanted} if number or probabilities else {}
         reply = server.post("/v1/completions", request | more)
         if reply.status == 400 and number:

@@ -1,7 +1,8 @@
 """Fills buckets: the stream writes what tensors become where they are sent from.
 
-What the stream makes together is looked at together, with one wait for the device: digests,
-NaN in what is kept, the recorder's facts. Then what need not be sent is taken out again.
+What the stream makes together is looked at together: digests, NaN in what is kept, the
+recorder's facts. On a GPU that is queued behind what writes it, and there is one wait for all.
+Then what need not be sent is taken out again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.kernels.digest import digests, to_text
-from fp8ctl.push.facts import largest
+from fp8ctl.kernels import digest as digests
+from fp8ctl.kernels.digest import to_text
+from fp8ctl.push.facts import peaks
 from fp8ctl.push.result import Progress
-from fp8ctl.wire import ALIGN, DTYPES, Entry, Slot, place
+from fp8ctl.wire import ALIGN, DTYPES, NO_FACTS, Entry, Slot, place
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from fp8ctl.push.aside import Aside
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
 
 
+_FLOATS = {"bfloat16", "float16", "float32", "float64"}
 #: More than two slots have tensors.
 _MOST_PLACES = 1 << 18
 
@@ -96,6 +99,7 @@ class Filler:
         #: Placed and not looked at: the entries, the memory of each, how many were written.
         self._batch: list[Entry] = []
         self._tensors: list[torch.Tensor] = []
+        self._looking: Callable[[], list[Entry]] | None = None
         self._written = 0
         self._started = 0.0
 
@@ -145,6 +149,11 @@ class Filler:
         self._used += nbytes
         return [*self._tensors]
 
+    def writing(self, scales: Collection[str]) -> None:
+        """Begin to look at what is written to the places, but at the finite scales for digests."""
+        with self.stage("digest"):
+            self._looking = self._look(self._batch, self._tensors, scales)
+
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Measure a stage of the stream."""
         return self._clock.stage(name, None if self._delivery is None else self._delivery.device)
@@ -191,12 +200,13 @@ class Filler:
 
     def _settle(self) -> None:
         """Look at what was written, and decide what of it is sent."""
-        batch, tensors = self._batch, self._tensors
-        self._batch, self._tensors, self._written = [], [], 0
+        batch, looking = self._batch, self._looking
+        self._batch, self._tensors, self._looking, self._written = [], [], None, 0
+        assert looking is not None
         with self._clock.stage("digest"):
-            found = self._looked(batch, tensors)
+            found = looking()
         took = time.perf_counter() - self._started
-        del tensors
+        del looking
         self.digests.update((entry.name, entry.digest) for entry in found if entry.digest)
         self._check_tie()
         wanted = self._wanted(found)
@@ -216,14 +226,16 @@ class Filler:
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
 
-    def _looked(self, batch: list[Entry], tensors: list[torch.Tensor]) -> list[Entry]:
+    def _look(
+        self, batch: list[Entry], tensors: list[torch.Tensor], scales: Collection[str]
+    ) -> Callable[[], list[Entry]]:
+        """Begin to look at tensors; return what waits for it, and refuses what is not finite."""
         kept = [
             (entry, tensor)
             for entry, tensor in zip(batch, tensors, strict=True)
-            if entry.dtype.startswith(("bfloat", "float16", "float32", "float64"))
-            and tensor.numel()
+            if entry.dtype in _FLOATS and entry.name not in scales and tensor.numel()
         ]
-        peaks = largest([tensor for _, tensor in kept])
+        found = [peaks([tensor for _, tensor in kept])] if kept else []
         if self._made:
             codes = [
                 (entry, tensor)
@@ -232,21 +244,26 @@ class Filler:
             ]
             # 0x7F, with either sign, is the one NaN of this type.
             bad = (((t.view(torch.uint8) & 0x7F) == 0x7F).any() for _, t in codes)
-            peaks += [torch.where(one, math.nan, 0.0).double() for one in bad]
+            found += [torch.where(one, math.nan, 0.0).double().view(1) for one in bad]
             kept += codes
-        facts = [{}] * len(batch) if self._facts is None else self._facts(batch, tensors)
+        highest = torch.cat(found) if len(found) > 1 else found[0] if found else None
         asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
-        made = iter(digests((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes))
-        texts = [to_text(next(made)) if yes else "" for yes in asked]
-        for (entry, tensor), peak in zip(
-            kept, torch.stack(peaks).tolist() if peaks else (), strict=True
-        ):
-            if not math.isfinite(peak):
-                raise _not_finite(entry.name, tensor)
-        return [
-            Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)
-            for e, text, of_it in zip(batch, texts, facts, strict=True)
-        ]
+        sums = digests.start((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes)
+
+        def ended() -> list[Entry]:
+            # The recorder's facts, which few ask for, are waited for by themselves.
+            facts = [NO_FACTS] * len(batch) if self._facts is None else self._facts(batch, tensors)
+            made = iter(sums())
+            numbers = () if highest is None else highest.tolist()
+            for (entry, tensor), peak in zip(kept, numbers, strict=True):
+                if not math.isfinite(peak):
+                    raise _not_finite(entry.name, tensor)
+            return [
+                Entry(e.name, e.dtype, e.shape, e.offset, to_text(next(made)) if yes else "", of_it)
+                for e, yes, of_it in zip(batch, asked, facts, strict=True)
+            ]
+
+        return ended
 
     def _wanted(self, found: list[Entry]) -> list[bool]:
         """Say of each tensor whether it is sent: codes and their scales together, or not."""

@@ -132,14 +132,13 @@ class Server:
         self, push: str, number: int, slot: int, nbytes: int, entries: Sequence[Entry]
     ) -> dict[str, Any]:
         """Have a bucket loaded."""
-        listed = [entry.to_json() for entry in entries]
-        body = {"push": push, "number": number, "slot": slot, "nbytes": nbytes, "entries": listed}
-        return self._post(wire.BUCKET, body)
+        body = {"push": push, "number": number, "slot": slot, "nbytes": nbytes}
+        return self._post(wire.BUCKET, _with_entries(body, entries))
 
     def folder(self, push: str, path: str, entries: Sequence[Entry]) -> dict[str, Any]:
         """Have a folder loaded: the only bucket of its update."""
-        listed = [entry.to_json() for entry in entries]
-        return self._post(wire.BUCKET, {"push": push, "number": 0, "path": path, "entries": listed})
+        body = {"push": push, "number": 0, "path": path}
+        return self._post(wire.BUCKET, _with_entries(body, entries))
 
     def end(self, push: str, buckets: int, skipped: Sequence[str], verify: bool) -> dict[str, Any]:
         """Have the update take force."""
@@ -221,7 +220,7 @@ class Server:
         self, method: str, path: str, body: object, timeout: float, repeat: bool = True
     ) -> tuple[int, Any]:
         """Send a request; return status and body of the answer, None where it is no JSON."""
-        data = None if body is None else json.dumps(body).encode()
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         if not repeat:
             self.close()
         left = 2 if repeat else 1
@@ -276,3 +275,9 @@ class Server:
             return response.status, json.loads(text)
         except ValueError:
             return response.status, None
+
+
+def _with_entries(body: Mapping[str, object], entries: Sequence[Entry]) -> bytes:
+    """Return a request as JSON: nearly all of it is entries, which know their own text."""
+    listed = ", ".join([entry.to_text() for entry in entries])
+    return f'{json.dumps(body)[:-1]}, "entries": [{listed}]}}'.encode()

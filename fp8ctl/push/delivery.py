@@ -1,17 +1,19 @@
-"""Full buckets to all servers: two slots, one written while the servers load the other."""
+"""Full buckets to all servers: two slots, one written while the other is on its way."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from fp8ctl.carriers import turns
 from fp8ctl.errors import AbortedError, Fp8ctlError
-from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
     #: Address, dtype and shape, and the tensor that lies there.
     Places = dict[tuple[int, str, tuple[int, ...]], torch.Tensor]
-
-SLOTS = 2
 
 
 class Clock:
@@ -103,6 +103,30 @@ class Delivery(Protocol):
         """Give back what it took; also after a failure."""
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """A bucket on its way.
+
+    Attributes:
+        slot: where it lies.
+        left: ends when the slot may be written again.
+        all: ends when it has arrived everywhere.
+        entries: of what is in it.
+    """
+
+    slot: int
+    left: Sequence[Future[Any]]
+    all: Sequence[Future[Any]]
+    entries: Sequence[Entry]
+
+    def error(self) -> BaseException | None:
+        """Return what went wrong with it until now; rather why than that it was given up."""
+        errors = [e for f in self.all if f.done() and (e := f.exception()) is not None]
+        return next(
+            (e for e in errors if not isinstance(e, AbortedError)), next(iter(errors), None)
+        )
+
+
 class ByCarrier:
     """Has the servers load each bucket from a carrier; a `Delivery`."""
 
@@ -125,14 +149,16 @@ class ByCarrier:
         self.capacity = self._sender.buffer(0).numel()
         self.device = self._sender.buffer(0).device
         self.number = 0
-        self._under_way: list[tuple[list[Future[Any]], Sequence[Entry]] | None] = [None] * SLOTS
+        self._under_way: list[_Bucket] = []
         self._last: list[Future[dict[str, Any]]] = []
         group = link.kind == "group"
         self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
+        self._turns = contextlib.ExitStack()
+        self._turns.enter_context(turns.short())
 
     def buffer(self, slot: int) -> torch.Tensor:
-        """Return a slot's memory, when all servers have loaded what was in it."""
-        self._wait(slot)
+        """Return a slot's memory, when what was in it is read by nobody any more."""
+        self._wait(lambda bucket: bucket.left if bucket.slot == slot else ())
         return self._sender.buffer(slot)
 
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
@@ -148,17 +174,17 @@ class ByCarrier:
                 raise AbortedError(f"{server.url} did not take the bucket before")
             return server.bucket(self._push, number, slot, nbytes, listed)
 
-        self._last = self._fleet.start(one)
-        futures: list[Future[Any]] = [*self._last]
+        # The bytes first: a rank takes them as soon as it has room, asked or not.
+        sent: list[Future[Any]] = []
         if self._sending is not None:
-            futures.append(self._sending.submit(self._sender.send, slot, nbytes))
-        self._under_way[slot] = futures, listed
+            sent = [self._sending.submit(self._sender.send, slot, nbytes)]
+        self._last = self._fleet.start(one)
+        self._under_way.append(_Bucket(slot, sent or self._last, [*self._last, *sent], listed))
         self.number += 1
 
     def drain(self) -> None:
         """Wait until all servers have loaded all buckets."""
-        for number in range(self.number, self.number + SLOTS):
-            self._wait(number % SLOTS)  # the older first: what follows a failure does not say why
+        self._wait(lambda bucket: bucket.all)
 
     def cancel(self, why: str) -> None:
         """End what waits for the carrier."""
@@ -166,22 +192,42 @@ class ByCarrier:
 
     def close(self) -> None:
         """End the thread that sends."""
+        self._turns.close()
         if self._sending is not None:
             self._sending.shutdown(wait=True, cancel_futures=True)
 
-    def _wait(self, slot: int) -> None:
-        under_way = self._under_way[slot]
-        if under_way is None:
-            return
-        futures, entries = under_way
-        try:
-            with self._clock.stage("wait"):
-                answers(futures)
-        except Fp8ctlError as e:
-            # Which of them it was, the server may not know: it is gone, for instance.
-            if "tensor" not in e.data and entries:
-                e.data.update(first=entries[0].name, last=entries[-1].name)
-                e.message = f"{e.message} (bucket of {entries[0].name} to {entries[-1].name})"
-                e.args = (e.message,)
-            raise
-        self._under_way[slot] = None
+    def _wait(self, what: Callable[[_Bucket], Sequence[Future[Any]]]) -> None:
+        """Wait for some futures of every bucket; raise what goes wrong with any meanwhile."""
+        with self._clock.stage("wait"):
+            while True:
+                over = all(f.done() for bucket in self._under_way for f in what(bucket))
+                self._check()
+                if over:
+                    return
+                running = [f for bucket in self._under_way for f in bucket.all if not f.done()]
+                concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+
+    def _check(self) -> None:
+        """Forget the buckets that have arrived.
+
+        Raises:
+            BaseException: what went wrong with the oldest that failed.
+        """
+        if any(bucket.error() for bucket in self._under_way):
+            # The oldest, by a second look: what follows a failure does not say why, and may have
+            # failed after its cause was looked at and went well.
+            first = next(one for one in self._under_way if one.error() is not None)
+            error = first.error()
+            assert error is not None
+            raise _named(error, first.entries)
+        self._under_way = [one for one in self._under_way if not all(f.done() for f in one.all)]
+
+
+def _named(error: BaseException, entries: Sequence[Entry]) -> BaseException:
+    """Return an error with the names of the bucket, where the server did not name a tensor."""
+    # Which of them it was, the server may not know: it is gone, for instance.
+    if isinstance(error, Fp8ctlError) and "tensor" not in error.data and entries:
+        error.data.update(first=entries[0].name, last=entries[-1].name)
+        error.message = f"{error.message} (bucket of {entries[0].name} to {entries[-1].name})"
+        error.args = (error.message,)
+    return error

@@ -8,7 +8,7 @@ stays in 16 or 32 bits, `amax` alone.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
@@ -60,24 +60,36 @@ def facts(
 
 
 def largest(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the largest magnitude in each tensor, NaN where there is one, as 0-D FP64.
+    """Return what `peaks` does, each as 0-D; of no tensors none."""
+    return [*peaks(tensors).unbind()] if tensors else []
+
+
+def peaks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the largest magnitude in each tensor, NaN where there is one, as FP64 [tensors].
 
     Args:
-        tensors: of floats, none empty; all on one device.
+        tensors: of floats, at least one, none empty; all on one device.
     """
-    if not tensors or tensors[0].device.type == "cpu":
-        return [torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors]
-    # A few launches for all, where the host would take longer with one each.
+    if tensors[0].device.type == "cpu":
+        return torch.stack([torch.stack(torch.aminmax(t)).abs().amax().double() for t in tensors])
+    return _by_norms(tensors)
+
+
+def _by_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Find them in a few launches for all, where the host would take longer with one each."""
     alike: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
         alike.setdefault(tensor.dtype, []).append(i)
-    found: list[Any] = [None] * len(tensors)
-    for those in alike.values():
-        norms = torch._foreach_norm([tensors[i] for i in those], float("inf"))
-        # One conversion for all: each is a launch.
-        for i, norm in zip(those, torch.stack(list(norms)).double().unbind(), strict=True):
-            found[i] = norm
-    return found
+    found = [
+        torch.stack([*torch._foreach_norm([tensors[i] for i in those], float("inf"))]).double()
+        for those in alike.values()
+    ]
+    if len(found) == 1:
+        return found[0]
+    # Back into the order in which they came.
+    place = {i: at for at, i in enumerate(i for those in alike.values() for i in those)}
+    each = torch.cat(found).unbind()
+    return torch.stack([each[place[i]] for i in range(len(tensors))])
 
 
 def of_codes(

@@ -23,10 +23,10 @@ import torch
 
 from fp8ctl import paths
 from fp8ctl.carriers import offers
+from fp8ctl.carriers.ends import SLOTS
 from fp8ctl.dtypes import SPELLED
 from fp8ctl.errors import NotPermittedError
 from fp8ctl.layout import header
-from fp8ctl.push.delivery import SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

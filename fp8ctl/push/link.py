@@ -13,7 +13,7 @@ import torch
 from fp8ctl import __version__, wire
 from fp8ctl.carriers import ends
 from fp8ctl.errors import BusyError, ConflictError, UsageError
-from fp8ctl.kernels import digest
+from fp8ctl.kernels import known
 from fp8ctl.push.fleet import answers
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ class Link:
         """Forget the connections; servers find out when another is made."""
         self.connections, self.served = [], None
         self.places.clear()  # no tensor may be left that uses the carrier's memory
-        digest.forget()
+        known.forget()
         sender, self.sender = self.sender, None
         if sender is not None:
             sender.close()

@@ -312,6 +312,10 @@ class Work:
 
     def _give_up(self, error: BaseException) -> None:
         """Tell all servers that nothing comes of it."""
+        reason = f"{type(error).__name__}: {error}"
+        # First of all: what a group has given, and no server was asked to load, goes with it.
+        if self._delivery is not None:
+            self._delivery.cancel(reason)
         if self._read is not None and self._read.met:
             self._company.part(error)
         elif self._read is not None and not self._read.over:
@@ -319,9 +323,6 @@ class Work:
         if not self._company.gives:
             return
         self._company.deafen()  # or what it hears would cut what tells the servers
-        reason = f"{type(error).__name__}: {error}"
-        if self._delivery is not None:
-            self._delivery.cancel(reason)
         lost = self._session.abort(reason)
         if isinstance(error, Fp8ctlError) and lost:
             error.data["not told"] = lost

@@ -1,9 +1,9 @@
 """One rank of a server, in a process of its own: orders come as lines of JSON, answers go so.
 
 {"join": offer, "rank": r, "device": "cpu"} joins, {"bucket": [slot, nbytes]} is answered with
-a sum of what came, {"look": slot} with that of what the slot's last tensor holds now,
-{"left": true} with what the process holds that a carrier could have left, {"close": true}
-with that after closing twice.
+a sum of what came, and gives the slot free unless told to "keep" it, {"look": slot} with that of
+what a slot that was kept holds now, {"left": true} with what the process holds that a carrier
+could have left, {"close": true} with that after closing twice.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ class Rank:
             slot, nbytes = order["bucket"]
             self.kept[slot] = self.receiver.bucket(slot, nbytes)
             found = weighted(self.kept[slot])
-            return found if order.get("keep") else (self.kept.pop(slot), found)[1]
+            if not order.get("keep"):
+                self.kept.pop(slot)
+                self.receiver.loaded()
+            return found
         self.kept.clear()
         self.receiver.close()
         self.receiver.close()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, gloo, link
+from fp8ctl.carriers import ends, gloo, link, offers
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError, UsageError
 from fp8ctl.wire import WireError
@@ -25,7 +28,7 @@ from tests.carriers.processes import alive
 from tests.carriers.rank import left, weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tests.carriers.processes import Pool, Process
 
@@ -110,19 +113,24 @@ def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
     assert not listening()
 
 
-def test_the_next_slot_is_written_while_the_last_is_sent(pool: Pool) -> None:
+def test_ranks_take_what_they_have_room_for_before_they_are_asked(pool: Pool) -> None:
     processes = pool.take(1)
     with group(1) as sender, ThreadPoolExecutor(1) as threads:
         come(sender, processes, 1)
-        wanted = fill(sender, 0, NBYTES, seed=0)
-        for bucket in range(4):
-            slot = bucket % 2
-            sent = threads.submit(sender.send, slot, NBYTES)
-            following = fill(sender, 1 - slot, NBYTES, seed=bucket + 1)
-            assert not sent.done()  # it waits for the rank
-            assert processes[0].ok(bucket=[slot, NBYTES]) == wanted
-            sent.result()
-            wanted = following
+        wanted = [fill(sender, slot, NBYTES, seed=slot) for slot in range(2)]
+        for slot in range(2):
+            sender.send(slot, NBYTES)
+        wanted.append(fill(sender, 0, NBYTES, seed=2))
+        third = threads.submit(sender.send, 0, NBYTES)
+        time.sleep(0.3)
+        assert not third.done(), "the rank has read neither slot"
+        assert processes[0].ok(bucket=[0, NBYTES], keep=True) == wanted[0]
+        time.sleep(0.3)
+        assert not third.done(), "it has, and may read it again"
+        assert processes[0].ok(look=0) == wanted[0]
+        assert processes[0].ok(bucket=[1, NBYTES]) == wanted[1]
+        third.result(PATIENCE)
+        assert processes[0].ok(bucket=[0, NBYTES]) == wanted[2]
         processes[0].ok(close=True)
 
 
@@ -181,15 +189,17 @@ def test_a_rank_that_dies_while_others_are_awaited_is_named_at_once(pool: Pool) 
     assert second.ok(left=True)
 
 
-def test_a_rank_that_does_not_ask_for_its_bucket_is_named(pool: Pool) -> None:
+def test_a_rank_that_has_no_room_is_named(pool: Pool) -> None:
     first, second = processes = pool.take(2)
     with group(1, 1, timeout=SHORT) as sender:
         come(sender, processes, 1, 1)
-        first.say(bucket=[0, 100])
+        sender.send(0, 100)
+        first.ok(bucket=[0, 100])
+        second.ok(bucket=[0, 100], keep=True)
         with pytest.raises(TimeoutError, match=rf"rank 0 of server 1 .process {second.pid} "):
             sender.send(0, 100)
         assert not sender.alive
-        answer = first.answer()
+        answer = first.ask(bucket=[0, 100])
         assert answer["error"] == "ConflictError"
         assert "rank 0 of server 1" in answer["message"]
         assert second.ask(bucket=[0, 100])["error"] == "ConflictError"
@@ -324,10 +334,12 @@ def test_a_rank_that_asks_for_another_bucket_is_named(pool: Pool) -> None:
     processes = pool.take(1)
     with group(1) as sender:
         come(sender, processes, 1)
-        processes[0].say(bucket=[1, 100])
-        with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asks for \[1, 100\]"):
-            sender.send(0, 100)
-        assert "asks for [1, 100]" in processes[0].answer()["message"]
+        sender.send(0, 100)
+        answer = processes[0].ask(bucket=[1, 100])
+        assert "asked for slot 1 with 100 bytes" in answer["message"]
+        with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asked for slot 1"):
+            sender.send(1, 100)
+        assert "has ended" in processes[0].ask(bucket=[1, 100])["message"]
 
 
 # --- how it ends ----------------------------------------------------------------------------------
@@ -368,9 +380,12 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
     processes = pool.take(2)
     with group(2) as sender, ThreadPoolExecutor(1) as threads:
         come(sender, processes, 2)
+        sender.send(0, 100)
+        processes[0].ok(bucket=[0, 100])
         sending = threads.submit(sender.send, 0, 100)
         processes[0].say(bucket=[0, 100])
         time.sleep(0.3)
+        assert not sending.done(), "the other rank has not read the slot"
         sender.cancel("server 0: q_proj.weight has the wrong shape")
         with pytest.raises(ConflictError, match=r"q_proj\.weight"):
             sending.result(10)
@@ -378,6 +393,51 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
         with pytest.raises(ConflictError, match="not joined, or has ended"):
             sender.send(0, 100)
         processes[1].ok(close=True)
+
+
+@pytest.mark.parametrize("how", ["while it waits", "before it asks", "by another bucket"])
+def test_a_group_that_failed_keeps_no_slot(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a GPU does not wait for Python to look for cycles: the next group needs it."""
+    freed: list[int] = []
+
+    def allocate(sizes: Sequence[int], _device: torch.device) -> list[torch.Tensor]:
+        slots = []
+        for size in sizes:
+            memory = (ctypes.c_uint8 * size)()
+            weakref.finalize(memory, freed.append, size).atexit = False
+            slots.append(torch.frombuffer(memory, dtype=torch.uint8))
+        return slots
+
+    def ask(rank: ends.Receiver) -> None:
+        with pytest.raises(ConflictError):
+            rank.bucket(0, 100)
+        rank.close()
+
+    gc.collect()
+    gc.disable()
+    try:
+        with group(1) as sender, ThreadPoolExecutor(1) as threads:
+            monkeypatch.setattr(offers, "allocate", allocate)
+            joining = threads.submit(sender.join)
+            rank = ends.receive(sender.offer(), 0, CPU)
+            joining.result(PATIENCE)
+            if how == "while it waits":
+                asking = threads.submit(ask, rank)
+                time.sleep(0.2)
+                sender.close()
+                asking.result(PATIENCE)
+                del asking
+            elif how == "before it asks":
+                sender.close()
+                time.sleep(0.2)
+                ask(rank)
+            else:
+                sender.send(0, 99)
+                ask(rank)
+            del rank
+        assert len(freed) == 2
+    finally:
+        gc.enable()
 
 
 def test_closing_before_anybody_came_leaves_nothing() -> None:

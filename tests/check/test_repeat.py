@@ -24,7 +24,9 @@ def test_one_answer_is_well_whatever_its_likelihoods() -> None:
     assert judge(choice("a"), {"text": "a"}).result == "ok"
 
 
-@pytest.mark.parametrize(("gap", "result"), [(0.0, "ok"), (NEAR - 0.01, "ok"), (0.3, "failed")])
+@pytest.mark.parametrize(
+    ("gap", "result"), [(0.0, "ok"), (NEAR - 0.01, "ok"), (NEAR + 0.05, "failed")]
+)
 def test_tokens_as_likely_as_each_other_may_take_turns(gap: float, result: str) -> None:
     for sign in (1, -1):
         tops = two(sign * gap)
@@ -57,7 +59,22 @@ def test_what_was_the_same_before_is_as_likely_in_both() -> None:
         return judge(choice("a", "x", tops=two(0.0)), near).result
 
     assert result(-0.2) == "ok"
-    assert {result(one) for one in (-0.5, None, float("nan"), 10**400)} == {"failed"}
+    assert {result(one) for one in (-0.65, None, float("nan"), 10**400)} == {"failed"}
+
+
+@pytest.mark.parametrize(
+    ("last", "result"),
+    [(-0.71, "not visible"), (-0.7 - NEAR + 0.01, "not visible"), (-1.3, "failed")],
+)
+def test_a_token_that_is_not_told_is_no_likelier_than_the_last_that_is(
+    last: float, result: str
+) -> None:
+    """Of a model that finds many as likely, five do not show which others are."""
+    flat = [{"a": -0.1}, {"x": -0.7, "z": last}]
+    for one, other in (("x", "y"), ("y", "x")):
+        tops = {"x": flat, "y": two(0.01)}
+        found = judge(choice("a", one, tops=tops[one]), choice("a", other, tops=tops[other]))
+        assert found.result == result, found.found
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def seen(lines: Sequence[Line], name: str) -> Line:
 
 
 def with_(held: Many, name: str, **changes: Any) -> Many:
-    return {**held, name: replace(held[name], **changes)}
+    return {**held, name: held[name]._replace(**changes)}
 
 
 # --- equal or not ---------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_tensors_that_are_there_under_another_name_only_are_not_mapped(
     assert other_names(renamed)
     assert not other_names({n: h for n, h in held.items() if n != Q}), "one that is gone is wrong"
     assert not other_names({**held, "other.weight": held[Q]}), "one too many is wrong"
-    wrong = {**renamed, SCALE: replace(held[SCALE], digest=0)}
+    wrong = {**renamed, SCALE: held[SCALE]._replace(digest=0)}
     assert not other_names(wrong), "what can be seen to differ is not hidden"
 
 
@@ -206,7 +206,7 @@ def test_a_head_in_fp8_is_wrong_but_no_router(plan: Plan, expected: Digests) -> 
 
 
 def test_sixteen_bits_everywhere_is_a_fallback(plan: Plan, expected: Digests) -> None:
-    held = {n: replace(h, dtype="bfloat16") for n, h in held_of(expected).items() if n != SCALE}
+    held = {n: h._replace(dtype="bfloat16") for n, h in held_of(expected).items() if n != SCALE}
     for tensor in plan.quantized:
         held = with_(held, tensor.name, digest=0)
     assert word(plan, expected, held) == (

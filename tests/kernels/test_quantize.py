@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib.util
 import itertools
 import math
 import os
@@ -23,56 +22,21 @@ from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.kernels.recipes import IEEE, RECIPES, UE8M0
 from tests.kernels import matrix
 from tests.kernels.implementations import ROOT
+from tests.kernels.lists import (
+    NOT_TRITON,
+    needs_triton,
+    on_each_device,
+    outputs,
+    same,
+    tensors,
+    through_triton,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     Pair = tuple[torch.Tensor, torch.Tensor]
-
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
-    ),
-]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is published for Linux only"
-)
-on_each_device = pytest.mark.parametrize("device", DEVICES)
-
-
-def same(found: Pair, wanted: Pair) -> bool:
-    return torch.equal(
-        found[0].cpu().view(torch.uint8), wanted[0].cpu().view(torch.uint8)
-    ) and torch.equal(found[1].cpu().view(torch.int32), wanted[1].cpu().view(torch.int32))
-
-
-def tensors(device: str = "cpu", again: int = 0) -> list[torch.Tensor]:
-    """Return tensors of all dtypes, some shapes twice, some empty, some not contiguous."""
-    shapes = ((5, 7), (64, 40), (5, 7), (0, 3), (130, 20), (64, 40), (2, 0), (1, 1), (5, 7))
-    return [
-        matrix.lay_out(
-            matrix.numbers("normal", shape, matrix.DTYPES[i % 3], again),
-            ("contiguous", "transposed", "steps", "fused")[i % 4],
-            device,
-        )
-        for i, shape in enumerate(shapes)
-    ]
-
-
-def outputs(xs: Sequence[torch.Tensor], groups: Groups) -> list[Pair]:
-    return [
-        (
-            torch.empty(x.shape, dtype=torch.uint8, device=x.device),
-            torch.empty(groups.scale_shape(x.shape), device=x.device),
-        )
-        for x in xs
-    ]
 
 
 @on_each_device
@@ -485,44 +449,17 @@ def test_on_a_cpu_the_c_kernel_is_chosen_where_it_can_be_built(
     assert len(calls) == 3
 
 
-_INTERPRETED = """
-import os, sys
-os.environ["TRITON_INTERPRET"] = "1"
-import pytest, torch
-from fp8ctl.kernels import quantize
-assert quantize._on_gpu(torch.zeros(1)) is False
-quantize._on_gpu = lambda x: isinstance(x, torch.Tensor)
-options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
-sys.exit(pytest.main([*options, {path!r}, "-k", {selection!r}]))
-"""
-_NOT_TRITON = "not meta and not c_kernel and not compiler and not threads and not by_triton"
-
-
-def _through_triton(selection: str, home: Path, **more: str) -> None:
-    script = _INTERPRETED.format(path=__file__, selection=f"cpu and {selection}")
-    environment = {**os.environ, "TRITON_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
 @needs_triton
 @pytest.mark.parametrize("native", ["1", "0"])
 def test_plans_and_refusals_by_triton_interpreted(native: str, tmp_path: Path) -> None:
-    some = f"(plan or refused or given or whatever) and {_NOT_TRITON}"
-    _through_triton(some, tmp_path, FP8CTL_NATIVE=native)
+    some = f"(plan or refused or given or whatever) and {NOT_TRITON}"
+    through_triton(__file__, some, tmp_path, FP8CTL_NATIVE=native)
 
 
 @pytest.mark.long
 @needs_triton
 def test_all_of_these_by_triton_interpreted(tmp_path: Path) -> None:
-    _through_triton(_NOT_TRITON, tmp_path)
+    through_triton(__file__, NOT_TRITON, tmp_path)
 
 
 _SCRIPT = """
@@ -530,7 +467,7 @@ import sys
 for name in {blocked}:
     sys.modules[name] = None
 import torch
-from fp8ctl.kernels import native, quantize, reference
+from fp8ctl.kernels import known, native, quantize, reference
 from fp8ctl.kernels.groups import PER_CHANNEL, PER_TENSOR, block
 from fp8ctl.kernels.recipes import RECIPES
 x = torch.randn(70, 90).t()

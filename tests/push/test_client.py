@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fp8ctl import wire
 from fp8ctl.errors import EngineFailedError, UsageError
 from fp8ctl.push import client, replies
 from fp8ctl.push.link import _here
@@ -31,7 +32,7 @@ def test_proxies_of_the_environment_are_not_asked(
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
-    assert one.state()["push"] == 1
+    assert one.state()["push"] == wire.PROTOCOL
 
 
 @pytest.mark.parametrize(

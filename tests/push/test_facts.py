@@ -8,7 +8,8 @@ import torch
 from fp8ctl.kernels import reference
 from fp8ctl.kernels.groups import PER_TENSOR
 from fp8ctl.kernels.groups import block as blocks
-from fp8ctl.push.facts import facts
+from fp8ctl.push import facts as module
+from fp8ctl.push.facts import facts, largest, peaks
 from fp8ctl.wire import Entry
 
 
@@ -54,3 +55,25 @@ def test_they_are_what_a_plain_count_finds(
     kept, steps = torch.tensor([1.0, -5.0, 2.0]).bfloat16(), torch.ones(1, dtype=torch.int64)
     found = facts(entries, [codes, scales, kept, steps], block)
     assert found == [counted(codes, scales, block), {}, {"amax": 5.0}, {}]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.bfloat16] * 4, [torch.bfloat16, torch.float32, torch.float16, torch.bfloat16]],
+)
+@pytest.mark.parametrize("spoil", [None, torch.nan, -torch.inf])
+def test_peaks_of_a_list_are_those_of_its_tensors_on_a_gpu_as_on_a_cpu(
+    dtypes: list[torch.dtype], spoil: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    xs = [
+        (10**i * torch.randn(3 + i, 5, generator=generator)).to(dtype)
+        for i, dtype in enumerate(dtypes)
+    ]
+    if spoil is not None:
+        xs[2][1, 2] = spoil
+    wanted = torch.stack([x.double().abs().amax() for x in xs])
+    for found in (peaks(xs), module._by_norms(xs), torch.stack(largest(xs))):
+        assert found.dtype == torch.float64
+        assert torch.equal(found.nan_to_num(-1), wanted.nan_to_num(-1))
+    assert largest([]) == []

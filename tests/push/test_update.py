@@ -26,7 +26,9 @@ from fp8ctl.errors import (
     PlanDoesNotFitError,
     UnsupportedError,
 )
+from fp8ctl.kernels import quantize as kernels
 from fp8ctl.push import Rollout
+from fp8ctl.push.delivery import ByCarrier
 from fp8ctl.wire import Slot, place
 from tests.push.serving import CutOffError, Server, serving
 from tests.push.test_rollout import CHANGED, HOW, holds, update
@@ -110,6 +112,57 @@ def test_nan_names_its_tensor_quantised_or_kept(
         assert server.state == "ready"
         assert holds(server, wanted())
         assert serves_again(server, rollout)
+
+
+@each_way
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_nan_that_a_gpu_tells_of_late_is_known_before_anything_is_sent(
+    how: str, bucket_bytes: int, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.gate_proj.weight"
+    spoilt = {n: t.clone() for n, t in CHANGED.items()}
+    spoilt[name][2, 3] = torch.nan
+    start, order = kernels.start_many, []
+    delivered = ByCarrier.deliver
+
+    class Late:
+        """What is done when it is waited for, as on a GPU it may be."""
+
+        def __init__(self, *asked: Any) -> None:
+            order.append("begun")
+            self.asked = asked
+
+        def wait(self) -> Any:
+            order.append("waited")
+            return start(*self.asked).wait()
+
+    def deliver(*asked: Any) -> None:
+        order.append("sent")
+        delivered(*asked)
+
+    monkeypatch.setattr(kernels, "start_many", Late)
+    monkeypatch.setattr(ByCarrier, "deliver", deliver)
+    with Rollout(server.url, PLAN, bucket_bytes=bucket_bytes) as rollout:
+        with pytest.raises(PlanDoesNotFitError, match=rf"{name}: non-finite value nan") as e:
+            update(rollout, Source(spoilt.items()), how, "new")
+        assert e.value.data == {"tensor": name, "index": [2, 3]}
+        assert order[-2:] == ["begun", "waited"]
+        assert order.count("begun") == order.count("waited")
+        for before, after in itertools.pairwise(order):
+            assert before != "begun" or after == "waited", "nothing is sent in between"
+        monkeypatch.setattr(kernels, "start_many", start)
+        assert serves_again(server, rollout)
+
+
+def test_what_comes_behind_fp8_and_was_not_made_here_is_looked_at() -> None:
+    pairs = [
+        ("a.weight", torch.ones(4, 4).to(torch.float8_e4m3fn)),
+        ("a.weight_scale", torch.tensor([torch.nan])),
+    ]
+    with serving(None) as server, Rollout(server.url, None, bucket_bytes=1 << 16) as rollout:
+        with pytest.raises(PlanDoesNotFitError, match=r"a\.weight_scale: non-finite value nan"):
+            rollout.update(pairs, "1", complete=False)
+        assert wire.BUCKET not in server.asked
 
 
 @pytest.mark.parametrize(

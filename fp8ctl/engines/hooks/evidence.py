@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fp8ctl.engines.hooks.expected import CODES
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.shards import FUSED
-from fp8ctl.held import gather
+from fp8ctl.held import Layouts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,11 +28,17 @@ class Evidence:
     def __init__(self, workers: Workers, expected: Expected) -> None:
         self._workers = workers
         self._expected = expected
+        self._layouts = Layouts()
 
     async def held(self) -> dict[str, Held] | None:
         """Return what all ranks hold; None where they hold it in a kernel's own form."""
-        ranks = await self._workers.ask("digests")
-        return gather(ranks) if all(r["format"] == "checkpoint" for r in ranks) else None
+        ranks, held = await self._digests()
+        return held if all(r["format"] == "checkpoint" for r in ranks) else None
+
+    async def _digests(self) -> tuple[Sequence[Mapping[str, Any]], dict[str, Held]]:
+        known = self._layouts.known
+        ranks = await self._workers.ask("digests", **({"layouts": known} if known else {}))
+        return ranks, self._layouts.gather(ranks)
 
     async def missing(self, push: OpenPush, *, folder: bool = False) -> tuple[int, str]:
         """Return how much is missing after an update that is not said to be complete, and what.
@@ -110,7 +116,7 @@ class Evidence:
         ]
         # vLLM may name a tied head beside the embedding that it is, and nobody sends it.
         if any(name.endswith(_HEAD) for name in missing):
-            digests = gather(await self._workers.ask("digests"))
+            _, digests = await self._digests()
             sent = {(digests[n].dtype, digests[n].digest) for n in there if n in digests}
             missing = [
                 n
@@ -183,17 +189,16 @@ def compare(
     equal, unequal = [], []
     for name, (dtype, digest) in wanted.items():
         one = held.get(name)
-        tensor = expected.tensors.get(name)
-        quantized = tensor is not None and tensor.quantized
         if one is None or one.dtype != dtype:
-            if quantized:
+            tensor = expected.tensors.get(name)
+            if tensor is not None and tensor.quantized:
                 unequal.append(name)
         elif one.text == digest and one.replicas_agree:
             equal.append(name)
         else:
             unequal.append(name)
-    lost = [name for name in unequal if name not in held]
-    strays = [n for n, one in held.items() if CODES in one.dtype and n not in expected.tensors]
-    if strays and lost and len(lost) == len(unequal):
-        return None
+    if unequal and not any(name in held for name in unequal):
+        strays = (CODES in one.dtype and n not in expected.tensors for n, one in held.items())
+        if any(strays):
+            return None
     return equal, unequal

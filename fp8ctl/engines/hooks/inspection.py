@@ -21,16 +21,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fp8ctl.engines.hooks.shards import Shard, Walk
-    from fp8ctl.engines.hooks.walk import Known
 
 
-def digests(walk: Walk | Known, start: int = 0, most: int | None = None) -> dict[str, Any]:
+def digests(walk: Walk, start: int, most: int) -> dict[str, Any]:
     """Return place, type and digest of what modules hold.
 
     Args:
         walk: of the model.
         start: number of the first module.
-        most: bytes after which no further module is begun; None takes all.
+        most: bytes after which no further module is begun.
 
     Returns:
         tensors: of `shards.describe`; next: the number to ask with next, None at the end;
@@ -41,7 +40,7 @@ def digests(walk: Walk | Known, start: int = 0, most: int | None = None) -> dict
     size = 0
     following = None
     for number, some in walk.by_module(start):
-        if most is not None and size >= most:
+        if size >= most:
             following = number
             break
         held += some

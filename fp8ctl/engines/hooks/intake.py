@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.workers import Workers
 
 
+#: What ranks are told of an entry.
+_PLACE = ("name", "dtype", "shape", "offset")
+
+
 def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
     """Return the entries of a bucket.
 
@@ -60,8 +64,10 @@ async def load(
         seconds = await folder(workers, push, found["path"])
         return {"loaded": len(found["entries"]), "seconds": seconds}
     before, push.touched = push.touched, True  # until the ranks say otherwise
-    details = {name: found[name] for name in ("number", "slot", "nbytes", "entries")}
-    answers = await workers.ask("receive", **details)
+    details = {name: found[name] for name in ("number", "slot", "nbytes")}
+    # What is the same at every update, so that a rank sees that it is.
+    entries = [{name: one[name] for name in _PLACE} for one in found["entries"]]
+    answers = await workers.ask("receive", **details, entries=entries)
     errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
     if errors:
         untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)

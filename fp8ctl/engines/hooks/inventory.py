@@ -6,11 +6,15 @@ Tensors are shown in the checkpoint's form, as far as the engine can show them s
 from __future__ import annotations
 
 import functools
+import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.engines.hooks import inspection, manifest
+from fp8ctl import held
+from fp8ctl.engines.hooks import inspection, manifest, shards
 from fp8ctl.engines.hooks.shards import Walk
 from fp8ctl.engines.hooks.walk import Known
+from fp8ctl.kernels.digest import to_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8ctl.engines.hooks.engine import Engine
+    from fp8ctl.engines.hooks.shards import Shard
 
 
 class Inventory:
@@ -37,28 +42,76 @@ class Inventory:
         self._tp_rank = tp_rank
         self._engine = engine
         self._known = Known()
+        self._word = ""
+        #: What was told last, as a whole, under a name of its own.
+        self._listed: list[Shard] | None = None
+        self._places: list[dict[str, object]] = []
+        self._layout = ""
 
     def forget(self) -> None:
         """Look at every module again: parameters may be elsewhere."""
         self._known.forget()
+        self._listed = None
 
-    def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
-        """Return place, type and digest of what this rank holds.
+    def digests(self, layout: str = "") -> dict[str, Any]:
+        """Return place, type and digest of all that this rank holds.
 
         Args:
-            start, most: of a slice, as `inspection.digests` takes them; None for a start asks
-                for nothing.
+            layout: that the server knows of this rank.
 
         Returns:
             rank; format: "checkpoint", the word of an `Own`, or "engine" (a kernel's own form);
-            unfilled: what the unscaled guard saw nobody load; tensors, next and seconds as
+            layout: a name of this list of places; where the server knows it, sums: of each place,
+            as `held.packed` writes them; else tensors: `shards.describe`, unfilled: what the
+            unscaled guard saw nobody load, next and seconds, as of a slice.
+        """
+        began = time.perf_counter()
+        listed, sums = self._read()
+        # Where nothing is made anew the list is the same, and its places are.
+        if listed is not self._listed:
+            places = [shards.place(shard) for shard in listed]
+            if places != self._places or not self._layout:
+                self._places, self._layout = places, uuid.uuid4().hex
+            self._listed = listed
+        told = {"rank": self._rank, "format": self._word, "layout": self._layout}
+        if layout == self._layout:
+            return {**told, "sums": held.packed(sums)}
+        tensors = zip(self._places, map(to_text, sums), strict=True)
+        return {
+            **told,
+            "unfilled": self._engine.guard("fp8ctl_unfilled", self._model),
+            "tensors": [{**place, "digest": text} for place, text in tensors],
+            "next": None,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _read(self) -> tuple[list[Shard], list[int]]:
+        """Return all that is held, and the digest of each."""
+        # A GPU reads what was held the last time while Python looks whether that is still it.
+        kept = self._known.kept
+        reading = shards.begin(kept) if kept is not None else None
+        if not self._known.same:
+            self._word, walk = self._walk()
+            self._known.of(walk)
+        listed = self._known.shards()
+        if reading is None or listed is not kept:
+            reading = shards.begin(listed)
+        return listed, reading()
+
+    def slice(self, start: int | None, most: int) -> dict[str, Any]:
+        """Return place, type and digest of a part, for a check: it is to look for itself.
+
+        Args:
+            start, most: as `inspection.digests` takes them; None for a start asks for nothing.
+
+        Returns:
+            rank, format and unfilled as `digests`; tensors, next and seconds as
             `inspection.digests`.
         """
         word, walk = self._walk()
         told: dict[str, Any] = {"tensors": [], "next": None, "seconds": 0.0}
         if start is not None:
-            # A slice is asked for by a check, which is to look for itself.
-            told = inspection.digests(self._known.of(walk) if most is None else walk, start, most)
+            told = inspection.digests(walk, start, most)
         unfilled = self._engine.guard("fp8ctl_unfilled", self._model)
         return {"rank": self._rank, "format": word, "unfilled": unfilled, **told}
 
@@ -75,12 +128,12 @@ class Inventory:
         same: dict[str, str] = {}
         names: dict[str, None] = {}
         walk = Walk(self._model, self._tp_rank, self._engine.form(self._model))
-        for held in walk.shards():
-            names[held.name] = None
-            if held.tensor.numel():
-                first = where.setdefault((held.tensor.data_ptr(), held.tensor.shape), held.name)
-                if first != held.name:
-                    same[held.name] = first
+        for shard in walk.shards():
+            names[shard.name] = None
+            if shard.tensor.numel():
+                first = where.setdefault((shard.tensor.data_ptr(), shard.tensor.shape), shard.name)
+                if first != shard.name:
+                    same[shard.name] = first
         return {"names": [*names], "same": same}
 
     def _walk(self) -> tuple[str, Walk]:

@@ -69,8 +69,13 @@ class OpenPush:
         finally:
             self.took({stage: time.monotonic() - started})
 
-    def lines(self, outcome: Outcome) -> Iterator[dict[str, object]]:
-        """Yield the log's lines: each tensor, then the update."""
+    def lines(self, outcome: Outcome, ended: float) -> Iterator[dict[str, object]]:
+        """Yield the log's lines: each tensor, then the update.
+
+        Args:
+            outcome: how it ended.
+            ended: when.
+        """
         known = {name: one.text for name, one in (self.held or {}).items()}
         version = self.begin.version
         for entry in self.entries.values():
@@ -106,6 +111,6 @@ class OpenPush:
             "buckets": self.number,
             "seconds": {stage: round(s, 6) for stage, s in self.seconds.items()},
             "started": self.started,
-            "ended": time.time(),
+            "ended": ended,
             "message": outcome.message,
         }

@@ -1,5 +1,8 @@
 """The flight recorder's server side: a line for every tensor and every update.
 
+Lines are made and written a moment after an update, when its client has the answer; whoever
+reads them waits for that.
+
 `push-log.jsonl` in the run folder, readable by its owner alone. At `LIMIT` bytes it
 becomes `push-log.1.jsonl`, in place of the one before: so at most twice that lies on
 the disk, and the newest lines are always there. Lines are numbered from the start of
@@ -12,6 +15,7 @@ import json
 import os
 import sys
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,26 +49,40 @@ class PushLog:
         #: Number of the first line in the older file.
         self._first = 0
         self._one_at_a_time = threading.Lock()
+        self._due: deque[Iterable[Mapping[str, object]]] = deque()
 
-    def write(self, lines: Iterable[Mapping[str, object]]) -> None:
-        """Append lines, all or none; what the file system refuses is told on stderr, not raised."""
+    def later(self, lines: Iterable[Mapping[str, object]]) -> None:
+        """Append lines when it is settled or read next, behind those that came before."""
+        self._due.append(lines)
+
+    def settle(self) -> None:
+        """Write what is due; what the file system refuses is told on stderr, not raised."""
+        with self._one_at_a_time:
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._due:
+            self._write(self._due.popleft())
+
+    def _write(self, lines: Iterable[Mapping[str, object]]) -> None:
+        """Append lines, all or none."""
         texts = [json.dumps(line) + "\n" for line in lines]
         if self.path is None or self._older is None or not texts:
             return
-        with self._one_at_a_time:
-            try:
-                if self.path.exists() and self.path.stat().st_size >= self._limit:
-                    self.path.replace(self._older)
-                    self._first += self._in_older
-                    self._in_older, self._in_newer = self._in_newer, 0
-                _append(self.path, "".join(texts).encode())
-                self._in_newer += len(texts)
-            except OSError as e:
-                sys.stderr.write(f"fp8ctl: {self.path} could not be written: {e}\n")
+        try:
+            if self.path.exists() and self.path.stat().st_size >= self._limit:
+                self.path.replace(self._older)
+                self._first += self._in_older
+                self._in_older, self._in_newer = self._in_newer, 0
+            _append(self.path, "".join(texts).encode())
+            self._in_newer += len(texts)
+        except OSError as e:
+            sys.stderr.write(f"fp8ctl: {self.path} could not be written: {e}\n")
 
     def read(self, after: int, most: int = LINES) -> tuple[list[Any], int]:
         """Return lines from number `after` on, and the number to ask with next."""
         with self._one_at_a_time:
+            self._settle()
             after = min(max(after, self._first), self._first + self._in_older + self._in_newer)
             files = ((self._older, self._first), (self.path, self._first + self._in_older))
             found: list[Any] = []

@@ -20,13 +20,14 @@ from fp8ctl import wire
 from fp8ctl.engines.hooks.inventory import Inventory
 from fp8ctl.engines.hooks.rectangles import Rectangles, copy
 from fp8ctl.engines.hooks.slots import Slots
-from fp8ctl.kernels import digest
+from fp8ctl.kernels import known
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from fp8ctl.engines.hooks.engine import Engine
     from fp8ctl.engines.hooks.slots import Open
+    from fp8ctl.wire import Entry
 
 Named = tuple[str, torch.Tensor]
 
@@ -69,6 +70,8 @@ class Receiver:
         self._load_weights: Any = getattr(model, "load_weights", None)
         self._slots = Slots(open_carrier)
         self._by_loader: set[str] = set()
+        #: By number of the bucket: what was asked last, and the entries of that.
+        self._known_entries: dict[int, tuple[object, list[Entry]]] = {}
         tp_rank = rank if tp_rank is None else tp_rank
         self._rectangles = Rectangles(model, tp_rank, engine.copies)
         self._inventory = Inventory(model, rank, tp_rank, engine)
@@ -106,8 +109,7 @@ class Receiver:
         if what == "forget":
             return self.forget()
         if what == "digests":
-            starts = details.get("starts")
-            return self.digests(starts[self.rank] if starts else 0, details.get("most"))
+            return self._told(details)
         if what == "names":
             return self.names()
         if what == "inspect":
@@ -144,7 +146,8 @@ class Receiver:
         """Hold no tensor that uses a carrier's memory, and nothing that was found out for it."""
         self._slots.forget()
         self._rectangles.forget()
-        digest.forget()
+        self._known_entries.clear()
+        known.forget()
 
     def refittable(self) -> dict[str, Any]:
         """Say whether the model can be loaded a second time: refittable, why not."""
@@ -155,7 +158,7 @@ class Receiver:
     def receive(
         self, slot: int, nbytes: int, entries: Sequence[Mapping[str, Any]], number: int
     ) -> dict[str, Any]:
-        """Load a bucket; the device has done it when this returns.
+        """Load a bucket; when this returns its sender may write where it lay.
 
         Args:
             slot: of the carrier.
@@ -166,33 +169,34 @@ class Receiver:
 
         Returns:
             loaded: number of tensors; error: "" or what was raised; broken: True where
-            something may be in place all the same; seconds: bucket (until its bytes were
-            there), loaders, copies, device; ways: number of tensors on each.
+            something may be in place all the same; seconds: bucket (until it is known where
+            it goes, and its bytes are there), loaders, copies, device (until the sender may
+            write again); ways: number of tensors on each.
         """
-        if number == 0:
-            self._rectangles.look_anew()
         clock = _Clock()
         ways = {"loaders": 0, "copies": 0}
         touched = False
         error = ""
         names: list[str] = []
         try:
-            held = self._slots.views(slot, nbytes, wire.read_entries(list(entries), nbytes))
-            copies, others = self._rectangles.part(held)
+            if number == 0:
+                self._rectangles.look_anew()  # while the bucket is on its way
+            held = self._slots.views(slot, nbytes, self._read(number, nbytes, entries))
+            parts = self._rectangles.part(held)
             clock.lap("bucket")
             touched = True
             self._settled = False
-            if others:
-                self._load(others)
+            if parts.others:
+                self._load(parts.others)
             clock.lap("loaders")
-            copy([pair for pairs in copies.values() for pair in pairs])
+            copy(parts.moves)
             clock.lap("copies")
-            wait_for(self.device)
+            self._slots.loaded()
             clock.lap("device")
-            ways = {"loaders": len(others), "copies": len(copies)}
+            ways = {"loaders": len(parts.others), "copies": len(parts.copied)}
             names = [name for name, _ in held]
             self.arrived.update(names)
-            self._by_loader.update(name for name, _ in others)
+            self._by_loader.update(name for name, _ in parts.others)
         except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}"
@@ -207,6 +211,14 @@ class Receiver:
             "seconds": clock.laps,
             "ways": ways,
         }
+
+    def _read(self, number: int, nbytes: int, entries: Sequence[Mapping[str, Any]]) -> list[Entry]:
+        """Return the entries of a bucket; most often they are those of the update before."""
+        asked = nbytes, list(entries)
+        known = self._known_entries.get(number)
+        if known is None or known[0] != asked:
+            known = self._known_entries[number] = asked, wire.read_entries(asked[1], nbytes)
+        return known[1]
 
     def progress(self, expected: Iterable[str]) -> dict[str, Any]:
         """Say what has not arrived; after a load that broke off, count from nothing.
@@ -237,9 +249,15 @@ class Receiver:
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
 
-    def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
+    def digests(self, layout: str = "") -> dict[str, Any]:
         """Return place, type and digest of what this rank holds, as `Inventory.digests`."""
-        return self._inventory.digests(start, most)
+        return self._inventory.digests(layout)
+
+    def _told(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        if "starts" in details:
+            return self._inventory.slice(details["starts"][self.rank], details["most"])
+        layouts = details.get("layouts")
+        return self.digests(layouts[self.rank]) if layouts else self.digests()
 
     def names(self) -> dict[str, Any]:
         """Return the checkpoint tensors that this rank holds, as `Inventory.names`."""

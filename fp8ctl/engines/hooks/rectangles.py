@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     Named = tuple[str, torch.Tensor]
     #: Where to, and from where.
     Pair = tuple[torch.Tensor, torch.Tensor]
+    Move = tuple[list[torch.Tensor], list[torch.Tensor]]
+    _Key = tuple[tuple[str, ...], tuple[int, ...]]
 
 #: "1": no copies, whatever was verified.
 LOADERS_ONLY = "FP8CTL_PUSH_LOADERS"
@@ -69,35 +72,48 @@ class Rectangles:
         self._trusted: set[str] = set()
         self._tp_rank = tp_rank
         self._walk = Known()
-        self._list: list[Shard] | None = None
-        self._held: dict[str, list[Shard]] | None = None
-        #: By name: what it was copied from last, and the pairs of that.
-        self._known: dict[str, tuple[torch.Tensor, list[Pair]]] = {}
+        self._list: list[Shard] = []
+        self._held: dict[str, list[Shard]] = {}
+        self._looked = False
+        #: By names and tensors: the parts of a bucket, of this update and of the one before.
+        self._parts: dict[_Key, Parts] = {}
+        self._before: dict[_Key, Parts] = {}
 
     def look_anew(self) -> None:
-        """Look up where parameters lie when it is asked next."""
-        self._held = None
+        """Look up where parameters lie: an update begins."""
+        self._looked = False
+        # What does not come again need not be kept.
+        self._parts, self._before = {}, self._parts
+        self.held()
 
     def forget(self) -> None:
         """Hold nothing of what was copied from, and look at every module again."""
-        self._held = self._list = None
-        self._known.clear()
+        self._looked, self._list, self._held = False, [], {}
+        self._forget_parts()
         self._walk.forget()
+
+    def _forget_parts(self) -> None:
+        self._parts.clear()
+        self._before.clear()
 
     def held(self) -> dict[str, list[Shard]]:
         """Return the rectangles into which each tensor may be copied."""
-        if self._held is not None:
+        if self._looked:
             return self._held
-        form = self._copies(self._model)
-        walk = Walk(self._model, self._tp_rank, form)
-        listed = self._walk.of(walk).shards() if form else []
+        if not self._walk.same:
+            form = self._copies(self._model)
+            if form is None:
+                self._walk.forget()
+            else:
+                self._walk.of(Walk(self._model, self._tp_rank, form))
+        listed = self._walk.shards()
         if listed is not self._list:
-            self._known.clear()
-        self._list = listed
-        found: dict[str, list[Shard]] = defaultdict(list)
-        for shard in listed:
-            found[shard.name].append(shard)
-        self._held = dict(found)
+            self._forget_parts()
+            found: dict[str, list[Shard]] = defaultdict(list)
+            for shard in listed:
+                found[shard.name].append(shard)
+            self._list, self._held = listed, dict(found)
+        self._looked = True
         return self._held
 
     def trust(self, names: Iterable[str]) -> int:
@@ -111,30 +127,55 @@ class Rectangles:
         """
         held = self.held()
         able = [name for name in names if name in held and name not in self._trusted]
-        self._trusted.update(_telling({name: held[name] for name in able}))
+        if able:
+            self._trusted.update(_telling({name: held[name] for name in able}))
+            self._forget_parts()
         return len(self._trusted)
 
     def distrust(self) -> None:
         """Let nothing in."""
         self._trusted.clear()
+        self._forget_parts()
 
-    def part(self, named: Iterable[Named]) -> tuple[dict[str, list[Pair]], list[Named]]:
-        """Part a bucket into what is copied, by name, and what loaders take."""
-        copies, others = {}, []
-        trusted = set() if os.environ.get(LOADERS_ONLY) == "1" else self._trusted
+    def part(self, named: Sequence[Named]) -> Parts:
+        """Part a bucket into what is copied and what loaders take."""
         held = self.held()
-        for name, tensor in named:
-            if name not in trusted:
-                others.append((name, tensor))
-                continue
-            known = self._known.get(name)
-            if known is None or known[0] is not tensor:
-                known = self._known[name] = tensor, _pairs(tensor, held.get(name, ()))
-            if known[1]:
-                copies[name] = known[1]
-            else:
-                others.append((name, tensor))
-        return copies, others
+        if os.environ.get(LOADERS_ONLY) == "1":
+            return Parts(named, (), named, ())
+        # The parts hold the tensors, so that no other one has the number of one of them.
+        key = tuple([name for name, _ in named]), tuple([id(tensor) for _, tensor in named])
+        parts = self._parts.get(key) or self._before.get(key)
+        if parts is None:
+            trusted = ((name, tensor) for name, tensor in named if name in self._trusted)
+            pairs = {name: _pairs(tensor, held.get(name, ())) for name, tensor in trusted}
+            copied = [name for name, those in pairs.items() if those]
+            others = [(name, tensor) for name, tensor in named if not pairs.get(name)]
+            parts = Parts(named, copied, others, _together(pairs.values()))
+        self._parts[key] = parts
+        return parts
+
+
+class Parts(NamedTuple):
+    """What becomes of a bucket.
+
+    Attributes:
+        named: the bucket.
+        copied: names of what is copied.
+        others: what loaders take.
+        moves: lists of tensors that are copied in one call: to, and from.
+    """
+
+    named: Sequence[Named]
+    copied: Sequence[str]
+    others: Sequence[Named]
+    moves: Sequence[Move]
+
+
+def copy(moves: Iterable[Move]) -> None:
+    """Copy lists of tensors, each with one call."""
+    with torch.no_grad():
+        for to, parts in moves:
+            torch._foreach_copy_(to, parts)
 
 
 def _pairs(tensor: torch.Tensor, held: Iterable[Shard]) -> list[Pair]:
@@ -152,23 +193,31 @@ def _pairs(tensor: torch.Tensor, held: Iterable[Shard]) -> list[Pair]:
                 part = part.narrow(side, start, to.shape[side])
             if part.shape != to.shape:
                 return []
-        pairs.append((_as_bytes(to), _as_bytes(part)))
+        pairs.append(_widened(to, part))
     return pairs
 
 
-def _as_bytes(t: torch.Tensor) -> torch.Tensor:
-    """FP8 is copied as bytes: torch has fewer fast kernels for it."""
-    return t.view(torch.uint8) if t.element_size() == 1 else t
+def _widened(*both: torch.Tensor) -> Pair:
+    """Return what is copied as words of 8 bytes: a GPU takes fewer steps for as many bytes."""
+    if all(t.is_contiguous() and _in_words(t) for t in both):
+        to, part = (t.view(-1).view(torch.int64) for t in both)
+    else:
+        # FP8 as bytes: torch has fewer fast kernels for it.
+        to, part = (t.view(torch.uint8) if t.element_size() == 1 else t for t in both)
+    return to, part
 
 
-def copy(pairs: Iterable[Pair]) -> None:
-    """Copy many tensors, with one call for each dtype."""
-    by_dtype: dict[torch.dtype, list[Pair]] = defaultdict(list)
-    for pair in pairs:
-        by_dtype[pair[0].dtype].append(pair)
-    with torch.no_grad():
-        for same in by_dtype.values():
-            torch._foreach_copy_([to for to, _ in same], [part for _, part in same])
+def _in_words(t: torch.Tensor) -> bool:
+    size = t.element_size()
+    return not any(n % 8 for n in (t.nbytes, t.data_ptr(), t.storage_offset() * size))
+
+
+def _together(pairs: Iterable[Iterable[Pair]]) -> list[Move]:
+    """Return what is copied in one call: all of a dtype, which are quick if none is cut."""
+    alike: dict[object, list[Pair]] = defaultdict(list)
+    for pair in chain.from_iterable(pairs):
+        alike[(pair[0].dtype, *(t.is_contiguous() for t in pair))].append(pair)
+    return [([to for to, _ in those], [part for _, part in those]) for those in alike.values()]
 
 
 def _telling(held: Mapping[str, Sequence[Shard]]) -> set[str]:

@@ -124,7 +124,7 @@ async def _in_slices(workers: Workers, memory: Memory) -> list[dict[str, Any]]:
 
 
 def _timed(answer: Mapping[str, Any]) -> dict[str, Any]:
-    whole = {key: value for key, value in answer.items() if key != "next"}
+    whole = {key: value for key, value in answer.items() if key not in ("next", "layout")}
     whole["seconds"] = {"total": 0.0, "longest": 0.0, "slices": 0}
     _add(whole["seconds"], answer["seconds"])
     return whole

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.pushlog import PushLog
     from fp8ctl.engines.hooks.workers import Workers
 
+#: Seconds after an update's end in which its answer leaves.
+ANSWERED = 0.02
+
 
 class Session:
     """Opens updates and closes them; one is open at a time.
@@ -57,6 +60,7 @@ class Session:
         self._evidence = evidence
         self._log = log
         self._watching: asyncio.Future[None] | None = None
+        self._writing: set[asyncio.Future[None]] = set()
 
     async def open(self, begin: wire.Begin) -> OpenPush:
         """Close the gate and bring the engine to rest; note what it holds where that is asked.
@@ -103,8 +107,20 @@ class Session:
         if self._watching is not None and self._watching is not asyncio.current_task():
             self._watching.cancel()
         self._watching = None
-        await asyncio.to_thread(self._log.write, list(push.lines(outcome)))
+        self._log.later(push.lines(outcome, time.time()))
+        writing = asyncio.ensure_future(self._write())
+        self._writing.add(writing)
+        writing.add_done_callback(self._writing.discard)
         return outcome
+
+    async def _write(self) -> None:
+        """Write the log when the answer is under way: its client waits for nothing else."""
+        try:
+            await asyncio.sleep(ANSWERED)
+            await asyncio.to_thread(self._log.settle)
+        except asyncio.CancelledError:  # the server ends
+            self._log.settle()
+            raise
 
     @contextlib.asynccontextmanager
     async def or_ends(self, push: OpenPush, *, at_end: bool = False) -> AsyncIterator[None]:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from fp8ctl.wire import InFlight
 
 ABORTED = "ended for an update of the weights"
+#: Milliseconds that a scheduler at rest waits for a message from the server, before it looks for
+#: those that come by other ways.
+_REST = 10
 
 #: Of this process; a scheduler process has one scheduler.
 _holding: Holding | None = None
@@ -44,7 +47,10 @@ def install(scheduler: ModuleType) -> None:
 
     @functools.wraps(next_batch)
     def next_batch_unless_held(self: Any) -> Any:
-        return None if _is_held(self) else next_batch(self)
+        if not _is_held(self):
+            return next_batch(self)
+        _rest(self)
+        return None
 
     @functools.wraps(flush_cache)
     def flush_cache_also_when_held(self: Any) -> Any:
@@ -90,6 +96,17 @@ def unwatched() -> Iterator[None]:
 
 def _is_held(scheduler: Any) -> bool:
     return _holding is not None and _holding.scheduler is scheduler and _holding.held
+
+
+def _rest(scheduler: Any) -> None:
+    """Wait for a message, for a moment.
+
+    SGLang's loop would look for one again and again, and hold Python's lock nearly all the time:
+    the thread that takes the next bucket needs it.
+    """
+    poll = getattr(getattr(scheduler, "recv_from_tokenizer", None), "poll", None)
+    if poll is not None:
+        poll(_REST)
 
 
 class CannotHoldError(RuntimeError):

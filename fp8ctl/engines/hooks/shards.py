@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.kernels.digest import digests, to_text
+from fp8ctl.kernels.digest import start, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -127,21 +127,29 @@ def shards(
     return Walk(model, tp_rank, as_in_checkpoint).shards()
 
 
+def place(shard: Shard) -> dict[str, object]:
+    """Return place and type of a shard as JSON."""
+    return {
+        "name": shard.name,
+        "row": shard.row,
+        "column": shard.column,
+        "shape": list(shard.tensor.shape),
+        "dtype": str(shard.tensor.dtype).removeprefix("torch."),
+        "primary": shard.primary,
+    }
+
+
+def begin(held: Iterable[Shard]) -> Callable[[], list[int]]:
+    """Begin with the digest of each shard; return what waits for them, once for all."""
+    return start((shard.tensor, shard.row, shard.column) for shard in held)
+
+
 def describe(held: Iterable[Shard]) -> list[dict[str, object]]:
-    """Return place, type and digest of each shard as JSON; the device is waited for once."""
+    """Return place, type and digest of each shard as JSON."""
     those = list(held)
-    found = digests((shard.tensor, shard.row, shard.column) for shard in those)
     return [
-        {
-            "name": shard.name,
-            "row": shard.row,
-            "column": shard.column,
-            "shape": list(shard.tensor.shape),
-            "dtype": str(shard.tensor.dtype).removeprefix("torch."),
-            "primary": shard.primary,
-            "digest": to_text(digest),
-        }
-        for shard, digest in zip(those, found, strict=True)
+        {**place(shard), "digest": to_text(digest)}
+        for shard, digest in zip(those, begin(those)(), strict=True)
     ]
 
 

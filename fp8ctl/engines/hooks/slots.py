@@ -52,6 +52,11 @@ class Slots:
         """Hold no tensor that uses the carrier's memory."""
         self._seen.clear()
 
+    def loaded(self) -> None:
+        """Say that all which reads the views is launched; the trainer may write when it returns."""
+        if self._carrier is not None:
+            self._carrier.loaded()
+
     def views(self, slot: int, nbytes: int, entries: Iterable[Entry]) -> list[Named]:
         """Wait until a bucket is there; return its tensors, without a copy.
 

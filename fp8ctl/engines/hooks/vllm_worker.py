@@ -190,9 +190,12 @@ def _rederive(model: torch.nn.Module, dtype: torch.dtype) -> None:
 def _derived(model: torch.nn.Module) -> Iterator[tuple[Any, Callable[[torch.dtype], None]]]:
     """Yield the parts that keep something of the weights, and what makes it anew."""
     for module in model.modules():
-        impl = getattr(module, "impl", None)
+        # Every update asks, and a module takes long to say that it has no such attribute.
+        impl = vars(module).get("impl", module._modules.get("impl"))
+        if not hasattr(impl, "process_weights_after_loading"):
+            continue
         process = getattr(module, "process_weights_after_loading", None)
-        if callable(process) and hasattr(impl, "process_weights_after_loading"):
+        if callable(process):
             yield impl, process
 
 

@@ -46,10 +46,10 @@ class Workers(Protocol):
         - "refittable" {}: `refittable` (bool); `why` (str) where it is not.
         - "connect" {carrier: the client's offer}: {}. A rank that cannot open it fails.
         - "disconnect" {}: {}. Also where nothing is connected.
-        - "receive" {number, slot, nbytes, entries: as in the request}: `loaded` (how many
+        - "receive" {number, slot, nbytes, entries: without digests or facts}: `loaded` (how many
           tensors), `broken` (True where weights were written and it then failed), `error`
-          ("" or why; this question never raises for it), `seconds` {stage: seconds}. What is
-          loaded has reached the device when it answers.
+          ("" or why; this question never raises for it), `seconds` {stage: seconds}. When
+          it answers, the client may write where the bucket lies.
         - "progress" {expected: names}: asked once, when the last bucket was taken: the rank brings
           up to date what it derives from weights and waits for its device, then answers
           `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which
@@ -61,8 +61,11 @@ class Workers(Protocol):
           nothing.
         - "names" {}: `names` of the checkpoint tensors that the rank holds something of, as far as
           the engine's own names say it, and `same` {name: another one in the same memory}.
-            - "digests" {} or {starts: by rank, most}: `rank`, `format` ("checkpoint", "online",
-          "shared" or "engine"), `unfilled`, `tensors` (`shards.describe`), `next` and `seconds`.
+        - "digests" {} or {layouts: by rank}: `rank`, `format` ("checkpoint", "online", "shared" or
+          "engine"), `layout` (a name for which tensors lie where) and `unfilled`, `tensors`
+          (`shards.describe`), `next` and `seconds`; or, to one that is asked with this very layout,
+          `sums` alone (`held.packed`), in the order of `tensors`.
+        - "digests" {starts: by rank, most}: a slice, as above without `layout`.
         - "inspect" {names, rows, most}: `rank`, `tensors` (`inspection.inspect`).
 
         Raises:

@@ -61,16 +61,19 @@ class Ranks:
 
     Attributes:
         held: by rank, name -> digest of the version it is of.
+        slots: of the carrier, name -> digest of what lies there.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
         calls: what was asked, in order.
         parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
+        remembers: it tells its layout once, and then sums alone.
     """
 
     def __init__(self, version: str | None, ranks: int = 2) -> None:
         self.ranks = ranks
         full = {n: digest(version, n) for n in NAMES} if version else {}
         self.held: list[dict[str, str]] = [dict(full) for _ in range(ranks)]
+        self.slots: dict[int, dict[str, str]] = {}
         self.dtypes = {name: dtype for name, (dtype, _) in TENSORS.items()}
         self.arrived: set[str] = set()
         self.faults: dict[str, Any] = {}
@@ -84,6 +87,7 @@ class Ranks:
         self.parameters = list(full)
         self.same: dict[str, str] = {}
         self.broken = False
+        self.remembers = True
 
     async def _maybe(self, what: str) -> None:
         self.calls.append(what)
@@ -125,7 +129,7 @@ class Ranks:
         if error:
             loaded = 1 if error == "half-way" else 0
         for entry in entries[:loaded]:
-            self.held[rank][entry["name"]] = entry["digest"]
+            self.held[rank][entry["name"]] = self.slots[slot][entry["name"]]
             self.arrived.add(entry["name"])
         self.broken |= bool(loaded and error)
         seconds = {"load": 0.5 + rank}
@@ -143,8 +147,8 @@ class Ranks:
     def _names(self, rank: int) -> dict[str, Any]:
         return {"names": self.parameters, "same": self.same}
 
-    def _digests(self, rank: int) -> dict[str, Any]:
-        shards = []
+    def _digests(self, rank: int, layouts: list[str] | None = None) -> dict[str, Any]:
+        shards: list[dict[str, Any]] = []
         for name, text in self.held[rank].items():
             # Two halves that add up to the tensor's digest.
             half = int(text, 16) // 2
@@ -159,7 +163,13 @@ class Ranks:
                     "digest": f"{part:016x}",
                 }
             )
-        return {"rank": rank, "format": self.form, "tensors": shards}
+        told = {"rank": rank, "format": self.form}
+        if not self.remembers:
+            return {**told, "tensors": shards}
+        told["layout"] = ", ".join(f"{one['name']} {one['dtype']}" for one in shards)
+        if layouts and layouts[rank] == told["layout"]:
+            return {**told, "sums": "".join(shard["digest"] for shard in shards)}
+        return {**told, "tensors": shards}
 
     async def load_from_disk(self, path: str) -> Reloaded:
         await self._maybe("disk")
@@ -283,13 +293,15 @@ class Server:
     async def bucket(
         self, number: int, names: list[str], version: str = "B", push: str = "", **changes: Any
     ) -> tuple[int, Any]:
+        slot, found = int(number) % 2, entries(version, names, **changes)
+        self.workers.slots[slot] = {str(one["name"]): str(one["digest"]) for one in found}
         return await self.post(
             wire.BUCKET,
             push=push or f"push-{version}",
             number=number,
-            slot=int(number) % 2,
+            slot=slot,
             nbytes=1 << 20,
-            entries=entries(version, names, **changes),
+            entries=found,
         )
 
     async def end(

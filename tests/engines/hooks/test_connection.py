@@ -46,10 +46,10 @@ def test_a_carrier_that_one_rank_cannot_open_is_closed_in_the_others() -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        {"protocol": 2, "carrier": {"kind": "memory"}},
+        {"protocol": wire.PROTOCOL + 1, "carrier": {"kind": "memory"}},
         {"carrier": {"kind": "memory"}},
-        {"protocol": 1, "carrier": {"kind": "pigeon"}},
-        {"protocol": 1, "carrier": "memory"},
+        {"protocol": wire.PROTOCOL, "carrier": {"kind": "pigeon"}},
+        {"protocol": wire.PROTOCOL, "carrier": "memory"},
     ],
 )
 def test_a_connect_that_says_something_else_reaches_no_rank(body: dict[str, Any]) -> None:

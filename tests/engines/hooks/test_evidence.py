@@ -37,7 +37,7 @@ def test_what_is_not_alike_on_all_ranks_cannot_be_skipped() -> None:
         server = Server()
         digests = server.workers._digests
 
-        def differing(rank: int) -> dict[str, Any]:
+        def differing(rank: int, layouts: list[str] | None = None) -> dict[str, Any]:
             answer = digests(rank)
             for shard in answer["tensors"]:
                 if shard["name"] == "norm.weight":  # copies, of which one has gone bad
@@ -280,5 +280,94 @@ def test_who_does_not_want_proof_gets_none() -> None:
         await server.bucket(0, NAMES)
         assert (await server.end(1, verify=False))[1]["verified"] is None
         assert "digests" not in server.workers.calls
+
+    run(test())
+
+
+async def second(server: Server) -> tuple[int, Any]:
+    """Push once, begin again and send everything; return what END is asked with."""
+    assert (await server.push("B"))[0] == 200
+    await server.begin("C")
+    for number, names in enumerate((NAMES[:2], NAMES[2:])):
+        assert (await server.bucket(number, names, "C"))[0] == 200
+    server.workers.calls.clear()
+    server.workers.details.clear()
+    return await server.end(2, "C")
+
+
+def test_at_the_next_update_ranks_are_asked_for_sums_alone() -> None:
+    async def test() -> None:
+        server = Server()
+        status, ended = await second(server)
+        assert (status, ended["verified"]) == (200, len(NAMES))
+        [asked] = [d for d in server.workers.details if "layouts" in d]
+        assert asked["layouts"] == [server.workers._digests(rank)["layout"] for rank in range(2)]
+
+    run(test())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sums_show_what_was_changed_after_it_was_loaded(rank: int) -> None:
+    async def test() -> None:
+        server = Server()
+
+        async def changes() -> None:
+            if server.gate.settled == "ready" and server.updates.open:
+                held = server.workers.held[rank]
+                assert held[NAMES[1]] == digest("C", NAMES[1])
+                held[NAMES[1]] = digest("D", NAMES[1])
+
+        assert (await server.push("B"))[0] == 200
+        server.workers.faults["digests"] = changes
+        answer = await server.push("C")
+        assert error(answer) == (500, "FP8-UNEQUAL", "failed")
+        assert answer[1]["error"]["data"]["names"] == [NAMES[1]]
+        del server.workers.faults["digests"]
+        assert (await server.push("D"))[1]["state"] == "ready"
+
+    run(test())
+
+
+def test_a_rank_that_holds_it_otherwise_by_now_is_heard() -> None:
+    async def test() -> None:
+        server = Server()
+        assert (await server.push("B"))[0] == 200
+        held = server.workers.held[1]
+        server.workers.held[1] = {name: held[name] for name in reversed(held)}
+        status, ended = await server.push("C")
+        assert (status, ended["verified"]) == (200, len(NAMES))
+        server.workers.remembers = False
+        assert (await server.push("D"))[1]["verified"] == len(NAMES)
+        assert (await server.push("A"))[1]["verified"] == len(NAMES)
+
+    run(test())
+
+
+def test_a_rank_that_gives_other_sums_than_it_was_asked_for_proves_nothing() -> None:
+    async def test() -> None:
+        server = Server()
+        assert (await server.push("B"))[0] == 200
+        digests = server.workers._digests
+
+        def too_few(rank: int, layouts: list[str] | None = None) -> dict[str, Any]:
+            answer = digests(rank, layouts)
+            return {**answer, "sums": answer["sums"][16:]} if "sums" in answer else answer
+
+        server.workers._digests = too_few  # type: ignore[method-assign]
+        assert error(await server.push("C")) == (500, "FP8-ENGINE", "failed")
+        assert (await server.push("D"))[1]["verified"] == len(NAMES), "asked for all of it"
+
+    run(test())
+
+
+def test_skipped_tensors_are_proven_by_sums_as_well() -> None:
+    async def test() -> None:
+        server = Server()
+        assert (await server.push("B"))[0] == 200
+        begun = (await server.begin("C", digests=True))[1]
+        assert begun["digests"] == {name: digest("B", name) for name in NAMES}
+        await server.bucket(0, NAMES[1:], "C")
+        status, ended = await server.end(1, "C", skipped=NAMES[:1])
+        assert (status, ended["verified"]) == (200, 4)
 
     run(test())

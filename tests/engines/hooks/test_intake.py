@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fp8ctl.engines.hooks.workers import Reloaded
-from tests.engines.hooks.pushing import Server, error, from_disk, run
+from tests.engines.hooks.pushing import NAMES, Server, error, from_disk, run
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -38,6 +38,23 @@ def test_a_reload_that_fails_closes_the_gate_only_where_it_may_have_written(
         answer = await from_disk(server, "/shared/B")
         assert error(answer) == (500, "FP8-LOAD", state)
         assert answer[1]["error"]["message"] == "no such folder: /shared/B"
+
+    run(test())
+
+
+def test_ranks_are_told_of_a_bucket_what_is_the_same_at_every_update() -> None:
+    async def test() -> None:
+        server = Server()
+        told = []
+        for version in "BC":
+            assert (await server.push(version))[0] == 200
+            told.append([d["entries"] for d in server.workers.details if "entries" in d])
+            server.workers.details.clear()
+        assert told[0] == told[1]
+        assert [entry["name"] for bucket in told[0] for entry in bucket] == NAMES
+        assert {tuple(entry) for bucket in told[0] for entry in bucket} == {
+            ("name", "dtype", "shape", "offset")
+        }
 
     run(test())
 

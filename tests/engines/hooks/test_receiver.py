@@ -115,7 +115,7 @@ def test_on_a_gpu_digests_are_compiled_when_a_client_connects() -> None:
     class Compiling(Receiver):
         device = torch.device("cuda")
 
-        def digests(self, start: int | None = 0, most: int | None = None) -> dict[str, Any]:
+        def digests(self, layout: str = "") -> dict[str, Any]:
             asked.append("digests")
             raise RuntimeError("no compiler")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fp8ctl.engines.hooks.rectangles import LOADERS_ONLY
+from fp8ctl.engines.hooks.rectangles import LOADERS_ONLY, _together, _widened, copy
 from tests.engines.hooks.receiving import GATE, NORM, Server, bits, serve, servers
 from tests.engines.hooks.test_shards import ATTENTION, FORMS, Whole, checkpoint
 
@@ -169,3 +169,112 @@ def test_parameters_that_moved_are_found_by_the_next_update(servers: list[Server
     norm.data = norm.data.clone()
     assert server.push(second)["loaders"] == 0
     assert torch.equal(bits(norm), bits(second[NORM]))
+
+
+def test_what_is_known_of_a_bucket_holds_only_while_nothing_moves(servers: list[Server]) -> None:
+    """Updates of which each would copy as the one before: to a parameter that is elsewhere now."""
+    whole, second = checkpoint("block"), another(checkpoint("block"))
+    server = serve(servers, whole)
+    server.push(whole)
+    server.trust(whole)
+    server.push(second)
+    server.push(whole)
+    model = server.loading[0].model
+    norm = model.get_parameter(NORM)
+    kept = [norm.data]
+    norm.data = torch.zeros_like(norm.data)
+    assert server.push(second) == {"loaders": 0, "copies": len(whole)}
+    assert server.unequal(second) == set()
+    # Another parameter in its place, and another module.
+    model.model.norm.weight = torch.nn.Parameter(torch.zeros_like(norm.data))
+    assert server.push(whole) == {"loaders": 0, "copies": len(whole)}
+    assert server.unequal(whole) == set()
+    inner = torch.nn.Module()
+    inner.weight = torch.nn.Parameter(torch.zeros_like(norm.data))
+    kept.append(model.model.norm.weight.data)
+    model.model.norm = inner
+    assert server.push(second) == {"loaders": 0, "copies": len(whole)}
+    assert server.unequal(second) == set()
+    assert torch.equal(bits(kept[1]), bits(whole[NORM])), "the old one is left as it was"
+
+
+def test_what_is_known_of_a_bucket_ends_with_trust(servers: list[Server]) -> None:
+    whole, second = checkpoint("block"), another(checkpoint("block"))
+    server = serve(servers, whole)
+    server.push(whole)
+    server.trust([NORM])
+    assert server.push(whole)["copies"] == 1
+    server.trust(whole)
+    assert server.push(second)["copies"] == len(whole), "more of the same bucket is trusted"
+    server.ranks[0].answer("forget", {})
+    assert server.push(whole) == {"loaders": len(whole), "copies": 0}
+    assert server.unequal(whole) == set()
+
+
+@pytest.mark.parametrize("other", ["order", "place", "part"])
+def test_another_bucket_under_the_same_number_is_seen(other: str, servers: list[Server]) -> None:
+    whole, second = checkpoint("block"), another(checkpoint("block"))
+    server = serve(servers, whole)
+    server.push(whole)
+    server.trust(whole)
+    up = GATE.replace("gate", "up")
+    server.ranks[0].answer(
+        "receive", {**server.write([(GATE, whole[GATE]), (up, whole[up])]), "number": 0}
+    )
+    named = [(GATE, second[GATE]), (up, second[up])]
+    if other == "order":
+        asked = server.write(named[::-1])
+    elif other == "place":
+        asked = server.write([(NORM, second[NORM]), *named])
+    else:
+        asked = server.write(named[1:])
+    answer = server.ranks[0].answer("receive", {**asked, "number": 0})
+    assert (answer["error"], answer["ways"]["loaders"]) == ("", 0)
+    sent = [entry["name"] for entry in asked["entries"]]
+    assert server.unequal({name: second[name] for name in sent}) == set()
+    assert set(sent) <= server.unequal(whole)
+    if other == "part":
+        assert GATE not in server.unequal(whole), "only what was sent"
+
+
+def test_no_more_is_kept_than_two_updates_brought(servers: list[Server]) -> None:
+    """A trainer may send in another order every time."""
+    whole = checkpoint("block")
+    server = serve(servers, whole)
+    server.push(whole)
+    server.trust(whole)
+    rectangles = server.ranks[0]._rectangles
+    names = list(whole)
+    for shift in range(1, 6):
+        server.push({name: whole[name] for name in [*names[shift:], *names[:shift]]})
+        assert len(rectangles._parts) + len(rectangles._before) <= 2 * (len(whole) // 20 + 1)
+    assert len(server.ranks[0]._known_entries) == len(whole) // 20 + 1
+    server.ranks[0].answer("disconnect", {})
+    left = rectangles._parts, rectangles._before, server.ranks[0]._known_entries
+    assert left == ({}, {}, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("start", "count"), [(0, 16), (0, 15), (1, 16), (4, 8), (8, 0)])
+def test_words_of_8_bytes_are_as_many_as_there_are(
+    dtype: torch.dtype, start: int, count: int
+) -> None:
+    """Whatever a tensor's place and length: nothing beside it is written."""
+    source = torch.arange(1, 65).to(dtype)
+    target = torch.zeros(64, dtype=dtype)
+    to, part = target[start : start + count], source[start : start + count]
+    copy(_together([[_widened(to, part)]]))
+    assert torch.equal(to, part)
+    assert not target[:start].any()
+    assert not target[start + count :].any()
+
+
+def test_what_is_cut_is_copied_apart_from_what_is_whole() -> None:
+    """One that is not dense makes torch copy a whole list one by one."""
+    dense = torch.zeros(5), torch.rand(5)
+    cut = torch.zeros(4, 4), torch.rand(4, 8)[:, 4:]
+    moves = _together([[_widened(*dense)], [_widened(*cut)], [_widened(*dense)]])
+    assert [len(to) for to, _ in moves] == [2, 1]
+    copy(moves)
+    assert torch.equal(*dense)
+    assert torch.equal(*cut)

@@ -214,6 +214,20 @@ def test_a_scheduler_finds_nothing_to_do_while_it_is_held(scheduler: Any) -> Non
     assert scheduler.get_next_batch_to_run() == "a batch"
 
 
+def test_a_scheduler_at_rest_waits_for_messages(scheduler: Any) -> None:
+    """Looking again and again, it would keep other threads from Python's lock."""
+    waited: list[int] = []
+    scheduler.recv_from_tokenizer = SimpleNamespace(poll=waited.append)
+    scheduler.get_next_batch_to_run()
+    assert not waited, "at work it waits for nothing"
+    sglang_holding.this().hold("pause")
+    scheduler.get_next_batch_to_run()
+    [milliseconds] = waited
+    assert 1 <= milliseconds <= 100, "what comes by another way waits no longer"
+    scheduler.recv_from_tokenizer = SimpleNamespace()  # of ranks but the first
+    assert scheduler.get_next_batch_to_run() is None
+
+
 def test_an_update_of_the_engine_may_flush_while_requests_are_paused(scheduler: Any) -> None:
     """Stock code refuses, and asserts that it did not: the server would end."""
     assert scheduler.flush_cache()

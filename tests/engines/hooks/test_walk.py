@@ -131,3 +131,75 @@ def test_a_form_depends_on_what_a_module_has() -> None:
     of.get_submodule("0").marked = torch.nn.Buffer(torch.ones(1))
     assert told(walk, unless_marked) == now(of, unless_marked)
     assert told(walk) == now(of)  # another form
+
+
+def test_a_module_that_was_put_in_or_has_another_name_is_seen() -> None:
+    of = model()
+    walk = Remembered(of)
+    told(walk)
+    of.get_submodule("1").add_module("more", torch.nn.Linear(2, 2))
+    assert told(walk) == now(of)
+    inner = of.get_submodule("1")
+    inner._modules["less"] = inner._modules.pop("more")
+    assert told(walk) == now(of)
+    assert "1.less.weight" in [name for name, _, _ in told(walk)]
+
+
+def test_modules_that_change_places_are_seen() -> None:
+    of = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Sequential(torch.nn.Linear(2, 2))
+    )
+    walk = Remembered(of)
+    told(walk)
+    first, second = of.get_submodule("0"), of.get_submodule("1")
+    first._modules, second._modules = second._modules, first._modules
+    assert told(walk) == now(of)
+    first.add_module("more", second._modules.pop("0"))  # as many as before, all in one
+    assert told(walk) == now(of)
+
+
+def test_a_look_tells_whether_anything_moved() -> None:
+    of = model()
+    known = Known()
+
+    def same() -> bool:
+        found = known.same
+        known.of(Walk(of, 0))
+        return found
+
+    assert not same(), "nothing was walked"
+    assert same()
+    with torch.no_grad():
+        next(of.parameters()).add_(1)
+    assert same(), "values may change"
+    kept = [p.data for p in of.parameters()]  # so that no address is used again
+    next(of.parameters()).data = torch.ones(3, 4)
+    assert not same()
+    for _ in range(2):
+        vars(of.get_submodule("0"))["quant_method"] = object()  # what a form may ask
+        assert not same()
+    assert same()
+    known.forget()
+    assert not same()
+    assert kept
+
+
+def test_only_the_module_that_changed_is_looked_up() -> None:
+    of = model()
+    walk = Remembered(of)
+    asked: list[torch.nn.Module] = []
+
+    def form(module: torch.nn.Module, name: str, t: torch.Tensor) -> torch.Tensor | None:
+        asked.append(module)
+        return t
+
+    told(walk, form)
+    asked.clear()
+    told(walk, form)
+    assert asked == []
+    kept = [p.data for p in of.parameters()]
+    linear = of.get_submodule("1.0")
+    linear.weight.data = torch.ones(2, 3)
+    assert told(walk, form) == now(of)
+    assert asked == [linear]
+    assert kept

@@ -1,0 +1,161 @@
+"""A rank's end of a group: a thread takes each bucket when the trainer gives it.
+
+So the next one is on its way while the last is loaded, and while the server is asked to load
+it. The trainer is told which slots have room; buckets are handed on in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fp8ctl.carriers import link, turns
+from fp8ctl.errors import ConflictError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+#: Seconds after a bucket in which another one is likely.
+_SOON = 1.0
+#: Seconds that the thread gets to end; what holds it longer ends by its own time-out.
+_LEAVING = 15.0
+
+
+class Backend(Protocol):
+    """What carries the bytes."""
+
+    def broadcast(
+        self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
+    ) -> None:
+        """Give the tensor, or get it; `after` is an event of the device that comes first."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group."""
+        ...
+
+
+class Ahead:
+    """The buckets of one rank; owns the connection and the backend, and closes both."""
+
+    def __init__(
+        self,
+        line: link.Line,
+        backend: Backend,
+        slots: Sequence[torch.Tensor],
+        after: Any,
+        timeout: float,
+    ) -> None:
+        """Begin to listen.
+
+        Args:
+            line: to the trainer, which has opened the group.
+            backend: of the group.
+            slots: this rank's own memory.
+            after: an event of the device that comes before the first use of it; None: nothing.
+            timeout: seconds that a bucket may take.
+        """
+        self._line, self._backend, self._slots = line, backend, [*slots]
+        self._timeout = timeout
+        self._changed = threading.Condition()
+        #: Slot and size of what has come and was not taken yet.
+        self._come: deque[tuple[int, int]] = deque()
+        #: Slots that may be written, and the event of the device that is to come first.
+        self._free: dict[int, Any] = {}
+        #: Why there are no more. Words: an exception would keep what its frames hold, the slots.
+        self._why = ""
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="fp8ctl-push-take", daemon=True)
+        self._thread.start()
+        for slot in range(len(self._slots)):
+            self.free(slot, after)
+
+    def take(self, slot: int, nbytes: int) -> None:
+        """Wait until the next bucket has come, which has to be this one.
+
+        Raises:
+            ConflictError: it is another one, or the group has ended.
+            TimeoutError: it does not come.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: bool(self._come or self._why), self._timeout):
+                raise TimeoutError("the trainer did not give the bucket in time")
+            if self._come:
+                given = self._come.popleft()
+                if given == (slot, nbytes):
+                    return
+                asked = f"asked for slot {slot} with {nbytes} bytes"
+                self._why = self._why or f"{asked}, and the trainer gave {given}"
+            raise ConflictError(self._why)
+
+    def free(self, slot: int, after: Any) -> None:
+        """Let the slot be written again, when the device has reached the event `after`."""
+        with self._changed:
+            self._free[slot] = after
+            with contextlib.suppress(ConflictError):  # the thread hears of it, too
+                self._line.say(room=slot)
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave the group; the trainer is told an error."""
+        with self._changed:
+            self._closing = True
+            self._why = self._why or "the group has ended: connect anew"
+            self._changed.notify_all()
+            if error is not None:
+                self._say_failed(error)
+        self._line.end()
+        self._thread.join(_LEAVING)
+
+    # --- in the thread ----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._some(self._line.hear(None))
+        except BaseException as e:  # noqa: BLE001 - who waits for a bucket is told
+            with self._changed:
+                if not self._closing:
+                    self._say_failed(e)
+                kind = "" if isinstance(e, ConflictError) else f"{type(e).__name__}: "
+                self._why = self._why or f"{kind}{e}"
+                self._changed.notify_all()
+        finally:
+            self._line.close()
+            self._backend.close()
+            self._slots.clear()
+
+    def _some(self, message: link.Message) -> None:
+        """Take one bucket, and those that follow soon."""
+        with turns.short():
+            while True:
+                self._give(message)
+                try:
+                    message = self._line.hear(time.monotonic() + _SOON)
+                except TimeoutError:
+                    return
+
+    def _give(self, message: link.Message) -> None:
+        slot, nbytes = link.refuse(message)["go"]
+        if slot not in self._free:
+            raise ConflictError(f"the trainer gives slot {slot}, which has no room")
+        part, after = self._slots[slot][:nbytes], self._free.pop(slot)
+        self._backend.broadcast(part, after, time.monotonic() + self._timeout, self._check)
+        with self._changed:
+            self._come.append((slot, nbytes))
+            self._line.say(got=slot)
+            self._changed.notify_all()
+
+    def _check(self) -> None:
+        """Raise where the group has ended."""
+        if self._closing:
+            raise ConflictError(self._why)
+        link.expect_nothing(self._line)
+
+    def _say_failed(self, error: BaseException) -> None:
+        with contextlib.suppress(ConflictError):  # it knows
+            self._line.say(failed=f"{type(error).__name__}: {error}")
