@@ -91,17 +91,6 @@ class Entry(NamedTuple):
         """Bytes of the values."""
         return bytes_of(self.dtype, self.shape)
 
-    def to_json(self) -> dict[str, object]:
-        """Return the entry as JSON types."""
-        return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "offset": self.offset,
-            "digest": self.digest,
-            "facts": dict(self.facts) if self.facts else {},
-        }
-
     def to_text(self) -> str:
         """Return it as JSON; most of an entry is as it was in the update before, and remembered."""
         facts = json.dumps(dict(self.facts)) if self.facts else "{}"

@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fp8ctl import gate, process, registry, server
-from fp8ctl.engines.base import LaunchPlan
 from fp8ctl.errors import BusyError, NotFoundError, UsageError
 from fp8ctl.logtail import Tail, last_lines
 from fp8ctl.process import Identity, free_port, identify, members, refuse_taken_port
 from fp8ctl.registry import Record
 from tests.reporting import reporter
+from tests.starts import fake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     Start = Callable[..., Record]
-
-FAKE = Path(__file__).with_name("fake_engine.py")
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +43,7 @@ def start() -> Iterator[Start]:
     def begin(*arguments: str, name: str | None = None, wait: bool = True) -> Record:
         port = free_port("127.0.0.1")
         folder = registry.claim(name or registry.free_name("sglang", port))
-        plan = plan_of(folder, port, *arguments)
+        plan = fake(folder, port, *arguments)
         child = process.spawn(plan, folder / "server.log", os.environ)
         identity = identify(child.pid)
         assert identity is not None
@@ -72,19 +70,6 @@ def start() -> Iterator[Start]:
     for record in started:
         server.stop(record)
         assert not marked(registry.folder(record.name))
-
-
-def plan_of(folder: Path, port: int, *arguments: str) -> LaunchPlan:
-    return LaunchPlan(
-        backend="sglang",
-        argv=(sys.executable, str(FAKE), "--port", str(port), *arguments),
-        env=(("FP8CTL_RUN_DIR", str(folder)), ("PYTHONUNBUFFERED", "1")),
-        env_from=(),
-        host="127.0.0.1",
-        port=port,
-        run_dir=folder,
-        model="tiny",
-    )
 
 
 def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
@@ -441,7 +426,7 @@ def test_secrets_reach_the_server_and_no_file(
     port = free_port("127.0.0.1")
     folder = registry.claim("vllm-1")
     plan = replace(
-        plan_of(folder, port, "--key", "VLLM_API_KEY"),
+        fake(folder, port, "--key", "VLLM_API_KEY"),
         env_from=(("VLLM_API_KEY", "FP8CTL_API_KEY"),),
     )
     child = process.spawn(plan, folder / "server.log", os.environ)

@@ -17,7 +17,6 @@ import pytest
 
 from fp8ctl import gate, process, registry, server, supervisor
 from fp8ctl.check import levels, weights
-from fp8ctl.engines.base import LaunchPlan
 from fp8ctl.errors import (
     AbortedError,
     BusyError,
@@ -28,13 +27,14 @@ from fp8ctl.errors import (
 from fp8ctl.process import free_port
 from fp8ctl.supervisor import About, RunFiles, Watch, serve
 from tests.reporting import reporter
+from tests.starts import FAKE, fake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from fp8ctl.engines.base import LaunchPlan
     from fp8ctl.render import Reporter
 
-FAKE = Path(__file__).with_name("fake_engine.py")
 ABOUT = About(engine="fake 0", source="/models/tiny", mode="block", site_packages="/nowhere")
 
 
@@ -69,19 +69,8 @@ def marked(folder: Path) -> list[int]:
 
 
 def plan_of(*arguments: str, await_push: bool = False, name: str = "sglang-1") -> LaunchPlan:
-    port = free_port("127.0.0.1")
     folder = registry.servers_dir() / name
-    return LaunchPlan(
-        backend="sglang",
-        argv=(sys.executable, str(FAKE), "--port", str(port), *arguments),
-        env=(("FP8CTL_RUN_DIR", str(folder)), ("PYTHONUNBUFFERED", "1")),
-        env_from=(),
-        host="127.0.0.1",
-        port=port,
-        run_dir=folder,
-        model="tiny",
-        await_push=await_push,
-    )
+    return fake(folder, free_port("127.0.0.1"), *arguments, await_push=await_push)
 
 
 DETACH = Watch(detach=True, timeout=20)

@@ -33,7 +33,7 @@ def test_what_is_placed_is_aligned_and_does_not_overlap() -> None:
         wire.Entry(s.name, s.dtype, s.shape, offset)
         for s, offset in zip(slots, offsets, strict=True)
     ]
-    assert wire.read_entries(json.loads(json.dumps([e.to_json() for e in entries])), end) == entries
+    assert wire.read_entries([json.loads(e.to_text()) for e in entries], end) == entries
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,5 @@ def test_an_entrys_text_is_its_json_however_it_is_called() -> None:
         for digest, facts in (("", {}), ("00ff", {"amax": 1.5, "saturated": 3.0})):
             one = wire.Entry(name, "bfloat16", (3, 4), 256, digest, facts)
             for again in (one, one._replace(offset=512), one._replace(shape=())):
-                assert json.loads(again.to_text()) == again.to_json()
+                wanted = {**again._asdict(), "shape": [*again.shape], "facts": dict(facts)}
+                assert json.loads(again.to_text()) == wanted

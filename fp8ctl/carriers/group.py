@@ -116,8 +116,7 @@ class GroupSender:
 
     def ready(self, slot: int) -> None:
         """Note what was launched until now: `send` comes after that, and nobody waits here."""
-        if self._device.type == "cuda":
-            self._written[slot] = _reached(self._device)
+        self._written[slot] = _reached(self._device)
 
     def send(self, slot: int, nbytes: int) -> None:
         """Wait until every rank has room for the bucket, give it, wait until every rank has it."""
@@ -242,7 +241,7 @@ class GroupReceiver:
             self._slots.clear()
             raise
         # The memory may have been another tensor's, which something on this stream still uses.
-        self._ahead = Ahead(line, joined, self._slots, self._reached(), timeout)
+        self._ahead = Ahead(line, joined, self._slots, _reached(self._device), timeout)
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
         """Wait for the bucket, which may be there."""
@@ -261,15 +260,12 @@ class GroupReceiver:
         """Let the slots be written again, after what was launched until now."""
         if self._ahead is not None:
             for slot in self._read:
-                self._ahead.free(slot, self._reached())
+                self._ahead.free(slot, _reached(self._device))
         self._read.clear()
 
     def close(self) -> None:
         """Leave the group and give the slots back."""
         self._end(None)
-
-    def _reached(self) -> Any:
-        return _reached(self._device) if self._device.type == "cuda" else None
 
     def _end(self, error: BaseException | None) -> None:
         ahead, self._ahead = self._ahead, None
@@ -279,7 +275,9 @@ class GroupReceiver:
 
 
 def _reached(device: torch.device) -> Any:
-    """Return an event of what was launched on the current stream until now."""
+    """Return an event of what was launched on the current stream until now; None on a CPU."""
+    if device.type == "cpu":
+        return None
     cuda: Any = torch.cuda
     event = cuda.Event()
     event.record(cuda.current_stream(device))

@@ -18,11 +18,11 @@ import pytest
 from fp8ctl import process, registry, server, supervisor
 from fp8ctl.check import code, levels
 from fp8ctl.check.verdict import Evidence, LevelReport
-from fp8ctl.engines.base import LaunchPlan
 from fp8ctl.errors import CheckFailedError
 from fp8ctl.process import free_port
 from fp8ctl.render import Reporter
 from fp8ctl.supervisor import About, RunFiles, Watch, serve
+from tests.starts import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -245,17 +245,8 @@ class Engine:
         folder = registry.servers_dir() / f"sglang-{port}"
         path = os.pathsep.join([str(self.site), *filter(None, [os.environ.get("PYTHONPATH")])])
         fake = ("--port", str(port), "--quantization", "fp8", *fake)
-        plan = LaunchPlan(
-            backend="sglang",
-            argv=(sys.executable, str(ENGINE), "engine.fp8", shadow, sabotage, "--", *fake),
-            env=(("FP8CTL_RUN_DIR", str(folder)), ("PYTHONPATH", path)),
-            env_from=(),
-            host="127.0.0.1",
-            port=port,
-            run_dir=folder,
-            model="tiny",
-            await_push=await_push,
-        )
+        argv = ("engine.fp8", shadow, sabotage, "--", *fake)
+        plan = plan_of(folder, port, *argv, script=ENGINE, await_push=await_push, PYTHONPATH=path)
         names = ("engine/__init__.py", "engine/fp8.py")
         files = {name: sha(self.site / name) for name in names}
         expected = json.dumps({"root": str(self.site), "patches": ["refit"], "files": files})

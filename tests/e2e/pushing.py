@@ -189,7 +189,7 @@ class Pusher:
             number=number,
             slot=number % 2,
             nbytes=bucket.nbytes,
-            entries=[entry.to_json() for entry in bucket.entries],
+            entries=[json.loads(entry.to_text()) for entry in bucket.entries],
         )
         self.sender.send(number % 2, bucket.nbytes)
         return asked.result()
@@ -228,6 +228,6 @@ class Pusher:
         named = {n: t.contiguous() for one in sent for n, t in one.named}
         save_file(named, str(folder / "model.safetensors"))
         push = self.begin(version)
-        entries = [entry.to_json() for one in sent for entry in one.entries]
+        entries = [json.loads(entry.to_text()) for one in sent for entry in one.entries]
         self.call(wire.BUCKET, push=push, number=0, path=str(folder), entries=entries)
         return self.end(push, 1)

@@ -907,7 +907,9 @@ def push(tree: Path, mode: str) -> dict[str, Any]:
                 for slot, at in zip(slots, offsets, strict=True):
                     bits = tensors[slot.name].reshape(-1).view(torch.uint8)
                     buffer[at : at + len(bits)].copy_(bits)
-                    entries.append(wire.Entry(slot.name, slot.dtype, slot.shape, at).to_json())
+                    entries.append(
+                        json.loads(wire.Entry(slot.name, slot.dtype, slot.shape, at).to_text())
+                    )
                 sender.ready(number)
                 done.append(
                     ask("receive", number=number, slot=number, nbytes=nbytes, entries=entries)

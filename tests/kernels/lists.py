@@ -83,13 +83,17 @@ NOT_TRITON = "not meta and not c_kernel and not compiler and not threads and not
 def through_triton(file: str, selection: str, home: Path, **more: str) -> None:
     """Run tests of a file with the kernels on a CPU, as if that were a GPU."""
     script = _INTERPRETED.format(path=file, selection=f"cpu and {selection}")
-    environment = {**os.environ, "TRITON_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
-    done = subprocess.run(
+    done = apart(script, TRITON_HOME=str(home), OMP_NUM_THREADS="1", **more)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def apart(script: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in an interpreter of its own, with more in its environment."""
+    return subprocess.run(
         [sys.executable, "-c", script],
-        env=environment,
+        env={**os.environ, **more},
         capture_output=True,
         text=True,
         cwd=ROOT,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +11,7 @@ from hypothesis import strategies as st
 
 from fp8ctl.kernels import digest as module
 from fp8ctl.kernels.digest import combine, digest, digests, from_text, row_sums, to_text
+from tests.kernels.lists import apart, needs_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 MASK = (1 << 64) - 1
@@ -240,15 +237,9 @@ assert lists._known._made == before
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is published for Linux only"
-)
+@needs_triton
 def test_the_interpreted_kernel_equals_torch(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_HOME": str(tmp_path)}
-    argv = [sys.executable, "-c", _INTERPRETED]
-    done = subprocess.run(
-        argv, env=environment, capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = apart(_INTERPRETED, TRITON_INTERPRET="1", TRITON_HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
 
 

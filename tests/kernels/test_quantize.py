@@ -5,10 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import math
-import os
 import re
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,9 +18,9 @@ from fp8ctl.kernels.groups import PER_CHANNEL, PER_TENSOR, Groups, block
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.kernels.recipes import IEEE, RECIPES, UE8M0
 from tests.kernels import matrix
-from tests.kernels.implementations import ROOT
 from tests.kernels.lists import (
     NOT_TRITON,
+    apart,
     needs_triton,
     on_each_device,
     outputs,
@@ -502,15 +499,7 @@ def test_a_cpu_without_triton_or_a_compiler_gives_the_same(compiled: bool) -> No
     if compiled and not native.available():
         pytest.skip(native.why_not())
     script = _SCRIPT.format(blocked=("triton", "triton.language"), native=compiled)
-    environment = {**os.environ, "FP8CTL_NATIVE": "1" if compiled else "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = apart(script, FP8CTL_NATIVE="1" if compiled else "0")
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "all equal\n"
 

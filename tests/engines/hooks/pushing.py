@@ -49,7 +49,11 @@ def entries(version: str, names: list[str], **changes: object) -> list[dict[str,
     slots = [wire.Slot(n, *TENSORS.get(n, ("bfloat16", (4,)))) for n in names]
     offsets, _ = wire.place(slots)
     found: list[dict[str, object]] = [
-        wire.Entry(s.name, s.dtype, s.shape, at, digest(version, s.name), {"amax": 1.0}).to_json()
+        json.loads(
+            wire.Entry(
+                s.name, s.dtype, s.shape, at, digest(version, s.name), {"amax": 1.0}
+            ).to_text()
+        )
         for s, at in zip(slots, offsets, strict=True)
     ]
     found[0].update(changes)

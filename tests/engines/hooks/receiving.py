@@ -6,6 +6,7 @@ loaders cut a checkpoint. The loader here is that same cutting, written without 
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -126,7 +127,7 @@ class Server:
         for one, offset, (_, tensor) in zip(slots, offsets, named, strict=True):
             raw = tensor.contiguous().view(-1).view(torch.uint8)
             self.sender.buffer(slot)[offset : offset + raw.numel()] = raw
-            entries.append(wire.Entry(one.name, one.dtype, one.shape, offset).to_json())
+            entries.append(json.loads(wire.Entry(one.name, one.dtype, one.shape, offset).to_text()))
         return {"slot": slot, "nbytes": nbytes, "entries": entries}
 
     def push(self, whole: Whole) -> dict[str, int]:
