@@ -58,6 +58,9 @@ class CudaSender:
         self._device = _with_index(device)
         self._slots: list[torch.Tensor] = []
         self._offered: list[dict[str, object]] = []
+        self.slots = slots
+        #: What the device does before a slot may be read.
+        self._written: list[Any] = [None] * slots
         self._uuid = driver.uuids()[self._device.index]
         self._driver = _driver(self._device)
         try:
@@ -106,8 +109,16 @@ class CudaSender:
         return self._slots[slot]
 
     def ready(self, slot: int) -> None:
+        """Note what was launched until now."""
+        cuda: Any = torch.cuda
+        self._written[slot] = event = cuda.Event()
+        event.record(cuda.current_stream(self._device))
+
+    def settle(self, slot: int) -> None:
         """Wait until the device has written: no stream reaches into another process."""
-        torch.cuda.synchronize(self._device)
+        event = self._written[slot]
+        if event is not None:
+            event.synchronize()
 
     def send(self, slot: int, nbytes: int) -> None:
         """Do nothing: the ranks read the slot itself."""

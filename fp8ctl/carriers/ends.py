@@ -28,10 +28,12 @@ class Sender(Protocol):
     Attributes:
         kind: what carries.
         alive: False once it is closed or broken; then both ends have to connect anew.
+        slots: how many there are.
     """
 
     kind: Kind
     alive: bool
+    slots: int
 
     def offer(self, server: int = 0) -> dict[str, Any]:
         """Return what `Connect` says to the server of this number, in JSON types."""
@@ -54,10 +56,10 @@ class Sender(Protocol):
         """
 
     def ready(self, slot: int) -> None:
-        """Say that all which writes the slot is launched, on the current stream.
+        """Say that all which writes the slot is launched, on the current stream."""
 
-        Where other processes read the slot itself this waits until the device has written it.
-        """
+    def settle(self, slot: int) -> None:
+        """Wait, where other processes read the slot itself, until what was `ready` is written."""
 
     def send(self, slot: int, nbytes: int) -> None:
         """Bring the first bytes of a slot to all ranks, where the carrier is a group.

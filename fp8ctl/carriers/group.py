@@ -47,6 +47,7 @@ class GroupSender:
         timeout: float,
     ) -> None:
         self.alive = True
+        self.slots = slots
         self._host, self._timeout = host, float(timeout)
         self._device = device
         self._backend_name = "nccl" if device.type == "cuda" else "gloo"
@@ -117,6 +118,9 @@ class GroupSender:
     def ready(self, slot: int) -> None:
         """Note what was launched until now: `send` comes after that, and nobody waits here."""
         self._written[slot] = _reached(self._device)
+
+    def settle(self, slot: int) -> None:
+        """Do nothing: the broadcast comes after it, on the device."""
 
     def send(self, slot: int, nbytes: int) -> None:
         """Wait until every rank has room for the bucket, give it, wait until every rank has it."""

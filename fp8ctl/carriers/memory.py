@@ -43,6 +43,7 @@ class MemorySender:
 
     def __init__(self, nbytes: int, slots: int) -> None:
         self.alive = True
+        self.slots = slots
         self._files: list[int] = []
         self._nonces: list[bytes] = []
         self._slots: list[torch.Tensor] = []
@@ -90,6 +91,9 @@ class MemorySender:
 
     def ready(self, slot: int) -> None:
         """Do nothing: a CPU has written when it returns."""
+
+    def settle(self, slot: int) -> None:
+        """Do nothing, likewise."""
 
     def send(self, slot: int, nbytes: int) -> None:
         """Do nothing: the ranks read the slot itself."""

@@ -1,4 +1,4 @@
-"""Full buckets to all servers: two slots, one written while the other is on its way."""
+"""Full buckets to all servers: while one is written, others are on their way."""
 
 from __future__ import annotations
 
@@ -76,6 +76,7 @@ class Delivery(Protocol):
     """Takes full buckets, in order.
 
     Attributes:
+        slots: how many there are, two or more: one is written before the last is delivered.
         capacity: bytes of a slot.
         device: of its memory.
         number: buckets that were taken until now.
@@ -83,6 +84,7 @@ class Delivery(Protocol):
     """
 
     places: Places
+    slots: int
     capacity: int
     device: torch.device
     number: int
@@ -90,8 +92,15 @@ class Delivery(Protocol):
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when nobody reads it any more."""
 
+    def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        """Hear that all which writes a bucket is queued: its bytes may go.
+
+        Buckets are delivered in the order in which they are given; what was found out about
+        their tensors comes then.
+        """
+
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
-        """Take a bucket; returns before it is where it should be."""
+        """Have a bucket loaded that was given; returns before it is where it should be."""
 
     def drain(self) -> None:
         """Wait until all buckets are there."""
@@ -103,21 +112,31 @@ class Delivery(Protocol):
         """Give back what it took; also after a failure."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Bucket:
     """A bucket on its way.
 
     Attributes:
         slot: where it lies.
-        left: ends when the slot may be written again.
-        all: ends when it has arrived everywhere.
+        sent: ends when a group has its bytes, so that the slot may be written again.
+        asked: end when the servers have loaded it; empty where it is not delivered yet.
         entries: of what is in it.
     """
 
     slot: int
-    left: Sequence[Future[Any]]
-    all: Sequence[Future[Any]]
-    entries: Sequence[Entry]
+    sent: Sequence[Future[Any]]
+    asked: Sequence[Future[Any]] = ()
+    entries: Sequence[Entry] = ()
+
+    @property
+    def left(self) -> Sequence[Future[Any]]:
+        """What ends when the slot may be written again."""
+        return self.sent or self.asked
+
+    @property
+    def all(self) -> Sequence[Future[Any]]:
+        """What ends when it has arrived everywhere."""
+        return [*self.asked, *self.sent]
 
     def error(self) -> BaseException | None:
         """Return what went wrong with it until now; rather why than that it was given up."""
@@ -146,6 +165,7 @@ class ByCarrier:
         self._sender, self._fleet, self._push = link.sender, fleet, push
         self._begun, self._clock = begun, clock
         self.places = link.places
+        self.slots = self._sender.slots
         self.capacity = self._sender.buffer(0).numel()
         self.device = self._sender.buffer(0).device
         self.number = 0
@@ -161,11 +181,19 @@ class ByCarrier:
         self._wait(lambda bucket: bucket.left if bucket.slot == slot else ())
         return self._sender.buffer(slot)
 
+    def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        """Send a slot's bytes, where they are sent; a rank takes them when it has room."""
+        self._sender.ready(slot)
+        sent: list[Future[Any]] = []
+        if self._sending is not None:
+            sent = [self._sending.submit(self._sender.send, slot, nbytes)]
+        self._under_way.append(_Bucket(slot, sent, entries=entries))
+
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Ask all servers to load a slot."""
         with self._clock.stage("wait"):
             self._begun()
-            self._sender.ready(slot)
+            self._sender.settle(slot)
         number, listed = self.number, [*entries]
         before = self._last
 
@@ -174,12 +202,9 @@ class ByCarrier:
                 raise AbortedError(f"{server.url} did not take the bucket before")
             return server.bucket(self._push, number, slot, nbytes, listed)
 
-        # The bytes first: a rank takes them as soon as it has room, asked or not.
-        sent: list[Future[Any]] = []
-        if self._sending is not None:
-            sent = [self._sending.submit(self._sender.send, slot, nbytes)]
         self._last = self._fleet.start(one)
-        self._under_way.append(_Bucket(slot, sent or self._last, [*self._last, *sent], listed))
+        bucket = next(one for one in self._under_way if one.slot == slot and not one.asked)
+        bucket.asked, bucket.entries = self._last, listed
         self.number += 1
 
     def drain(self) -> None:
@@ -220,7 +245,9 @@ class ByCarrier:
             error = first.error()
             assert error is not None
             raise _named(error, first.entries)
-        self._under_way = [one for one in self._under_way if not all(f.done() for f in one.all)]
+        self._under_way = [
+            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
+        ]
 
 
 def _named(error: BaseException, entries: Sequence[Entry]) -> BaseException:

@@ -40,12 +40,16 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
     asked = iter([first, second])
     fleet: Any = SimpleNamespace(start=lambda _: [next(asked)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(2)]
-    sender = SimpleNamespace(buffer=lambda slot: slots[slot], ready=lambda _: None)
+    sender = SimpleNamespace(
+        slots=2, buffer=lambda slot: slots[slot], ready=lambda _: None, settle=lambda _: None
+    )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
     delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
     try:
         for slot in range(2):
-            delivery.deliver(slot, 4, [ENTRY._replace(name=f"{slot}.weight")])
+            entries = [ENTRY._replace(name=f"{slot}.weight")]
+            delivery.give(slot, 4, entries)
+            delivery.deliver(slot, 4, entries)
         with ThreadPoolExecutor(1) as threads, pytest.raises(Fp8ctlError) as e:
             threads.submit(delivery.drain).result(20)
         assert e.value.message == "the server's own reason (bucket of 0.weight to 0.weight)"
