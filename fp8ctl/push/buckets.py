@@ -191,7 +191,8 @@ class Filler:
         with self.stage("digest"):
             look = self._look(entries, tensors, scales, check)
         self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)
-        self._may_wait = later and alone
+        # The recorder tells how long a bucket took, and asks the device for more.
+        self._may_wait = later and alone and self._note is None
         self._look_at_last()
 
     def stage(self, name: str) -> AbstractContextManager[None]:
