@@ -54,7 +54,7 @@ class CudaSender:
     kind: Kind = "ipc"
 
     def __init__(self, nbytes: int, slots: int, device: torch.device) -> None:
-        self.alive = True
+        self.alive, self.slots = True, slots
         self._device = _with_index(device)
         self._slots: list[torch.Tensor] = []
         self._offered: list[dict[str, object]] = []

@@ -42,8 +42,7 @@ class MemorySender:
     kind: Kind = "memory"
 
     def __init__(self, nbytes: int, slots: int) -> None:
-        self.alive = True
-        self.slots = slots
+        self.alive, self.slots = True, slots
         self._files: list[int] = []
         self._nonces: list[bytes] = []
         self._slots: list[torch.Tensor] = []

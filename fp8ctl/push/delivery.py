@@ -1,4 +1,4 @@
-"""Full buckets to all servers: while one is written, others are on their way."""
+"""Full buckets to all servers: a few slots, one written while the others are on their way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,16 +75,17 @@ class Delivery(Protocol):
     """Takes full buckets, in order.
 
     Attributes:
-        slots: how many there are, two or more: one is written before the last is delivered.
         capacity: bytes of a slot.
-        device: of its memory.
+        slots: how many there are, two or more, to be used in turn: one is written before the last
+            is delivered.
+        device: of their memory.
         number: buckets that were taken until now.
         places: tensors in its memory; kept as long as that is, over updates.
     """
 
     places: Places
-    slots: int
     capacity: int
+    slots: int
     device: torch.device
     number: int
 
@@ -165,14 +165,11 @@ class ByCarrier:
         self._sender, self._fleet, self._push = link.sender, fleet, push
         self._begun, self._clock = begun, clock
         self.places = link.places
-        self.slots = self._sender.slots
-        self.capacity = self._sender.buffer(0).numel()
+        self.capacity, self.slots = self._sender.buffer(0).numel(), self._sender.slots
         self.device = self._sender.buffer(0).device
         self.number = 0
         self._under_way: list[_Bucket] = []
         self._last: list[Future[dict[str, Any]]] = []
-        group = link.kind == "group"
-        self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
         self._turns = contextlib.ExitStack()
         self._turns.enter_context(turns.short())
 
@@ -184,9 +181,8 @@ class ByCarrier:
     def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Send a slot's bytes, where they are sent; a rank takes them when it has room."""
         self._sender.ready(slot)
-        sent: list[Future[Any]] = []
-        if self._sending is not None:
-            sent = [self._sending.submit(self._sender.send, slot, nbytes)]
+        sending = self._sender.send(slot, nbytes)
+        sent = [] if sending is None else [sending]
         self._under_way.append(_Bucket(slot, sent, entries=entries))
 
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
@@ -216,10 +212,8 @@ class ByCarrier:
         self._sender.cancel(why)
 
     def close(self) -> None:
-        """End the thread that sends."""
+        """Let threads take their turns as before."""
         self._turns.close()
-        if self._sending is not None:
-            self._sending.shutdown(wait=True, cancel_futures=True)
 
     def _wait(self, what: Callable[[_Bucket], Sequence[Future[Any]]]) -> None:
         """Wait for some futures of every bucket; raise what goes wrong with any meanwhile."""

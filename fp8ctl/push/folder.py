@@ -71,8 +71,7 @@ class ByFolder:
             NotPermittedError: it cannot be made, or does not have room for the plan.
             CarrierError: the device has no room for the buckets.
         """
-        self.capacity, self.device, self.number = capacity, device, 0
-        self.slots = SLOTS
+        self.capacity, self.slots, self.device, self.number = capacity, SLOTS, device, 0
         self.places: Places = {}
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
