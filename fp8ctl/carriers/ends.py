@@ -52,6 +52,9 @@ class Sender(Protocol):
             ConflictError: `cancel` or `close` ended it.
         """
 
+    def look(self) -> None:
+        """Find out whether a rank has left a group: it is not `alive` any more then."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return where a bucket is written: uint8, all bytes of the slot.
 

@@ -120,6 +120,12 @@ class GroupSender:
         self._hub.tell(go=unique.hex(), slots=self.slots)
         return nccl.Nccl(unique, 0, self._world, self._device, deadline, self._hub.check)
 
+    def look(self) -> None:
+        """Leave the group if a rank has: it was started anew, or met another client."""
+        # The thread that gives buckets hears of it, too, but perhaps a moment later.
+        if self.alive and (gone := self._hub.gone()):
+            self.cancel(f"{gone[0]} has left the group")
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
         return self._slots[slot]

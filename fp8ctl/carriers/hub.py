@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Hub:
     """The trainer's side: ranks 1 to n, each by its name until it has told more.
 
-    `cancel` and `wake` may be called from any thread; the rest from one at a time.
+    `cancel`, `wake` and `gone` may be called from any thread; the rest from one at a time.
     """
 
     def __init__(self, host: str, names: Sequence[str]) -> None:
@@ -210,6 +210,10 @@ class Hub:
         """
         for line in self._lines.values():
             line.say(**message)
+
+    def gone(self) -> list[str]:
+        """Return who has left, by name; may be called from any thread."""
+        return [line.who for line in [*self._lines.values()] if line.gone]
 
     def check(self) -> None:
         """Raise what `cancel` asked for."""

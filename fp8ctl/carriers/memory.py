@@ -84,6 +84,9 @@ class MemorySender:
     def join(self) -> None:
         """Do nothing: nobody is waited for."""
 
+    def look(self) -> None:
+        """Do nothing: ranks come and go."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
         return self._slots[slot]

@@ -96,6 +96,10 @@ class Session:
         )
 
     def _begin_one(self, i: int, server: Server) -> dict[str, Any]:
+        if self._link.kind == "group":
+            # Of another host, perhaps, which may be gone without a word: BEGIN itself may take as
+            # long as requests in flight do.
+            server.state()
         wish = self._wish
         begin = Begin(
             push=self._push,

@@ -545,6 +545,23 @@ def test_silence_is_a_time_out_and_an_end_is_not(pair: tuple[link.Line, socket.s
         line.hear(time.monotonic() + 5)
 
 
+@pytest.mark.parametrize("ends", ["shut", "closed", "here"])
+def test_who_has_left_is_known_before_its_last_words_are_heard(
+    pair: tuple[link.Line, socket.socket], ends: str
+) -> None:
+    line, other = pair
+    assert not line.gone
+    other.sendall(b'{"room": 1}\n')
+    assert not line.gone
+    if ends == "shut":
+        other.shutdown(socket.SHUT_RDWR)
+    else:
+        (other if ends == "closed" else line).close()
+    assert line.gone
+    if ends != "here":
+        assert line.heard() == {"room": 1}
+
+
 def test_only_the_key_answers_the_question() -> None:
     right = link.proof("ab" * 32, "q", 1)
     others = [("ac" * 32, "q", 1), ("ab" * 32, "r", 1), ("ab" * 32, "q", 2)]
