@@ -228,7 +228,7 @@ class Giver:
     def _whose(self, error: Exception, failed: _Bucket) -> Exception:
         """Return a transport's error with what the ranks say: it names addresses at best.
 
-        What was given before is over meanwhile, if it has not failed with it.
+        What was given before has that time, too, to be over.
         """
         if self._told:
             return ConflictError(self._told)
@@ -236,14 +236,7 @@ class Giver:
         kind = TimeoutError if isinstance(error, TimeoutError) else ConflictError
         try:
             while (left := end - time.monotonic()) > 0 and failed.without:
-                before = self._flying()[0]
-                if before is failed:
-                    self._hub.listen(self._note, left)
-                    continue
-                with contextlib.suppress(ConflictError):
-                    self._take(before)
-                turns.nap(0.0)
-                self._hub.listen(self._note, 0.0)
+                self._hub.listen(self._note, left)
         except ConflictError as who:
             # The rank's own reason first, what the transport made of it behind.
             return ConflictError(f"{who} ({error})")
