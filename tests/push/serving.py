@@ -23,7 +23,7 @@ from fp8ctl.engines.hooks.workers import Reloaded
 from fp8ctl.kernels.digest import digest, to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from fp8ctl.manifest import Plan
 
@@ -105,9 +105,15 @@ class Table:
         self.receivers[rank].loaded()
         return {"loaded": len(entries), "broken": False, "error": "", "seconds": {"load": 0.001}}
 
-    def _progress(self, rank: int, expected: list[str]) -> dict[str, Any]:
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        return await self.ask("progress", **details)
+
+    def _progress(
+        self, rank: int, expected: list[str], layouts: list[str] | None = None
+    ) -> dict[str, Any]:
         missing = [n for n in expected if n not in self.held[rank]] if self.keeps else []
         return {
+            **({} if layouts is None else {"digests": self._digests(rank)}),
             "broken": False,
             "unfilled": {},
             "missing": missing[:20],
@@ -143,8 +149,8 @@ class Table:
     async def hold(self, in_flight: str, within: float) -> None:
         self.in_flight.append(in_flight)
 
-    async def resume(self) -> None:
-        pass
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        return ""
 
     async def flush(self) -> None:
         pass

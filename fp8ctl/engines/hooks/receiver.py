@@ -105,7 +105,7 @@ class Receiver:
                 details["slot"], details["nbytes"], details["entries"], details["number"]
             )
         if what == "progress":
-            return self.progress(details["expected"])
+            return self.progress(details["expected"], details.get("layouts"))
         if what == "forget":
             return self.forget()
         if what == "digests":
@@ -220,10 +220,17 @@ class Receiver:
             known = self._known_entries[number] = asked, wire.read_entries(asked[1], nbytes)
         return known[1]
 
-    def progress(self, expected: Iterable[str]) -> dict[str, Any]:
+    def progress(
+        self, expected: Iterable[str], layouts: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Say what has not arrived; after a load that broke off, count from nothing.
 
         What the engine derives from the weights is brought up to date first.
+
+        Args:
+            expected: names.
+            layouts: that the server knows of each rank, or of none: it wants `digests`, too. It
+                has none of weights that broke off.
         """
         broken = self.broken
         if broken:
@@ -233,7 +240,11 @@ class Receiver:
             wait_for(self.device)
             self._settled = True
         missing = [name for name in expected if name not in self.arrived]
+        told: dict[str, Any] = {}
+        if layouts is not None and not broken:
+            told["digests"] = self._told({"layouts": layouts})
         return {
+            **told,
             "broken": broken,
             "unfilled": self._engine.guard("fp8ctl_unfilled", self.model),
             "missing": missing[:20],

@@ -17,6 +17,7 @@ from fp8ctl.engines.hooks import ranklog, sglang_worker
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from fp8ctl.wire import InFlight
@@ -169,9 +170,15 @@ class Workers:
                 raise TimeoutError(f"{running or 'some'} requests still run after {within:g} s")
             await asyncio.sleep(_LOOK_FOR_REST)
 
-    async def resume(self) -> None:
-        """Let all ranks compute again."""
-        await self.ask("resume")
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        """Let all ranks compute again, and trust what was proven; as `workers.Workers` says."""
+        answers = await self.ask("resume", **({"trust": list(trust)} if trust else {}))
+        wrong = [f"rank {a['rank']}: {a['distrusts']}" for a in answers if a.get("distrusts")]
+        return "; ".join(wrong)
+
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        """Ask "progress"; a scheduler forgets its keys and values as it is asked."""
+        return await self.ask("progress", **details, flush=True)
 
     async def flush(self) -> None:
         """Forget all keys and values."""

@@ -24,7 +24,7 @@ from fp8ctl.engines.hooks.imports import after_import
 from fp8ctl.engines.hooks.receiver import Receiver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import ModuleType
 
@@ -166,13 +166,27 @@ def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str,
     if what == "hold":
         return sglang_holding.this().hold(details["how"])
     if what == "resume":
-        return sglang_holding.this().resume()
+        return _resume(receiver, details.get("trust", ()))
     if what == "flush":
         return sglang_holding.this().flush()
     if what == "reload":
         return _reload(receiver, details["path"])
+    if details.get("flush"):
+        sglang_holding.this().flush()
     with sglang_holding.unwatched():
         return receiver.answer(what, details)
+
+
+def _resume(receiver: Receiver, trust: Sequence[str]) -> dict[str, Any]:
+    """Let the scheduler work on, whether or not the rank can trust what was proven."""
+    distrusts = ""
+    try:
+        if trust:
+            receiver.trust(trust)
+    except Exception as e:  # noqa: BLE001 - the weights are right all the same
+        traceback.print_exc()
+        distrusts = f"{type(e).__name__}: {e}"
+    return {**sglang_holding.this().resume(), "distrusts": distrusts}
 
 
 def _reload(receiver: Receiver, path: str) -> dict[str, Any]:

@@ -130,9 +130,8 @@ class Updates:
                     self._session.trust.lost()
                     push.took(await intake.folder(self._workers, push, path))
                     with push.timed("settle"):
-                        missing, message = await self._evidence.missing(push, folder=True)
-                    with push.timed("flush"):
-                        await self._workers.flush()
+                        seen = await self._evidence.settle(push, digests=False)
+                        missing, message = await self._evidence.missing(push, seen, folder=True)
                 outcome = await self._session.close(push, Outcome("applied", missing, message))
         if outcome.kind != "applied":
             raise RefusedError(500, "FP8-ENGINE", outcome.message)
@@ -260,15 +259,14 @@ class Updates:
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
                 with push.timed("settle"):
-                    missing, message = await self._evidence.missing(push)
+                    seen = await self._evidence.settle(push, digests=bool(verify))
                 with push.timed("verify"):
-                    equal = await self._evidence.equal(push) if verify else None
-                if not self._connection.disk:  # the engine's own reload: ranks trust none of it
-                    await self._session.trust.tell(equal or ())
-                if push.touched:
-                    with push.timed("flush"):
-                        await self._workers.flush()
-            outcome = await self._session.close(push, Outcome("applied", missing, message))
+                    missing, message = await self._evidence.missing(push, seen)
+                    equal = self._evidence.equal(push, seen)
+            # The engine's own reload: ranks trust none of it.
+            proven = () if self._connection.disk else equal or ()
+            applied = Outcome("applied", missing, message)
+            outcome = await self._session.close(push, applied, proven)
             if outcome.kind != "applied":
                 refused = RefusedError(500, "FP8-ENGINE", outcome.message)
                 self._session.past.answered(push, refused)
