@@ -53,6 +53,7 @@ class Table:
         self.buckets: list[list[str]] = []
         self.keeps, self.refit, self.delay = True, True, 0.0
         self.in_flight: list[str] = []
+        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
         self.offers: list[Any] = []
 
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
@@ -62,7 +63,8 @@ class Table:
             self.hang_up()
             self.offers.append(details["carrier"])
         if what == "receive":
-            self.buckets.append([e["name"] for e in details["entries"]])
+            entries = details.get("entries") or self.lists[details["list"]]
+            self.buckets.append([e["name"] for e in entries])
         answer = getattr(self, f"_{what}")
         # In threads: ranks wait for each other in a group.
         asked = (asyncio.to_thread(answer, rank, **details) for rank in range(self.ranks))
@@ -94,8 +96,16 @@ class Table:
         return {}
 
     def _receive(
-        self, rank: int, number: int, slot: int, nbytes: int, entries: list[dict[str, Any]]
+        self,
+        rank: int,
+        number: int,
+        slot: int,
+        nbytes: int,
+        list: str,  # noqa: A002 - as it is asked
+        entries: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
+        entries = entries or self.lists[list]
+        self.lists[list] = entries
         bucket = self.receivers[rank].bucket(slot, nbytes)
         for entry in entries if self.keeps else ():
             dtype = getattr(torch, entry["dtype"])

@@ -29,6 +29,7 @@ from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.lists import Lists
 from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -79,6 +80,7 @@ class Updates:
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
+        self._lists = Lists(self._expected)
         self._evidence = Evidence(workers, self._expected)
         self._session = Session(gate, workers, self._evidence, self.log)
         self._admission = Admission(gate, self._session, self.memory)
@@ -146,6 +148,7 @@ class Updates:
         async with self._session.turn:
             await self._session.expire()
             self._admission.require_free()
+            self._lists.forgotten()
             try:
                 await self._connection.open(offer)
             finally:
@@ -166,6 +169,7 @@ class Updates:
             push = self._session.push
             if push is not None:
                 await self._session.close(push, broken(push, "the client disconnected"))
+            self._lists.forgotten()
             await self._connection.close()
             self._gate.about["connection"] = ""
             return {"connection": found["connection"]}
@@ -230,16 +234,30 @@ class Updates:
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._session.or_ends(push):
-                entries = intake.read(found, disk=self._connection.disk)
-                self._expected.check(entries, push.entries)
                 if self._connection.disk:
+                    entries = intake.read(found, disk=True)
+                    self._expected.check(entries, push.entries)
                     self._session.trust.lost()  # the engine's own reload: the ranks lose it, too
-                loaded = await intake.load(self._workers, push, found, disk=self._connection.disk)
+                    loaded = await intake.load(self._workers, push, found, None)
+                else:
+                    entries = self._lists.read(found, push.entries)
+                    loaded = await self._loaded(push, found)
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
                 push.bucket, push.taken = request, {"number": number, **loaded}
                 push.took(loaded["seconds"])
             return push.taken
+
+    async def _loaded(self, push: OpenPush, found: Body) -> Body:
+        """Have every rank load a bucket, by its list; where that fails they may have none."""
+        listed = self._lists.told(found["number"])
+        try:
+            loaded = await intake.load(self._workers, push, found, listed)
+        except Exception:
+            self._lists.forgotten()
+            raise
+        self._lists.learned(found["number"])
+        return loaded
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""

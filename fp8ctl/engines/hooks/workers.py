@@ -48,7 +48,8 @@ class Workers(Protocol):
         - "refittable" {}: `refittable` (bool); `why` (str) where it is not.
         - "connect" {carrier: the client's offer}: {}. A rank that cannot open it fails.
         - "disconnect" {}: {}. Also where nothing is connected.
-        - "receive" {number, slot, nbytes, entries: without digests or facts}: `loaded` (how many
+        - "receive" {number, slot, nbytes, list: a name, entries: without digests or facts}, or
+          without entries where the rank was told them under this name: `loaded` (how many
           tensors), `broken` (True where weights were written and it then failed), `error`
           ("" or why; this question never raises for it), `seconds` {stage: seconds}. When
           it answers, the client may write where the bucket lies.

@@ -68,6 +68,7 @@ class Ranks:
         slots: of the carrier, name -> digest of what lies there.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
         calls: what was asked, in order; `messages` by how many questions.
+        lists: of buckets, by the names that the server gave them.
         parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
         remembers: it tells its layout once, and then sums alone.
@@ -83,6 +84,7 @@ class Ranks:
         self.faults: dict[str, Any] = {}
         self.calls: list[str] = []
         self.messages: list[str] = []
+        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
         self.details: list[dict[str, Any]] = []
         self.at_rest = False
         self.paused = self.running = 0
@@ -130,8 +132,16 @@ class Ranks:
         return {}
 
     def _receive(
-        self, rank: int, number: int, slot: int, nbytes: int, entries: list[dict[str, Any]]
+        self,
+        rank: int,
+        number: int,
+        slot: int,
+        nbytes: int,
+        list: str,  # noqa: A002 - as it is asked
+        entries: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
+        entries = entries or self.lists[list]
+        self.lists[list] = entries
         assert self.at_rest, "weights are written under requests that run"
         error = self.faults.get(f"rank {rank}", "")
         loaded = len(entries)

@@ -231,7 +231,7 @@ def test_a_rank_that_stays_silent_is_named(
     engine.silent = {1}
     with pytest.raises(RuntimeError, match=r"no \w+\.1\.json within 0 s"):
         asyncio.run(workers(engine).ask("digests"))
-    assert list((run_dir / "reports").iterdir()) == [], "the other's answer is left behind"
+    assert list(run_dir.glob("reports/*")) == [], "the other's answer is left behind"
 
 
 def test_schedulers_that_hang_do_not_keep_the_server_waiting_for_ever(
