@@ -148,7 +148,7 @@ class Updates:
         async with self._session.turn:
             await self._session.expire()
             self._admission.require_free()
-            self._lists.forgotten()
+            self._lists.forgotten()  # with the connection before
             try:
                 await self._connection.open(offer)
             finally:
@@ -169,7 +169,6 @@ class Updates:
             push = self._session.push
             if push is not None:
                 await self._session.close(push, broken(push, "the client disconnected"))
-            self._lists.forgotten()
             await self._connection.close()
             self._gate.about["connection"] = ""
             return {"connection": found["connection"]}

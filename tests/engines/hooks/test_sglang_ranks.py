@@ -194,6 +194,16 @@ def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("message", ["Success", '{"id": "of another question", "rank": 0}'])
+def test_what_is_no_answer_to_the_question_is_not_taken_for_one(
+    message: str, run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_worker, "taken", lambda _: message)
+    with pytest.raises(RuntimeError, match="did not answer what it was asked"):
+        asyncio.run(workers(engine).ask("digests"))
+    assert list(run_dir.glob("reports/*")) == []
+
+
 def test_a_server_of_several_replicas_is_told_that_it_is_one(run_dir: Path, engine: Engine) -> None:
     engine.refusal, engine.replicas = "whatever", 2
     with pytest.raises(RuntimeError, match="data parallelism: one server would have several sets"):
