@@ -550,14 +550,14 @@ def test_who_has_left_is_known_before_its_last_words_are_heard(
     pair: tuple[link.Line, socket.socket], ends: str
 ) -> None:
     line, other = pair
-    assert not line.gone
+    seen = [line.gone]
     other.sendall(b'{"room": 1}\n')
-    assert not line.gone
+    seen.append(line.gone)
     if ends == "shut":
         other.shutdown(socket.SHUT_RDWR)
     else:
         (other if ends == "closed" else line).close()
-    assert line.gone
+    assert [*seen, line.gone] == [False, False, True]
     if ends != "here":
         assert line.heard() == {"room": 1}
 

@@ -29,6 +29,7 @@ from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.lists import Lists
 from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -79,6 +80,7 @@ class Updates:
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
+        self._lists = Lists(self._expected)
         self._evidence = Evidence(workers, self._expected)
         self._session = Session(gate, workers, self._evidence, self.log)
         self._admission = Admission(gate, self._session, self.memory)
@@ -130,9 +132,8 @@ class Updates:
                     self._session.trust.lost()
                     push.took(await intake.folder(self._workers, push, path))
                     with push.timed("settle"):
-                        missing, message = await self._evidence.missing(push, folder=True)
-                    with push.timed("flush"):
-                        await self._workers.flush()
+                        seen = await self._evidence.settle(push, digests=False)
+                        missing, message = await self._evidence.missing(push, seen, folder=True)
                 outcome = await self._session.close(push, Outcome("applied", missing, message))
         if outcome.kind != "applied":
             raise RefusedError(500, "FP8-ENGINE", outcome.message)
@@ -147,6 +148,7 @@ class Updates:
         async with self._session.turn:
             await self._session.expire()
             self._admission.require_free()
+            self._lists.forgotten()  # with the connection before
             try:
                 await self._connection.open(offer)
             finally:
@@ -231,16 +233,30 @@ class Updates:
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._session.or_ends(push):
-                entries = intake.read(found, disk=self._connection.disk)
-                self._expected.check(entries, push.entries)
                 if self._connection.disk:
+                    entries = intake.read(found, disk=True)
+                    self._expected.check(entries, push.entries)
                     self._session.trust.lost()  # the engine's own reload: the ranks lose it, too
-                loaded = await intake.load(self._workers, push, found, disk=self._connection.disk)
+                    loaded = await intake.load(self._workers, push, found, None)
+                else:
+                    entries = self._lists.read(found, push.entries)
+                    loaded = await self._loaded(push, found)
                 push.entries.update((entry.name, entry) for entry in entries)
                 push.number += 1
                 push.bucket, push.taken = request, {"number": number, **loaded}
                 push.took(loaded["seconds"])
             return push.taken
+
+    async def _loaded(self, push: OpenPush, found: Body) -> Body:
+        """Have every rank load a bucket, by its list; where that fails they may have none."""
+        listed = self._lists.told(found["number"])
+        try:
+            loaded = await intake.load(self._workers, push, found, listed)
+        except Exception:
+            self._lists.forgotten()
+            raise
+        self._lists.learned(found["number"])
+        return loaded
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""
@@ -260,15 +276,14 @@ class Updates:
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
                 with push.timed("settle"):
-                    missing, message = await self._evidence.missing(push)
+                    seen = await self._evidence.settle(push, digests=bool(verify))
                 with push.timed("verify"):
-                    equal = await self._evidence.equal(push) if verify else None
-                if not self._connection.disk:  # the engine's own reload: ranks trust none of it
-                    await self._session.trust.tell(equal or ())
-                if push.touched:
-                    with push.timed("flush"):
-                        await self._workers.flush()
-            outcome = await self._session.close(push, Outcome("applied", missing, message))
+                    missing, message = await self._evidence.missing(push, seen)
+                    equal = self._evidence.equal(push, seen)
+            # The engine's own reload: ranks trust none of it.
+            proven = () if self._connection.disk else equal or ()
+            applied = Outcome("applied", missing, message)
+            outcome = await self._session.close(push, applied, proven)
             if outcome.kind != "applied":
                 refused = RefusedError(500, "FP8-ENGINE", outcome.message)
                 self._session.past.answered(push, refused)

@@ -175,6 +175,21 @@ def test_begin_and_end_are_repeated_without_being_done_twice() -> None:
     run(test())
 
 
+def test_an_end_asks_the_ranks_once_and_brings_them_back() -> None:
+    """Each question is a millisecond or two in which nothing is served."""
+
+    async def test() -> None:
+        server = Server()
+        for version in "BC":
+            await server.begin(version)
+            await server.bucket(0, NAMES, version)
+            server.workers.messages.clear()
+            assert (await server.end(1, version))[1]["verified"] == 4
+            assert server.workers.messages == ["settle", "resume"]
+
+    run(test())
+
+
 def test_an_end_that_failed_fails_alike_when_it_is_repeated() -> None:
     async def test() -> None:
         server = Server()
