@@ -185,10 +185,10 @@ class Giver:
 
     def _wait(self) -> None:
         """Wait until something may have changed."""
-        oldest = next(iter([*self._given, *self._queue]), None)
-        if oldest is None:
+        if not self._given and not self._queue:
             self._hub.listen(self._note, None)
             return
+        oldest = (self._given or self._queue)[0]
         deadline = max(self._arrived, oldest.asked) + self._timeout
         left = deadline - time.monotonic()
         if left <= 0:
@@ -219,7 +219,7 @@ class Giver:
 
     def _late(self, bucket: _Bucket) -> TimeoutError:
         """Return who keeps a bucket waiting."""
-        if bucket in self._queue:
+        if bucket not in self._given:
             return self._hub.late(self._crowded(bucket.slot), "had no room for a bucket in time")
         if bucket.without:
             return self._hub.late(bucket.without, "did not get a bucket in time")

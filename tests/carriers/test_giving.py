@@ -425,8 +425,9 @@ def test_a_rank_that_hears_of_the_end_first_takes_what_has_come(transport: Trans
                 time.sleep(0.005)
             transport.done[1] = 1
 
-        transport.meanwhile[1] = end
         futures = [give(sender, slot, seed=7) for slot in range(2)]
+        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
+        transport.meanwhile[1] = end
         assert all(errors(futures))
         assert rank.bucket(0, NBYTES).tolist() == [7] * NBYTES
         with pytest.raises(ConflictError, match="was cancelled"):
