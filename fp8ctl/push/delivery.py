@@ -170,15 +170,20 @@ class ByCarrier:
         before = self._last
 
         def one(i: int, server: Server) -> dict[str, Any]:
-            if before and before[i].exception() is not None:
-                raise AbortedError(f"{server.url} did not take the bucket before")
-            return server.bucket(self._push, number, slot, nbytes, listed)
+            if not (before and before[i].done() and _failed(before[i])):
+                try:
+                    return server.bucket(self._push, number, slot, nbytes, listed)
+                except Exception:
+                    # The one before may be under way still, and why it fails comes first.
+                    if not before or not _failed(before[i]):
+                        raise
+            raise AbortedError(f"{server.url} did not take the bucket before")
 
         # The bytes first: a rank takes them as soon as it has room, asked or not.
         sent: list[Future[Any]] = []
         if self._sending is not None:
             sent = [self._sending.submit(self._sender.send, slot, nbytes)]
-        self._last = self._fleet.start(one)
+        self._last = self._fleet.start(one, beside=bool(number % 2))
         self._under_way.append(_Bucket(slot, sent or self._last, [*self._last, *sent], listed))
         self.number += 1
 
@@ -221,6 +226,14 @@ class ByCarrier:
             assert error is not None
             raise _named(error, first.entries)
         self._under_way = [one for one in self._under_way if not all(f.done() for f in one.all)]
+
+
+def _failed(future: Future[Any]) -> bool:
+    """Wait for an answer, and say whether there is none."""
+    try:
+        return future.exception() is not None
+    except concurrent.futures.CancelledError:
+        return True
 
 
 def _named(error: BaseException, entries: Sequence[Entry]) -> BaseException:

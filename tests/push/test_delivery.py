@@ -38,7 +38,7 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
     second: Future[Any] = Future()
     first = Overtaken(second)
     asked = iter([first, second])
-    fleet: Any = SimpleNamespace(start=lambda _: [next(asked)])
+    fleet: Any = SimpleNamespace(start=lambda _, beside: [next(asked)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(2)]
     sender = SimpleNamespace(buffer=lambda slot: slots[slot], ready=lambda _: None)
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
