@@ -158,6 +158,8 @@ class Filler:
         if self._used + nbytes > delivery.capacity:
             self._deliver()
         if self._memory is None:
+            if self._later is not None and not delivery.free(self._slot):
+                self._look_at_last()  # who waits anyway has the time, and servers the next bucket
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
         address, places = self._memory.data_ptr(), delivery.places

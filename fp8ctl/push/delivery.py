@@ -89,6 +89,9 @@ class Delivery(Protocol):
     device: torch.device
     number: int
 
+    def free(self, slot: int) -> bool:
+        """Say whether `buffer` would return at once."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when nobody reads it any more."""
 
@@ -173,6 +176,10 @@ class ByCarrier:
         self._turns = contextlib.ExitStack()
         self._turns.enter_context(turns.short())
 
+    def free(self, slot: int) -> bool:
+        """Say whether what was in it is read by nobody any more."""
+        return all(f.done() for one in self._under_way if one.slot == slot for f in one.left)
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when what was in it is read by nobody any more."""
         self._wait(lambda bucket: bucket.left if bucket.slot == slot else ())
@@ -194,11 +201,16 @@ class ByCarrier:
         before = self._last
 
         def one(i: int, server: Server) -> dict[str, Any]:
-            if before and before[i].exception() is not None:
-                raise AbortedError(f"{server.url} did not take the bucket before")
-            return server.bucket(self._push, number, slot, nbytes, listed)
+            if not (before and before[i].done() and _failed(before[i])):
+                try:
+                    return server.bucket(self._push, number, slot, nbytes, listed)
+                except Exception:
+                    # The one before may be under way still, and why it fails comes first.
+                    if not before or not _failed(before[i]):
+                        raise
+            raise AbortedError(f"{server.url} did not take the bucket before")
 
-        self._last = self._fleet.start(one)
+        self._last = self._fleet.start(one, beside=bool(number % 2))
         bucket = next(one for one in self._under_way if one.slot == slot and not one.asked)
         bucket.asked, bucket.entries = self._last, listed
         self.number += 1
@@ -242,6 +254,14 @@ class ByCarrier:
         self._under_way = [
             one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
         ]
+
+
+def _failed(future: Future[Any]) -> bool:
+    """Wait for an answer, and say whether there is none."""
+    try:
+        return future.exception() is not None
+    except concurrent.futures.CancelledError:
+        return True
 
 
 def _named(error: BaseException, entries: Sequence[Entry]) -> BaseException:

@@ -98,6 +98,11 @@ class ByFolder:
         self._pool = ThreadPoolExecutor(1, "fp8ctl-push-write")
         self._writing: list[Future[None] | None] = [None] * SLOTS
 
+    def free(self, slot: int) -> bool:
+        """Say whether it is written to its file."""
+        writing = self._writing[slot]
+        return writing is None or writing.done()
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when it is written to its file."""
         self._wait(slot)

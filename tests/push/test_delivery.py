@@ -38,7 +38,7 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
     second: Future[Any] = Future()
     first = Overtaken(second)
     asked = iter([first, second])
-    fleet: Any = SimpleNamespace(start=lambda _: [next(asked)])
+    fleet: Any = SimpleNamespace(start=lambda _, beside: [next(asked)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(2)]
     sender = SimpleNamespace(
         slots=2,
@@ -66,7 +66,7 @@ def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
     sent: list[Future[None]] = [Future(), Future()]
     asked: list[Future[Any]] = [Future(), Future()]
     servers, sends = iter(asked), iter(sent)
-    fleet: Any = SimpleNamespace(start=lambda _: [next(servers)])
+    fleet: Any = SimpleNamespace(start=lambda *_, **__: [next(servers)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(3)]
     sender = SimpleNamespace(
         buffer=lambda slot: slots[slot],

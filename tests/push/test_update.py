@@ -398,7 +398,8 @@ def test_a_server_that_is_gone_in_a_bucket_is_told_with_its_tensors(
         assert e.value.data["server"] == gone.url
         assert source.closed
         # Asked twice, since an answer may be lost; then given up.
-        assert gone.asked.count(wire.BUCKET) == 3
+        asked = [one["number"] for one in gone.bodies if "nbytes" in one]
+        assert (asked.count(0), asked.count(1)) == (1, 2)
         assert server.state == "failed"
         assert wire.END not in server.asked
         assert serves_again(gone, rollout)
@@ -429,6 +430,46 @@ def test_a_lost_answer_is_asked_for_again_and_nothing_is_loaded_twice(server: Se
     names = [name for bucket in server.table.buckets for name in bucket]
     assert len(names) == len(set(names)) == 19
     assert server.state == "ready"
+
+
+def test_a_bucket_is_asked_for_while_the_one_before_is_worked_off(server: Server) -> None:
+    came = asyncio.Event()
+
+    async def wait(found: dict[str, Any]) -> None:
+        if found["number"] == 1:
+            came.set()
+        await asyncio.wait_for(came.wait(), 20)
+
+    server.faults[wire.BUCKET] = wait
+    with Rollout(server.url, PLAN, bucket_bytes=9000) as rollout:
+        done = rollout.update(WEIGHTS.items(), "new")
+    assert done.buckets > 2
+    assert done.verified == 19
+    assert holds(server, wanted())
+
+
+def test_of_two_buckets_that_fail_the_first_is_told_also_where_it_is_answered_last(
+    server: Server,
+) -> None:
+    refused = asyncio.Event()
+
+    async def fail(found: dict[str, Any]) -> tuple[int, Any]:
+        if found["number"] == 1:
+            refused.set()
+            told = "it follows"
+        else:
+            await asyncio.wait_for(refused.wait(), 20)
+            await asyncio.sleep(0.3)
+            told = "the cause"
+        error = {"id": "FP8-LOAD", "message": told, "hint": "", "data": {}}
+        return 500, {"error": error, "state": "ready"}
+
+    server.faults[wire.BUCKET] = fail
+    with Rollout(server.url, PLAN, bucket_bytes=9000) as rollout:
+        with pytest.raises(Fp8ctlError, match="the cause"):
+            rollout.update(CHANGED.items(), "new")
+        del server.faults[wire.BUCKET]
+        assert rollout.update(CHANGED.items(), "new").verified == 19
 
 
 def test_a_connection_that_idled_away_is_opened_again(server: Server) -> None:

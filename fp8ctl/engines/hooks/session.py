@@ -109,6 +109,7 @@ class Session:
             applied = outcome.kind == "applied"
             self._gate.about["version"] = (push.begin.version or None) if applied else None
         self.push = None
+        push.moves()
         self.past.add(push, outcome)
         self._gate.end_update(outcome)
         if self._watching is not None and self._watching is not asyncio.current_task():

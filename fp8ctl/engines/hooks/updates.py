@@ -12,13 +12,16 @@ key. A route of the engine's own that writes weights, or gives them up, runs ins
 which raises `RefusedError` (409) while a push is open, and keeps pushes out meanwhile.
 
 One request at a time has its turn; a BEGIN of a second client is refused at once. Buckets are
-numbered from 0. Every request is a sign of life, a repeated BEGIN too. No request may be
+numbered from 0; a client may send one while the one before is on its way. Every request is a sign
+of life, a repeated BEGIN too. No request may be
 cancelled half-way: `routes` works each off to its end, so that one that is repeated finds the
 first one's answer and never half of its work.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,9 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.workers import Workers
 
     Body = dict[str, Any]
+
+#: Seconds that a bucket waits for the one before it, before it counts as out of order.
+AHEAD = 10.0
 
 
 class Updates:
@@ -217,14 +223,16 @@ class Updates:
 
     async def bucket(self, found: Body) -> Body:
         """Load one bucket, after all of it was compared with the plan."""
+        await self._predecessor(found)
         async with self._session.turn:
             push = await self._mine(found)
             number = found.get("number")
             if type(number) is not int:
                 raise RefusedError(409, "FP8-ORDER", f"bucket {number!r:.40}; expected a number")
             request = {k: v for k, v in found.items() if k != "push"}
-            if number == push.number - 1 and request == push.bucket:
-                return {**push.taken, "repeated": True}
+            before = push.taken.get(number)
+            if before is not None and request == before[0]:
+                return {**before[1], "repeated": True}
             if number != push.number:
                 raise RefusedError(
                     409,
@@ -242,10 +250,22 @@ class Updates:
                     entries = self._lists.read(found, push.entries)
                     loaded = await self._loaded(push, found)
                 push.entries.update((entry.name, entry) for entry in entries)
-                push.number += 1
-                push.bucket, push.taken = request, {"number": number, **loaded}
+                answer = {"number": number, **loaded}
+                push.has_taken(request, answer)
                 push.took(loaded["seconds"])
-            return push.taken
+            return answer
+
+    async def _predecessor(self, found: Body) -> None:
+        """Wait until the bucket before this one has been taken, where that is yet to come.
+
+        They come by two connections, so that the ranks need not wait for the client's next.
+        """
+        push, number = self._session.push, found.get("number")
+        if push is None or push.begin.push != found.get("push") or type(number) is not int:
+            return
+        if number == push.number + 1:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(push.moved.wait(), AHEAD)
 
     async def _loaded(self, push: OpenPush, found: Body) -> Body:
         """Have every rank load a bucket, by its list; where that fails they may have none."""
