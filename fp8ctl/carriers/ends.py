@@ -16,8 +16,8 @@ from fp8ctl.wire import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from concurrent.futures import Future
 
+    from fp8ctl.carriers.sent import Sent
     from fp8ctl.wire import Kind
 
 #: How many a carrier has whose ranks read the slots themselves.
@@ -68,13 +68,13 @@ class Sender(Protocol):
     def settle(self, slot: int) -> None:
         """Wait, where other processes read the slot itself, until what was `ready` is written."""
 
-    def send(self, slot: int, nbytes: int) -> Future[None] | None:
+    def send(self, slot: int, nbytes: int) -> Sent | None:
         """Bring the first bytes of a slot to all ranks, where the carrier is a group.
 
-        Returns at once, and what it returns ends when the slot may be written again: this device
-        has given the bytes. They go in the order of the calls, to ranks that have room; a rank
-        that has loaded what it got before takes the next one by itself. Where the ranks read the
-        slot itself there is nothing to do: None. In what is returned may be:
+        Returns at once what tells how far they are. They go in the order of the calls, to ranks
+        that have room; a rank that has loaded what it got before takes the next one by itself.
+        Where the ranks read the slot itself there is nothing to do: None. In what is returned may
+        be:
 
         - TimeoutError: a rank had no room for it, or did not get it; the message names it.
         - ConflictError: `cancel` or `close` ended it, or a rank is gone. What came after it in

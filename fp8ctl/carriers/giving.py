@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fp8ctl.carriers import turns
+from fp8ctl.carriers.sent import Sent
 from fp8ctl.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -39,21 +40,28 @@ class _Bucket:
         slot: where it lies.
         nbytes: of it.
         after: an event of the device that comes first.
-        future: of who asked for it.
+        sent: for who asked for it.
         asked: when it was.
         over: says whether the device has given it.
-        left: the device has; its future has ended.
+        left: the device has.
         without: ranks that have not said that they have it.
     """
 
     def __init__(self, slot: int, nbytes: int, after: Any) -> None:
         self.slot, self.nbytes, self.after = slot, nbytes, after
-        self.future: Future[None] = Future()
-        self.future.set_running_or_notify_cancel()  # who waits for it cannot take it back
+        self.sent = Sent(Future(), Future())
+        for future in self.sent:
+            future.set_running_or_notify_cancel()  # who waits for it cannot take it back
         self.asked = time.monotonic()
         self.over: Callable[[], bool] | None = None
         self.left = False
         self.without: set[int] = set()
+
+    def fail(self, kind: type[Exception], why: str) -> None:
+        """End what has not ended; each future with an error of its own: who raises one adds to it."""
+        for future in self.sent:
+            if not future.done():
+                future.set_exception(kind(why))
 
 
 class Giver:
@@ -95,18 +103,18 @@ class Giver:
         self._thread = threading.Thread(target=self._run, name="fp8ctl-push-give", daemon=True)
         self._thread.start()
 
-    def give(self, slot: int, nbytes: int, after: Any) -> Future[None]:
-        """Put a bucket at the end of the queue; return what ends when the device has given it."""
+    def give(self, slot: int, nbytes: int, after: Any) -> Sent:
+        """Put a bucket at the end of the queue; return what tells how far it is."""
         bucket = _Bucket(slot, nbytes, after)
         with self._one_at_a_time:
             why = self._why
             if not why:
                 self._queue.append(bucket)
         if why:
-            bucket.future.set_exception(ConflictError(f"the group has ended: {why}"))
+            bucket.fail(ConflictError, f"the group has ended: {why}")
         else:
             self._hub.wake()
-        return bucket.future
+        return bucket.sent
 
     def join(self) -> None:
         """Wait for the thread, after `Hub.cancel`."""
@@ -140,7 +148,7 @@ class Giver:
             except ConflictError as e:
                 raise self._whose(e, bucket) from None
         while self._given and self._given[0].left and not self._given[0].without:
-            self._given.popleft()
+            self._given.popleft().sent.arrived.set_result(None)
             self._arrived = time.monotonic()
 
     def _take(self, bucket: _Bucket) -> bool:
@@ -149,7 +157,7 @@ class Giver:
             return False
         bucket.left, bucket.over = True, None
         self._looked = time.monotonic()
-        bucket.future.set_result(None)
+        bucket.sent.left.set_result(None)
         return True
 
     def _flying(self) -> list[_Bucket]:
@@ -249,12 +257,11 @@ class Giver:
         """End the group, and then all that waits."""
         with self._one_at_a_time:
             self._why = why or "the group has ended"
-            waiting = [*self._flying(), *self._queue]
+            waiting = [*self._given, *self._queue]
             self._given.clear()
             self._queue.clear()
         try:
             self._ended(why)
         finally:
             for bucket in waiting:
-                # Each its own: who raises one adds to it.
-                bucket.future.set_exception(kind(why))
+                bucket.fail(kind, why)

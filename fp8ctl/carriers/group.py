@@ -21,6 +21,7 @@ from fp8ctl.carriers import gloo, link, nccl, offers
 from fp8ctl.carriers.ahead import Ahead
 from fp8ctl.carriers.giving import Giver
 from fp8ctl.carriers.hub import Hub
+from fp8ctl.carriers.sent import Sent
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
@@ -137,13 +138,14 @@ class GroupSender:
     def settle(self, slot: int) -> None:
         """Do nothing: the broadcast comes after it, on the device."""
 
-    def send(self, slot: int, nbytes: int) -> Future[None]:
+    def send(self, slot: int, nbytes: int) -> Sent:
         """Have the bucket given when every rank has room for it; return at once."""
         giver = self._giver
         if giver is None:
             why = "the group is not there: it was not joined, or has ended"
-            refused: Future[None] = Future()
-            refused.set_exception(ConflictError(why))
+            refused = Sent(Future(), Future())
+            for future in refused:
+                future.set_exception(ConflictError(why))
             return refused
         if self._slots:  # not closed
             offers.part(self._slots, slot, nbytes)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from fp8ctl.carriers.sent import Sent
     from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.push.link import Link
@@ -121,25 +122,25 @@ class _Bucket:
 
     Attributes:
         slot: where it lies.
-        sent: ends when a group has its bytes, so that the slot may be written again.
+        sent: how far it is on its way to a group; None where there is none.
         asked: end when the servers have loaded it; empty where it is not delivered yet.
         entries: of what is in it.
     """
 
     slot: int
-    sent: Sequence[Future[Any]]
+    sent: Sent | None
     asked: Sequence[Future[Any]] = ()
     entries: Sequence[Entry] = ()
 
     @property
     def left(self) -> Sequence[Future[Any]]:
         """What ends when the slot may be written again."""
-        return self.sent or self.asked
+        return self.asked if self.sent is None else self.sent[:1]
 
     @property
     def all(self) -> Sequence[Future[Any]]:
         """What ends when it has arrived everywhere."""
-        return [*self.asked, *self.sent]
+        return [*self.asked, *(self.sent or ())]
 
     def error(self) -> BaseException | None:
         """Return what went wrong with it until now; rather why than that it was given up."""
@@ -188,8 +189,7 @@ class ByCarrier:
     def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Send a slot's bytes, where they are sent; a rank takes them when it has room."""
         self._sender.ready(slot)
-        sending = self._sender.send(slot, nbytes)
-        sent = [] if sending is None else [sending]
+        sent = self._sender.send(slot, nbytes)
         self._under_way.append(_Bucket(slot, sent, entries=entries))
 
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:

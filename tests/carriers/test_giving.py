@@ -28,6 +28,8 @@ from tests.carriers.processes import alive
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from fp8ctl.carriers.sent import Sent
+
 CPU = torch.device("cpu")
 NBYTES = 1000
 PATIENCE = 30.0
@@ -163,12 +165,17 @@ def played(timeout: float = PATIENCE) -> Iterator[tuple[ends.Sender, Rank]]:
 
 
 def give(sender: ends.Sender, slot: int, seed: int = 0) -> Future[None]:
-    """Fill a slot and have it given."""
+    """Fill a slot and have it given; return what ends when it may be written again."""
+    return sent(sender, slot, seed).left
+
+
+def sent(sender: ends.Sender, slot: int, seed: int = 0) -> Sent:
+    """Fill a slot and have it given; return how far it is."""
     sender.buffer(slot).fill_(seed)
     sender.ready(slot)
-    future = sender.send(slot, NBYTES)
-    assert future is not None
-    return future
+    found = sender.send(slot, NBYTES)
+    assert found is not None
+    return found
 
 
 def becomes(found: Callable[[], object], wanted: object) -> None:
@@ -335,8 +342,9 @@ def test_closing_ends_what_is_in_flight(transport: Transport) -> None:
         assert [str(e) for e in errors(futures)] == ["the trainer has closed the group"] * 3
         late = sender.send(0, NBYTES)
         assert late is not None
-        with pytest.raises(ConflictError, match="has closed the group"):
-            late.result(PATIENCE)
+        for future in late:
+            with pytest.raises(ConflictError, match="has closed the group"):
+                future.result(PATIENCE)
 
 
 @pytest.mark.parametrize("how", ["dies", "says why"])
@@ -356,6 +364,32 @@ def test_a_rank_that_leaves_with_two_in_flight_is_the_reason_of_all(
             assert reason in str(e)
         assert not alive(sender)
         assert transport.closed == [0]
+
+
+def test_what_has_left_has_not_arrived_before_every_rank_has_said_so(transport: Transport) -> None:
+    transport.done[0] = 9
+    with group(0, 1) as (sender, _):
+        found = sent(sender, 0)
+        assert found.left.exception(PATIENCE) is None
+        for rank in (1, 2):
+            time.sleep(WHILE)
+            assert not found.arrived.done()
+            transport.done[rank] = 1
+        assert found.arrived.exception(PATIENCE) is None
+
+
+@pytest.mark.parametrize("how", ["dies", "is late"])
+def test_a_rank_that_has_no_bucket_which_has_left_is_named(how: str, transport: Transport) -> None:
+    """NCCL takes small ones whole before a rank does anything."""
+    transport.done[0] = 9
+    with played(timeout=1.0) as (sender, rank):
+        found = sent(sender, 0)
+        assert found.left.exception(PATIENCE) is None
+        if how == "dies":
+            rank.line.close()
+        with pytest.raises((TimeoutError, ConflictError), match=r"rank 0 of server 0 \(process"):
+            found.arrived.result(PATIENCE)
+        assert not alive(sender)
 
 
 def test_a_rank_that_dies_between_buckets_is_seen_at_once(transport: Transport) -> None:

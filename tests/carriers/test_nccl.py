@@ -149,9 +149,9 @@ def come(sender: ends.Sender, process: Process) -> None:
 
 
 def given(sender: ends.Sender, slot: int, nbytes: int) -> None:
-    future = sender.send(slot, nbytes)
-    assert future is not None
-    future.result(120)
+    sent = sender.send(slot, nbytes)
+    assert sent is not None
+    sent.arrived.result(120)
 
 
 @pytest.mark.gpu
@@ -170,7 +170,7 @@ def test_buckets_that_are_given_at_once_arrive_in_order(pool: Pool) -> None:
         sent = [sender.send(slot, NBYTES - slot) for slot in range(3)]
         found = [process.ok(bucket=[slot, NBYTES - slot]) for slot in range(3)]
         assert found == wanted
-        assert [one.result(120) for one in sent if one is not None] == [None] * 3
+        assert [one.arrived.result(120) for one in sent if one is not None] == [None] * 3
     process.ok(close=True)
     sender.close()
 
@@ -188,7 +188,7 @@ def test_a_rank_killed_with_two_in_flight_is_named(pool: Pool) -> None:
     for one in sent:
         assert one is not None
         with pytest.raises(ConflictError, match=rf"process {process.pid} on .* is gone"):
-            one.result(30)
+            one.arrived.result(30)
     assert not alive(sender)
     sender.close()
     assert float(torch.ones(10, device="cuda:0").sum()) == 10.0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from fp8ctl.carriers.sent import Sent
 from fp8ctl.errors import AbortedError, BusyError, ConflictError, Fp8ctlError
 from fp8ctl.push.delivery import ByCarrier, Clock
 from fp8ctl.wire import Entry
@@ -63,7 +64,7 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
 
 def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
     """As many slots in turn as the carrier has; where the ranks read it themselves, later."""
-    sent: list[Future[None]] = [Future(), Future()]
+    sent = [Sent(Future(), Future()) for _ in range(2)]
     asked: list[Future[Any]] = [Future(), Future()]
     servers, sends = iter(asked), iter(sent)
     fleet: Any = SimpleNamespace(start=lambda *_, **__: [next(servers)])
@@ -87,11 +88,39 @@ def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
             free = threads.submit(delivery.buffer, 0)
             with pytest.raises(TimeoutError):
                 free.result(0.2)
-            sent[0].set_result(None)
+            sent[0].left.set_result(None)
             assert free.result(20) is slots[0]
             free = threads.submit(delivery.buffer, 1)
-            sent[1].set_exception(ConflictError("a rank is gone"))
+            sent[1].left.set_exception(ConflictError("a rank is gone"))
             with pytest.raises(ConflictError, match="a rank is gone"):
                 free.result(20)
+    finally:
+        delivery.close()
+
+
+def test_who_has_not_got_what_has_left_ends_the_wait_for_servers() -> None:
+    sent, asked = Sent(Future(), Future()), Future[Any]()
+    fleet: Any = SimpleNamespace(start=lambda *_, **__: [asked])
+    memory = torch.zeros(4, dtype=torch.uint8)
+    sender = SimpleNamespace(
+        buffer=lambda _: memory,
+        ready=lambda _: None,
+        settle=lambda _: None,
+        send=lambda *_: sent,
+        slots=2,
+    )
+    link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
+    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    try:
+        delivery.give(0, 4, [ENTRY])
+        delivery.deliver(0, 4, [ENTRY])
+        sent.left.set_result(None)
+        with ThreadPoolExecutor(1) as threads:
+            draining = threads.submit(delivery.drain)
+            with pytest.raises(TimeoutError):
+                draining.result(0.2)
+            sent.arrived.set_exception(ConflictError("a rank is gone"))
+            with pytest.raises(ConflictError, match="a rank is gone"):
+                draining.result(20)
     finally:
         delivery.close()
