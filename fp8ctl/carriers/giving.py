@@ -58,7 +58,7 @@ class _Bucket:
         self.without: set[int] = set()
 
     def fail(self, kind: type[Exception], why: str) -> None:
-        """End what has not ended; each future with an error of its own: who raises one adds to it."""
+        """End what has not ended, each with an error of its own: who raises one adds to it."""
         for future in self.sent:
             if not future.done():
                 future.set_exception(kind(why))
