@@ -248,19 +248,23 @@ class Receiver:
             self.forget()
         elif not self._settled:
             self._engine.settle(self.model)
-            wait_for(self.device)
-            self._settled = True
-        missing = [name for name in expected if name not in self.arrived]
-        told: dict[str, Any] = {}
+        reading = None
         if layouts is not None and not broken:
-            told["digests"] = self._told({"layouts": layouts})
-        return {
-            **told,
+            reading = self._inventory.begin(layouts[self.rank] if layouts else "")
+        # A GPU reads the weights meanwhile.
+        missing = [name for name in expected if name not in self.arrived]
+        told: dict[str, Any] = {
             "broken": broken,
             "unfilled": self._engine.guard("fp8ctl_unfilled", self.model),
             "missing": missing[:20],
             "missing_count": len(missing),
         }
+        if reading is not None:
+            told["digests"] = reading()
+        if not broken and not self._settled:
+            wait_for(self.device)
+            self._settled = True
+        return told
 
     def forget(self) -> dict[str, Any]:
         """Count from nothing: only a whole set makes the weights whole again."""
