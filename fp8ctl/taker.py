@@ -103,6 +103,8 @@ class Taker:
         self._came: set[str] = set()
         #: Most tensors are like one before: dtypes, shapes and bytes of their places.
         self._alike: dict[_Kind, tuple[_Place, ...]] = {}
+        #: The source has its tensors whether or not they are taken; others may make each of them.
+        self.keeps = False
         #: Of who reads the stream, for the other ranks.
         self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
@@ -203,8 +205,7 @@ class Taker:
             where = self._device if self.placing is None else self.placing.device
             whole = [(n, self._whole(n, t, fp8, gives, where), fp8, s) for n, t, fp8, s in held]
         lent = ranks is None and all(
-            one[1] is not None and _same_memory(one[1], given[1])
-            for one, given in zip(whole, held, strict=True)
+            self._is_lent(one[1], given[1]) for one, given in zip(whole, held, strict=True)
         )
         held.clear()
         if gives:
@@ -242,6 +243,11 @@ class Taker:
         if self.placing is None or self._ranks is None or self._ranks.is_source:
             return 0.0
         return self.placing.patience
+
+    def _is_lent(self, whole: torch.Tensor | None, given: torch.Tensor) -> bool:
+        """Say whether a tensor is the source's own, so that to keep it takes no memory."""
+        own = self.keeps or isinstance(given, torch.nn.Parameter)
+        return own and whole is not None and _same_memory(whole, given)
 
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)
@@ -307,6 +313,7 @@ class Taker:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         begun: list[tuple[list[str], Callable[[], Any]]] = []
+        sources = [tensor for _, tensor, *_ in bucket]
         with self._stage("quantise"):
             for those in by_device.values():
                 names = [bucket[i][0] for i in those]
@@ -322,7 +329,7 @@ class Taker:
             # Nobody waits for the device here: what is to be found out about the outputs is
             # queued first, and what comes next as well.
             here = {slots[1].name for *_, fp8, slots in bucket if fp8}
-            self.placing.writing(here, lambda: _wait(begun), later=lent)
+            self.placing.writing(here, lambda: _wait(begun, sources), later=lent)
         pairs: list[Named] = []
         for i, (name, tensor, *_) in enumerate(bucket):
             if i not in made:
@@ -358,8 +365,14 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one is other or (type(other) in _PLAIN and one.data_ptr() == other.data_ptr())
 
 
-def _wait(begun: Sequence[tuple[Sequence[str], Callable[[], object]]]) -> None:
-    """Wait for lists that were begun, each with its names."""
+def _wait(
+    begun: Sequence[tuple[Sequence[str], Callable[[], object]]], _sources: Sequence[torch.Tensor]
+) -> None:
+    """Wait for lists that were begun, each with its names.
+
+    Whoever may call this keeps the sources of all of them, also of what is copied: memory that is
+    free again may be another stream's before the device has read it.
+    """
     for names, wait in begun:
         with _named(names):
             wait()

@@ -58,7 +58,6 @@ class CudaSender:
         self._device = _with_index(device)
         self._slots: list[torch.Tensor] = []
         self._offered: list[dict[str, object]] = []
-        self.slots = slots
         #: What the device does before a slot may be read.
         self._written: list[Any] = [None] * slots
         self._uuid = driver.uuids()[self._device.index]

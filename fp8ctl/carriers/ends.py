@@ -59,7 +59,7 @@ class Sender(Protocol):
         """Return where a bucket is written: uint8, all bytes of the slot.
 
         A slot may be written again when every server has answered for its last bucket; where
-        the carrier is a group, when what `send` returned has ended.
+        the carrier is a group, when the bucket has `left`.
         """
 
     def ready(self, slot: int) -> None:

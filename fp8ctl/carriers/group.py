@@ -50,7 +50,6 @@ class GroupSender:
         timeout: float,
     ) -> None:
         self.alive = True
-        self.slots = slots
         self._host, self._timeout = host, float(timeout)
         self._device = device
         self._backend_name = "nccl" if device.type == "cuda" else "gloo"
@@ -102,7 +101,12 @@ class GroupSender:
                 self._hub.collect(deadline)
                 ranks = range(1, self._world)
                 self._giver = Giver(
-                    *(self._hub, self._backend, self._slots, ranks, self._timeout, self._break)
+                    self._hub,
+                    self._backend,
+                    self._slots,
+                    ranks,
+                    timeout=self._timeout,
+                    ended=self._break,
                 )
             except BaseException as e:
                 self._break(str(e))

@@ -1,9 +1,9 @@
 """One server, over HTTP: a method for each of its push routes.
 
 http.client of the standard library: a trainer's interpreter has nothing else for certain, and
-it takes no proxy from the environment. One connection is kept and used by one thread at a
-time; every request ends within a time-out. What fails on the way is asked once more: the
-routes answer a repeated request as they answered the first.
+it takes no proxy from the environment. Two connections are kept, each used by one thread at a
+time: every other bucket goes by the second. Every request ends within a time-out. What fails on
+the way is asked once more: the routes answer a repeated request as they answered the first.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Server:
         self._connection: http.client.HTTPConnection | None = None
         self._cut = threading.Event()
         self._why: Fp8ctlError | None = None
-        #: Every other bucket goes by a connection of its own.
-        self._other: Server | None = None
-        self._other = copy.copy(self)
+        #: The same server by a connection of its own, for every other bucket; cut together.
+        self._odd: Server | None = None
+        self._odd = copy.copy(self)
 
     # ---- what it is asked ----
 
@@ -137,7 +137,7 @@ class Server:
     ) -> dict[str, Any]:
         """Have a bucket loaded; may be asked while the one before is on its way."""
         body = {"push": push, "number": number, "slot": slot, "nbytes": nbytes}
-        line = (self._other if number % 2 else None) or self
+        line = (self._odd if number % 2 else None) or self
         line.backend = self.backend
         return line._post(wire.BUCKET, _with_entries(body, entries))
 
@@ -163,15 +163,20 @@ class Server:
     # ---- how ----
 
     def cut(self, why: Fp8ctlError | None = None) -> None:
-        """End a request that waits in another thread, and refuse others until `mend`.
+        """End requests that wait in other threads, and refuse others until `mend`.
 
         Args:
             why: what they raise; None: that the update was given up.
         """
+        if self._odd is not None:
+            self._odd._why = why or self._why
         self._why = why or self._why
         self._cut.set()
-        if self._other is not None:
-            self._other.cut(why)
+        self._shut()
+        if self._odd is not None:
+            self._odd._shut()
+
+    def _shut(self) -> None:
         connection = self._connection
         sock = None if connection is None else connection.sock
         if sock is not None:
@@ -183,8 +188,8 @@ class Server:
         self.close()
         self._cut.clear()
         self._why = None
-        if self._other is not None:
-            self._other.mend()
+        if self._odd is not None:
+            self._odd._why = None
 
     @property
     def here(self) -> str:
@@ -201,8 +206,8 @@ class Server:
     def close(self) -> None:
         """Close the connection; the next request opens one."""
         self._hang_up()
-        if self._other is not None:
-            self._other.close()
+        if self._odd is not None:
+            self._odd.close()
 
     def _hang_up(self) -> None:
         connection, self._connection = self._connection, None

