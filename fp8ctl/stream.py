@@ -15,6 +15,7 @@ given by one. Runs in a trainer's interpreter: torch and the standard library. P
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -129,6 +130,7 @@ class Stream:
 
     def __init__(self, source: Iterable[Named] | AsyncIterable[Named], taker: Taker) -> None:
         self._source, self._taker = source, taker
+        taker.keeps = isinstance(source, Collection)
         self._sync: Iterator[Named] | None = None
         self._async: AsyncIterator[Named] | None = None
 

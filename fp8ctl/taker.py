@@ -61,12 +61,15 @@ class Placing(Protocol):
     def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
         """Return memory for these tensors; may wait until there is some."""
 
-    def writing(self, scales: Collection[str]) -> None:
+    def writing(self, scales: Collection[str], check: Callable[[], object], *, later: bool) -> None:
         """Hear that all which writes to these places is queued; need not wait for it.
 
         Args:
-            scales: names of those that are made here. Where one would not be finite, nothing of
-                all this is passed on.
+            scales: names of those that are made here.
+            check: waits for them, and raises where one is not finite; what is placed here is to
+                be loaded by nobody before. It keeps the tensors that they are made of.
+            later: whether more may be placed before `check` is called. Not where the tensors
+                that it keeps are nobody else's: they take memory.
         """
 
     def stage(self, name: str) -> AbstractContextManager[None]:
@@ -100,6 +103,8 @@ class Taker:
         self._came: set[str] = set()
         #: Most tensors are like one before: dtypes, shapes and bytes of their places.
         self._alike: dict[_Kind, tuple[_Place, ...]] = {}
+        #: The source has its tensors whether or not they are taken; others may make each of them.
+        self.keeps = False
         #: Of who reads the stream, for the other ranks.
         self.why: BaseException | None = None
         # True between a bucket's beginning and the word of the source that it is done.
@@ -199,9 +204,12 @@ class Taker:
         with self._stage("gather"), torch.no_grad():
             where = self._device if self.placing is None else self.placing.device
             whole = [(n, self._whole(n, t, fp8, gives, where), fp8, s) for n, t, fp8, s in held]
+        lent = ranks is None and all(
+            self._is_lent(one[1], given[1]) for one, given in zip(whole, held, strict=True)
+        )
         held.clear()
         if gives:
-            made = self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None])
+            made = self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None], lent)
             del whole
             made.reverse()
             while made:  # what was given is no longer kept here
@@ -235,6 +243,11 @@ class Taker:
         if self.placing is None or self._ranks is None or self._ranks.is_source:
             return 0.0
         return self.placing.patience
+
+    def _is_lent(self, whole: torch.Tensor | None, given: torch.Tensor) -> bool:
+        """Say whether a tensor is the source's own, so that to keep it takes no memory."""
+        own = self.keeps or isinstance(given, torch.nn.Parameter)
+        return own and whole is not None and _same_memory(whole, given)
 
     def _stage(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.placing is None else self.placing.stage(name)
@@ -292,37 +305,31 @@ class Taker:
         return whole
 
     @torch.no_grad()
-    def _become(self, bucket: list[_Held]) -> list[Named]:
+    def _become(self, bucket: list[_Held], lent: bool) -> list[Named]:
         places = self._places([slots for *_, slots in bucket])
         by_device: dict[torch.device, list[int]] = {}
         for i, (_, tensor, fp8, _) in enumerate(bucket):
             if fp8:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        begun: list[tuple[list[int], Callable[[], Any]]] = []
-        those: list[int] = []
-        try:
-            with self._stage("quantise"):
-                for those in by_device.values():
-                    begun += [(those, self._quantize(bucket, those, places))]
-                for i, place in places.items():
-                    if len(place) == 1:
-                        name, tensor, *_ = bucket[i]
-                        bucket[i] = (name, place[0].copy_(tensor), False, ())
-            # One wait for the device, and what is to be found out about the outputs is queued
-            # before it: the host does its part meanwhile.
-            if self.placing is not None:
-                self.placing.writing({slots[1].name for *_, fp8, slots in bucket if fp8})
-            for those, wait in begun:
-                made.update(zip(those, wait(), strict=True))
-        except NonFiniteError as e:
-            name = bucket[those[e.tensor or 0]][0]
-            raise PlanDoesNotFitError(
-                f"{name}: non-finite value {e.value} at index {list(e.index)};"
-                " FP8 has no code for it",
-                hint="look at the optimiser's step: one such value spoils its whole block",
-                data={"tensor": name, "index": list(e.index)},
-            ) from e
+        begun: list[tuple[list[str], Callable[[], Any]]] = []
+        sources = [tensor for _, tensor, *_ in bucket]
+        with self._stage("quantise"):
+            for those in by_device.values():
+                names = [bucket[i][0] for i in those]
+                with _named(names):
+                    outputs, wait = self._quantize(bucket, those, places)
+                made.update(zip(those, outputs, strict=True))
+                begun.append((names, wait))
+            for i, place in places.items():
+                if len(place) == 1:
+                    name, tensor, *_ = bucket[i]
+                    bucket[i] = (name, place[0].copy_(tensor), False, ())
+        if self.placing is not None:
+            # Nobody waits for the device here: what is to be found out about the outputs is
+            # queued first, and what comes next as well.
+            here = {slots[1].name for *_, fp8, slots in bucket if fp8}
+            self.placing.writing(here, lambda: _wait(begun, sources), later=lent)
         pairs: list[Named] = []
         for i, (name, tensor, *_) in enumerate(bucket):
             if i not in made:
@@ -344,15 +351,45 @@ class Taker:
         bucket: list[_Held],
         those: list[int],
         places: dict[int, tuple[torch.Tensor, ...]],
-    ) -> Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]]:
-        """Begin with these tensors; return what waits for codes and scales of each."""
+    ) -> tuple[Sequence[tuple[torch.Tensor, torch.Tensor]], Callable[[], object]]:
+        """Begin with these tensors; return codes and scales of each, and what waits for them."""
         xs = [bucket[i][1] for i in those]
         form = self._form
         if not places:
-            made = kernels.quantize_many(xs, form.groups, form.recipe)
-            return lambda: made
+            return kernels.quantize_many(xs, form.groups, form.recipe), lambda: None
         out: Any = [places[i] for i in those]
-        return kernels.start_many(xs, form.groups, form.recipe, out).wait
+        return out, kernels.start_many(xs, form.groups, form.recipe, out).wait
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one is other or (type(other) in _PLAIN and one.data_ptr() == other.data_ptr())
+
+
+def _wait(
+    begun: Sequence[tuple[Sequence[str], Callable[[], object]]], _sources: Sequence[torch.Tensor]
+) -> None:
+    """Wait for lists that were begun, each with its names.
+
+    Whoever may call this keeps the sources of all of them, also of what is copied: memory that is
+    free again may be another stream's before the device has read it.
+    """
+    for names, wait in begun:
+        with _named(names):
+            wait()
+
+
+@contextmanager
+def _named(names: Sequence[str]) -> Iterator[None]:
+    """Raise what a list of tensors is refused for with the name of the tensor."""
+    try:
+        yield
+    except NonFiniteError as e:
+        name = names[e.tensor or 0]
+        raise PlanDoesNotFitError(
+            f"{name}: non-finite value {e.value} at index {list(e.index)}; FP8 has no code for it",
+            hint="look at the optimiser's step: one such value spoils its whole block",
+            data={"tensor": name, "index": list(e.index)},
+        ) from e
 
 
 def _spelled(dtype: torch.dtype) -> str:

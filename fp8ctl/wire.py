@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 #: Both ends must have the same one; it changes when what is said changes.
-PROTOCOL = 2
+PROTOCOL = 3
 #: Where every tensor of a bucket begins, in bytes: what CUDA's widest loads want, and more.
 ALIGN = 256
 

@@ -107,6 +107,7 @@ def start_many(
         flag = launch.Flag(xs[0].device)
         for one in launches:
             one.start(flag)
+        flag.fetch()
     return Started(out, xs, flag)
 
 
@@ -129,7 +130,7 @@ class Started:
         self._outputs, self._xs, self._flag = outputs, xs, flag
 
     def wait(self) -> Sequence[Pair]:
-        """Wait for the device, as far as its work is queued now; return the outputs.
+        """Wait for the device, as far as it has to go for this; return the outputs.
 
         Raises:
             NonFiniteError: as `quantize_many`.

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fp8ctl.kernels import compiled
+from fp8ctl.kernels.fetched import Fetched
 from fp8ctl.kernels.inputs import has_triton
 from fp8ctl.kernels.known import Known
 
@@ -99,7 +100,10 @@ def digests(parts: Iterable[tuple[torch.Tensor, int, int]]) -> list[int]:
 
 @torch.no_grad()
 def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[int]]:
-    """Begin with `digests`; return what waits for them. With Triton a GPU's come later."""
+    """Begin with `digests`; return what waits for them, and for nothing that is queued later.
+
+    With Triton a GPU's come later.
+    """
     found: list[int | torch.Tensor] = []
     paths: dict[torch.device, Callable[[Sums], int | torch.Tensor] | None] = {}
     lists: dict[torch.device, list[tuple[int, Part]]] = {}
@@ -116,7 +120,9 @@ def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[i
             continue
         sums = _sums(t.detach(), row_offset, col_offset)
         found.append(0 if sums is None else path(sums))
-    started = [(those, _lists().start([part for _, part in those])) for those in lists.values()]
+    started = [
+        (those, Fetched(_lists().start([part for _, part in those]))) for those in lists.values()
+    ]
 
     def ended() -> list[int]:
         for those, totals in started:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fp8ctl.kernels import device
+from fp8ctl.kernels.fetched import Fetched
 from fp8ctl.kernels.inputs import (
     NonFiniteError,
     check_disjoint,
@@ -373,6 +374,7 @@ class Flag:
     _spare: dict[torch.device, list[torch.Tensor]] = {}  # noqa: RUF012 - shared on purpose
 
     def __init__(self, where: torch.device) -> None:
+        self._fetched: Fetched | None = None
         self._pool = self._spare.setdefault(where, [])
         try:
             self.tensor = self._pool.pop()
@@ -386,9 +388,14 @@ class Flag:
         if kind is None:
             self._pool.append(self.tensor)
 
+    def fetch(self) -> None:
+        """Queue what `read` returns then: it does not wait for what is queued later."""
+        self._fetched = Fetched(self.tensor)
+
     def read(self) -> tuple[int, int] | None:
         """Wait for the device; return tensor and position, and make the flag new."""
-        place = int(self.tensor.item())
+        fetched = self._fetched
+        place = int(self.tensor.item() if fetched is None else fetched.tolist()[0])
         if place == device.NO_PLACE:
             return None
         self.tensor.fill_(device.NO_PLACE)

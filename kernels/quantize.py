@@ -134,7 +134,7 @@ def start_many(
 ) -> Started:
     """Begin with `quantize_many(..., out=out)`, with "error": on a GPU it is not waited for.
 
-    What is queued there before `wait` is called is waited for as well, at no other cost.
+    `wait` does not wait for what is queued there later.
 
     Raises:
         TypeError, ValueError: as `quantize_many`; a NonFiniteError where that is known now.

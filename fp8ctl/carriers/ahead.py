@@ -1,7 +1,8 @@
 """A rank's end of a group: a thread takes each bucket when the trainer gives it.
 
 So the next one is on its way while the last is loaded, and while the server is asked to load
-it. The trainer is told which slots have room; buckets are handed on in order.
+it. The trainer is told which slots have room, and may give the next bucket while one is on its
+way: it follows on the device. Buckets are handed on in order, when their bytes are there.
 """
 
 from __future__ import annotations
@@ -31,8 +32,15 @@ class Backend(Protocol):
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
-    ) -> None:
-        """Give the tensor, or get it; `after` is an event of the device that comes first."""
+    ) -> Callable[[], bool]:
+        """Launch it: the tensor is given, or got; return what says whether that is over.
+
+        Args:
+            tensor: the whole of it.
+            after: an event of the device that comes first; None: nothing does.
+            deadline: of time.monotonic(), for launching it.
+            check: raises where nobody wants it any more.
+        """
         ...
 
     def close(self) -> None:
@@ -62,6 +70,12 @@ class Ahead:
         """
         self._line, self._backend, self._slots = line, backend, [*slots]
         self._timeout = timeout
+        #: What the trainer said while something was launched.
+        self._said: deque[link.Message] = deque()
+        #: Slot and size of what is on its way, and what says whether it is there.
+        self._flying: deque[tuple[int, int, Callable[[], bool]]] = deque()
+        #: When the first of these became that.
+        self._since = 0.0
         self._changed = threading.Condition()
         #: Slot and size of what has come and was not taken yet.
         self._come: deque[tuple[int, int]] = deque()
@@ -118,6 +132,10 @@ class Ahead:
             while True:
                 self._some(self._line.hear(None))
         except BaseException as e:  # noqa: BLE001 - who waits for a bucket is told
+            # What ends the group may have come together with the end of a bucket.
+            with contextlib.suppress(Exception):
+                while self._flying and self._hand_on():
+                    pass
             with self._changed:
                 if not self._closing:
                     self._say_failed(e)
@@ -127,34 +145,59 @@ class Ahead:
         finally:
             self._line.close()
             self._backend.close()
+            self._flying.clear()
             self._slots.clear()
 
-    def _some(self, message: link.Message) -> None:
+    def _some(self, message: link.Message | None) -> None:
         """Take one bucket, and those that follow soon."""
         with turns.short():
             while True:
-                self._give(message)
-                try:
-                    message = self._line.hear(time.monotonic() + _SOON)
-                except TimeoutError:
-                    return
+                if message is not None:
+                    self._launch(message)
+                elif not self._flying:
+                    try:
+                        message = self._line.hear(time.monotonic() + _SOON)
+                    except TimeoutError:
+                        return
+                    continue
+                elif not self._hand_on():
+                    if time.monotonic() - self._since > self._timeout:
+                        raise TimeoutError("a bucket did not come in time")
+                    turns.nap(self._since)
+                message = self._said.popleft() if self._said else self._line.heard()
 
-    def _give(self, message: link.Message) -> None:
+    def _launch(self, message: link.Message) -> None:
         slot, nbytes = link.refuse(message)["go"]
         if slot not in self._free:
             raise ConflictError(f"the trainer gives slot {slot}, which has no room")
         part, after = self._slots[slot][:nbytes], self._free.pop(slot)
-        self._backend.broadcast(part, after, time.monotonic() + self._timeout, self._check)
+        deadline = time.monotonic() + self._timeout
+        over = self._backend.broadcast(part, after, deadline, self._check)
+        if not self._flying:
+            self._since = time.monotonic()
+        self._flying.append((slot, nbytes, over))
+
+    def _hand_on(self) -> bool:
+        """Hand on the first bucket of those on their way, if it is there."""
+        slot, nbytes, over = self._flying[0]
+        if not over():
+            return False
+        self._flying.popleft()
+        self._since = time.monotonic()
         with self._changed:
             self._come.append((slot, nbytes))
-            self._line.say(got=slot)
             self._changed.notify_all()
+            self._line.say(got=slot)
+        return True
 
     def _check(self) -> None:
         """Raise where the group has ended."""
         if self._closing:
             raise ConflictError(self._why)
-        link.expect_nothing(self._line)
+        # It may give the next one already.
+        message = self._line.heard()
+        if message is not None:
+            self._said.append(link.refuse(message))
 
     def _say_failed(self, error: BaseException) -> None:
         with contextlib.suppress(ConflictError):  # it knows

@@ -54,10 +54,12 @@ class CudaSender:
     kind: Kind = "ipc"
 
     def __init__(self, nbytes: int, slots: int, device: torch.device) -> None:
-        self.alive = True
+        self.alive, self.slots = True, slots
         self._device = _with_index(device)
         self._slots: list[torch.Tensor] = []
         self._offered: list[dict[str, object]] = []
+        #: What the device does before a slot may be read.
+        self._written: list[Any] = [None] * slots
         self._uuid = driver.uuids()[self._device.index]
         self._driver = _driver(self._device)
         try:
@@ -101,13 +103,24 @@ class CudaSender:
     def join(self) -> None:
         """Do nothing: nobody is waited for."""
 
+    def look(self) -> None:
+        """Do nothing: ranks come and go."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
         return self._slots[slot]
 
     def ready(self, slot: int) -> None:
+        """Note what was launched until now."""
+        cuda: Any = torch.cuda
+        self._written[slot] = event = cuda.Event()
+        event.record(cuda.current_stream(self._device))
+
+    def settle(self, slot: int) -> None:
         """Wait until the device has written: no stream reaches into another process."""
-        torch.cuda.synchronize(self._device)
+        event = self._written[slot]
+        if event is not None:
+            event.synchronize()
 
     def send(self, slot: int, nbytes: int) -> None:
         """Do nothing: the ranks read the slot itself."""

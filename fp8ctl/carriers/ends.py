@@ -17,9 +17,13 @@ from fp8ctl.wire import WireError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from fp8ctl.carriers.sent import Sent
     from fp8ctl.wire import Kind
 
+#: How many a carrier has whose ranks read the slots themselves.
 SLOTS = 2
+#: How many a group has, where all devices have room: one is written, two are on their way.
+GROUP_SLOTS = 3
 
 
 class Sender(Protocol):
@@ -28,10 +32,12 @@ class Sender(Protocol):
     Attributes:
         kind: what carries.
         alive: False once it is closed or broken; then both ends have to connect anew.
+        slots: how many there are; of a group, known after `join`.
     """
 
     kind: Kind
     alive: bool
+    slots: int
 
     def offer(self, server: int = 0) -> dict[str, Any]:
         """Return what `Connect` says to the server of this number, in JSON types."""
@@ -46,33 +52,42 @@ class Sender(Protocol):
             ConflictError: `cancel` or `close` ended it.
         """
 
+    def look(self) -> None:
+        """Find out whether a rank has left a group: it is not `alive` any more then."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return where a bucket is written: uint8, all bytes of the slot.
 
         A slot may be written again when every server has answered for its last bucket; where
-        the carrier is a group, when `send` has returned.
+        the carrier is a group, when the bucket has `left`.
         """
 
     def ready(self, slot: int) -> None:
-        """Say that all which writes the slot is launched, on the current stream.
+        """Say that all which writes the slot is launched, on the current stream."""
 
-        Where other processes read the slot itself this waits until the device has written it.
-        """
+    def settle(self, slot: int) -> None:
+        """Wait, where other processes read the slot itself, until what was `ready` is written."""
 
-    def send(self, slot: int, nbytes: int) -> None:
+    def send(self, slot: int, nbytes: int) -> Sent | None:
         """Bring the first bytes of a slot to all ranks, where the carrier is a group.
 
-        Blocks until they have them: then the slot may be written again. A rank that has loaded
-        what it got before takes the next one by itself; so request that from other threads.
-        Where the ranks read the slot itself this does nothing.
+        Returns at once what tells how far they are. They go in the order of the calls, to ranks
+        that have room; a rank that has loaded what it got before takes the next one by itself.
+        Where the ranks read the slot itself there is nothing to do: None. In what is returned may
+        be:
+
+        - TimeoutError: a rank had no room for it, or did not get it; the message names it.
+        - ConflictError: `cancel` or `close` ended it, or a rank is gone. What came after it in
+          the queue has the same reason.
 
         Raises:
-            TimeoutError: a rank had no room for it; the message names it.
-            ConflictError: `cancel` or `close` ended it, or a rank is gone.
+            CarrierError: there is no such slot, or it is smaller.
         """
 
     def cancel(self, why: str) -> None:
-        """End a `join` or `send` that waits in another thread: it raises ConflictError.
+        """End a `join` that waits in another thread, and all that `send` has not sent.
+
+        Both with ConflictError.
 
         A group ends with it, and its ranks hear `why`; other carriers stay alive.
         """
@@ -111,7 +126,7 @@ def sender(
     kind: Kind,
     nbytes: int,
     *,
-    slots: int = SLOTS,
+    slots: int | None = None,
     device: torch.device | str | None = None,
     ranks: Sequence[int] = (),
     host: str = "127.0.0.1",
@@ -122,7 +137,8 @@ def sender(
     Args:
         kind: "memory", "ipc" or "group".
         nbytes: of a slot: the largest bucket.
-        slots: how many buckets may be under way at once.
+        slots: how many buckets may be under way at once; None: `SLOTS`. For "group" more than
+            two are had where every device has room for them; None: `GROUP_SLOTS`.
         device: where a bucket is written; for "ipc" a CUDA device (None: the current one), for
             "group" what decides between NCCL and gloo (None: the CPU).
         ranks: for "group": how many ranks each server has.
@@ -133,6 +149,8 @@ def sender(
         UsageError: no carrier of this kind, or a size that is none.
         CarrierError: this process or host cannot have it.
     """
+    if slots is None:
+        slots = GROUP_SLOTS if kind == "group" else SLOTS
     if nbytes < 1 or slots < 1:
         raise UsageError(
             f"{slots} slots of {nbytes} bytes: expected one or more of each",

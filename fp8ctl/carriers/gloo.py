@@ -112,8 +112,13 @@ class Gloo:
         _after: Any,
         deadline: float,
         check: Callable[[], None],
-    ) -> None:
-        """Give the tensor, or get it; gone peers end it. A CPU has done what comes before.
+    ) -> Callable[[], bool]:
+        """Give the tensor, or get it, all of it; gone peers end that.
+
+        A CPU has done what comes before.
+
+        Returns:
+            What says that it is over.
 
         Raises:
             TimeoutError: it took too long.
@@ -130,6 +135,7 @@ class Gloo:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"gloo: {_first_line(e)}") from e
             raise ConflictError(f"gloo: {_first_line(e)}") from e
+        return _over
 
     def close(self) -> None:
         """End the group's threads and connections."""
@@ -140,6 +146,10 @@ def address_of(connection: socket.socket) -> str:
     """Return the address by which this host reaches the other end."""
     address: str = connection.getsockname()[0]
     return address
+
+
+def _over() -> bool:
+    return True
 
 
 def _first_line(e: BaseException) -> str:

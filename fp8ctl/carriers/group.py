@@ -2,8 +2,8 @@
 
 The trainer is rank 0 and holds a connection to each rank (`hub`). A broadcast begins when every
 rank has said that it has room for the bucket, so that nobody is left in one that another never
-enters, and who is missing has a name. In a rank a thread takes them (`ahead`). After a failure
-the group is ended, and made anew.
+enters, and who is missing has a name. A thread of the trainer gives the buckets (`giving`), one
+of each rank takes them (`ahead`). After a failure the group is ended, and made anew.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import contextlib
 import functools
 import threading
 import time
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8ctl.carriers import gloo, link, nccl, offers
 from fp8ctl.carriers.ahead import Ahead
+from fp8ctl.carriers.giving import Giver
 from fp8ctl.carriers.hub import Hub
+from fp8ctl.carriers.sent import Sent
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
@@ -52,15 +55,14 @@ class GroupSender:
         self._backend_name = "nccl" if device.type == "cuda" else "gloo"
         self._first = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         self._world = 1 + sum(ranks)
-        #: Of each rank, the slots that it has room in; the ranks that have what was given last.
-        self._room: dict[int, set[int]] = {rank: set() for rank in range(1, self._world)}
-        self._has: set[int] = set()
-        self._nbytes = [nbytes] * slots
-        self._slots = offers.allocate(self._nbytes, device)
+        self._nbytes = nbytes
+        self._slots = offers.allocate([nbytes] * offers.fitting([nbytes] * slots, device), device)
+        self.slots = len(self._slots)
         #: What the device does before a slot may be read.
-        self._written: list[Any] = [None] * slots
+        self._written: list[Any] = [None] * self.slots
         self._backend: Backend | None = None
-        # One thread at a time joins or sends; `cancel` reaches it through the hub.
+        self._giver: Giver | None = None
+        # One thread at a time joins or closes; `cancel` reaches it through the hub.
         self._busy = threading.Lock()
         names = [
             f"rank {rank} of server {server}"
@@ -81,7 +83,7 @@ class GroupSender:
             "first_rank": self._first[server],
             # Longer than here: who has waited too long for others names them to all.
             "timeout": self._timeout + _LATER,
-            "slots": [{"nbytes": nbytes} for nbytes in self._nbytes],
+            "slots": [{"nbytes": self._nbytes}] * self.slots,
         }
 
     def join(self) -> None:
@@ -91,8 +93,21 @@ class GroupSender:
             try:
                 self._hub.check()
                 told = self._hub.gather(deadline)
+                # As many as all have room for.
+                held = [offers.count_in(message) for message in told.values()]
+                self.slots = min([self.slots, *held])
+                offers.keep(self._slots, self.slots)
                 self._backend = self._open(told, deadline)
                 self._hub.collect(deadline)
+                ranks = range(1, self._world)
+                self._giver = Giver(
+                    self._hub,
+                    self._backend,
+                    self._slots,
+                    ranks,
+                    timeout=self._timeout,
+                    ended=self._break,
+                )
             except BaseException as e:
                 self._break(str(e))
                 raise
@@ -100,15 +115,21 @@ class GroupSender:
     def _open(self, told: Mapping[int, link.Message], deadline: float) -> Backend:
         if self._backend_name == "gloo":
             store, port = gloo.open_store(self._host, self._hub.key, self._timeout)
-            self._hub.tell(go=port)
+            self._hub.tell(go=port, slots=self.slots)
             left = max(0.001, deadline - time.monotonic())
             return gloo.Gloo(store, 0, self._world, self._host, left, self._hub.check)
         ours = nccl.about(self._device)
         for rank, message in told.items():
             nccl.refuse_unlike(ours, message, self._hub.name(rank))
         unique = nccl.unique_id()
-        self._hub.tell(go=unique.hex())
+        self._hub.tell(go=unique.hex(), slots=self.slots)
         return nccl.Nccl(unique, 0, self._world, self._device, deadline, self._hub.check)
+
+    def look(self) -> None:
+        """Leave the group if a rank has: it was started anew, or met another client."""
+        # The thread that gives buckets hears of it, too, but perhaps a moment later.
+        if self.alive and (gone := self._hub.gone()):
+            self.cancel(f"{gone[0]} has left the group")
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
@@ -118,58 +139,24 @@ class GroupSender:
         """Note what was launched until now: `send` comes after that, and nobody waits here."""
         self._written[slot] = _reached(self._device)
 
-    def send(self, slot: int, nbytes: int) -> None:
-        """Wait until every rank has room for the bucket, give it, wait until every rank has it."""
-        deadline = time.monotonic() + self._timeout
-        with self._busy:
-            if self._backend is None:
-                raise ConflictError("the group is not there: it was not joined, or has ended")
-            try:
-                self._hub.check()
-                self._hub.listen(
-                    self._note,
-                    lambda: [r for r, has in self._room.items() if slot not in has],
-                    deadline,
-                )
-                for has in self._room.values():
-                    has.discard(slot)
-                self._hub.tell(go=[slot, nbytes])
-                self._give(slot, nbytes, deadline)
-                self._hub.listen(self._note, self._without, deadline)
-            except BaseException as e:
-                self._break(str(e))
-                raise
+    def settle(self, slot: int) -> None:
+        """Do nothing: the broadcast comes after it, on the device."""
 
-    def _give(self, slot: int, nbytes: int, deadline: float) -> None:
-        assert self._backend is not None
-        self._has.clear()
-        try:
-            self._backend.broadcast(
-                self._slots[slot][:nbytes], self._written[slot], deadline, self._hub.check
-            )
-        except (TimeoutError, ConflictError) as e:
-            # The transport names addresses at best. Who has not said that it has the bucket?
-            try:
-                self._hub.listen(self._note, self._without, time.monotonic() + 1.0)
-            except (TimeoutError, ConflictError) as who:
-                raise type(e)(f"{e}; {who}") from e
-            raise
-
-    def _note(self, rank: int, message: link.Message) -> None:
-        """Take a rank's word that it has room in a slot, or what was given last."""
-        if "room" in message:
-            self._room[rank].add(message["room"])
-        elif "got" in message:
-            self._has.add(rank)
-        else:
-            raise ConflictError(f"{self._hub.name(rank)} says {message}")
-
-    def _without(self) -> list[int]:
-        """Return the ranks that do not have what was given last."""
-        return [rank for rank in self._room if rank not in self._has]
+    def send(self, slot: int, nbytes: int) -> Sent:
+        """Have the bucket given when every rank has room for it; return at once."""
+        giver = self._giver
+        if giver is None:
+            why = "the group is not there: it was not joined, or has ended"
+            refused = Sent(Future(), Future())
+            for future in refused:
+                future.set_exception(ConflictError(why))
+            return refused
+        if self._slots:  # not closed
+            offers.part(self._slots, slot, nbytes)
+        return giver.give(slot, nbytes, self._written[slot])
 
     def cancel(self, why: str) -> None:
-        """End the group; what waits in another thread raises."""
+        """End the group, and with it what waits."""
         self.alive = False
         self._hub.cancel(why)
 
@@ -177,6 +164,8 @@ class GroupSender:
         """Leave the group, close every connection and give the slots back."""
         self.cancel("the trainer has closed the group")
         with self._busy:
+            if self._giver is not None:
+                self._giver.join()
             self._break("")
             self._slots.clear()
 
@@ -203,7 +192,9 @@ class GroupReceiver:
             )
         timeout = offers.take(offer, "timeout", float)
         self._device = device
-        self._slots = offers.allocate([one["nbytes"] for one in offers.slots_of(offer)], device)
+        sizes = [one["nbytes"] for one in offers.slots_of(offer)]
+        # Before the group is joined: who has no memory keeps nobody waiting.
+        self._slots = offers.allocate(sizes[: offers.fitting(sizes, device)], device)
         #: Slots that were handed out and are read.
         self._read: list[int] = []
         self._ahead: Ahead | None = None
@@ -215,14 +206,16 @@ class GroupReceiver:
             offers.take(offer, "port", int),
             key,
             mine,
-            nccl.about(device) if backend == "nccl" else {},
+            {"slots": len(self._slots), **(nccl.about(device) if backend == "nccl" else {})},
             deadline,
         )
         world = offers.take(offer, "world", int)
         check = functools.partial(link.expect_nothing, line)
         joined: Backend | None = None
         try:
-            go = link.agree(line, deadline)["go"]
+            agreed = link.agree(line, deadline)
+            go = agreed["go"]
+            offers.keep(self._slots, offers.count_in(agreed))
             if backend == "gloo":
                 left = max(0.001, deadline - time.monotonic())
                 store = gloo.reach_store(host, int(go), key, left)
@@ -247,14 +240,14 @@ class GroupReceiver:
         """Wait for the bucket, which may be there."""
         if self._ahead is None:
             raise ConflictError("the group has ended: connect anew")
-        part = offers.part(self._slots, slot, nbytes)
+        offers.part(self._slots, slot, nbytes)  # not held: an error would keep it
         try:
             self._ahead.take(slot, nbytes)
         except BaseException as e:
             self._end(e)
             raise
         self._read.append(slot)
-        return part
+        return offers.part(self._slots, slot, nbytes)
 
     def loaded(self) -> None:
         """Let the slots be written again, after what was launched until now."""

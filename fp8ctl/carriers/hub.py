@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Hub:
     """The trainer's side: ranks 1 to n, each by its name until it has told more.
 
-    `cancel` may be called from any thread; the rest from one at a time.
+    `cancel`, `wake` and `gone` may be called from any thread; the rest from one at a time.
     """
 
     def __init__(self, host: str, names: Sequence[str]) -> None:
@@ -31,8 +31,11 @@ class Hub:
         self._lines: dict[int, Line] = {}
         self._why = ""
         self._listener: socket.socket | None = None
+        #: Of `listen`: waits for all lines at once, over all buckets.
+        self._selector: selectors.BaseSelector | None = None
         self._woken, self._waker = socket.socketpair()
         self._waker.setblocking(False)
+        self._woken.setblocking(False)
         try:
             self._listener = listen(host)
         except OSError as e:
@@ -145,36 +148,39 @@ class Hub:
                     if ranks[line] in said:
                         selector.unregister(line)
 
-    def listen(
-        self,
-        take: Callable[[int, Message], None],
-        missing: Callable[[], Collection[int]],
-        deadline: float,
-    ) -> None:
-        """Hand on what the ranks say, until nobody is missing.
+    def listen(self, take: Callable[[int, Message], None], seconds: float | None) -> None:
+        """Hand on what the ranks say; wait for it, or for `wake`, where nothing has come yet.
 
         Args:
             take: is given a rank and what it says.
-            missing: returns the ranks that have more to say.
-            deadline: of time.monotonic().
+            seconds: to wait at most; None: without end.
 
         Raises:
-            TimeoutError: some did not say it; all are named.
             ConflictError: one is gone or has failed, or `cancel` was called.
         """
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._woken, selectors.EVENT_READ)
-            for line in self._lines.values():
-                selector.register(line, selectors.EVENT_READ)
-            while True:
-                for rank, line in self._lines.items():
-                    while (message := line.heard()) is not None:
-                        _refuse_failed(line, message)
-                        take(rank, message)
-                waiting = missing()
-                if not waiting:
-                    return
-                self._select(selector, deadline, {*waiting})
+        if self._selector is None:
+            self._selector = selectors.DefaultSelector()
+            self._selector.register(self._woken, selectors.EVENT_READ, 0)
+            for rank, line in self._lines.items():
+                self._selector.register(line, selectors.EVENT_READ, rank)
+            ready = {*self._lines}  # something may have come together with what was read
+        else:
+            ready = {key.data for key, _ in self._selector.select(seconds)}
+        # Before the look at what it may be about: what comes in between wakes once more.
+        if 0 in ready:
+            self._woken.recv(1 << 12)
+        self.check()
+        failed: tuple[Line, Message] | None = None
+        for rank in sorted(ready - {0}):
+            line = self._lines[rank]
+            while (message := line.heard()) is not None:
+                if "failed" in message:
+                    failed = failed or (line, message)
+                    break
+                take(rank, message)
+        # Who is gone without a word is rather the cause than who failed by it.
+        if failed is not None:
+            _refuse_failed(*failed)
 
     def _select(
         self, selector: selectors.BaseSelector, deadline: float, missing: set[int]
@@ -184,11 +190,13 @@ class Hub:
         if self._why:
             raise ConflictError(self._why)
         if not ready:
-            raise TimeoutError(
-                f"{len(missing)} of {len(self._names)} ranks did not come in time: "
-                + ", ".join(self.name(rank) for rank in sorted(missing))
-            )
+            raise self.late(missing, "did not come in time")
         return ready
+
+    def late(self, missing: Collection[int], what: str) -> TimeoutError:
+        """Return the error that some ranks did not do in time what they should; it names all."""
+        names = ", ".join(self.name(rank) for rank in sorted(missing))
+        return TimeoutError(f"{len(missing)} of {len(self._names)} ranks {what}: {names}")
 
     def name(self, rank: int) -> str:
         """Return what a rank is called in messages."""
@@ -203,6 +211,10 @@ class Hub:
         for line in self._lines.values():
             line.say(**message)
 
+    def gone(self) -> list[str]:
+        """Return who has left, by name; may be called from any thread."""
+        return [line.who for line in [*self._lines.values()] if line.gone]
+
     def check(self) -> None:
         """Raise what `cancel` asked for."""
         if self._why:
@@ -211,6 +223,10 @@ class Hub:
     def cancel(self, why: str) -> None:
         """End what waits, now and later."""
         self._why = self._why or why
+        self.wake()
+
+    def wake(self) -> None:
+        """Let who waits in `listen` look at what else there is."""
         with contextlib.suppress(OSError):  # full of earlier ones, or closed
             self._waker.send(b"!")
 
@@ -221,10 +237,10 @@ class Hub:
                 line.say(no=why or self._why or "the trainer has closed the group")
             line.close()
         self._lines.clear()
-        for one in (self._listener, self._woken, self._waker):
+        for one in (self._selector, self._listener, self._woken, self._waker):
             if one is not None:
                 one.close()
-        self._listener = None
+        self._listener = self._selector = None
 
 
 def _refuse_failed(line: Line, message: Message | None) -> None:

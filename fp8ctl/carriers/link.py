@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import os
+import select
 import selectors
 import socket
 import time
@@ -40,6 +41,16 @@ class Line:
     def fileno(self) -> int:
         """Return the connection's descriptor."""
         return self.connection.fileno()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the other end has left, even if what it said before is still to be heard."""
+        look = select.poll()
+        try:
+            look.register(self.connection, select.POLLRDHUP)
+        except ValueError:
+            return True  # this end has closed it
+        return bool(look.poll(0))
 
     def say(self, **message: object) -> None:
         """Send a message; they are short, so that a full buffer is a peer that does not read.

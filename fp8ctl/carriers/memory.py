@@ -42,7 +42,7 @@ class MemorySender:
     kind: Kind = "memory"
 
     def __init__(self, nbytes: int, slots: int) -> None:
-        self.alive = True
+        self.alive, self.slots = True, slots
         self._files: list[int] = []
         self._nonces: list[bytes] = []
         self._slots: list[torch.Tensor] = []
@@ -84,12 +84,18 @@ class MemorySender:
     def join(self) -> None:
         """Do nothing: nobody is waited for."""
 
+    def look(self) -> None:
+        """Do nothing: ranks come and go."""
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
         return self._slots[slot]
 
     def ready(self, slot: int) -> None:
         """Do nothing: a CPU has written when it returns."""
+
+    def settle(self, slot: int) -> None:
+        """Do nothing, likewise."""
 
     def send(self, slot: int, nbytes: int) -> None:
         """Do nothing: the ranks read the slot itself."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.carriers import driver
+from fp8ctl.carriers import driver, turns
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ _MAGIC = 0xCAFEBEEF
 _UINT8 = 1
 #: Seconds that a kernel may take to end after it was told to.
 _LEAVING = 10.0
-#: Seconds between two looks at what should end soon.
-_NAP = 0.00003
 
 
 class _UniqueId(ctypes.Structure):
@@ -144,10 +142,10 @@ class Nccl:
         self._library = _library()
         self._device = device
         self._communicator = ctypes.c_void_p()
-        # Its own stream: nothing of the engine or the trainer stands behind a broadcast.
+        # Its own stream: nothing of the engine or the trainer stands behind a broadcast. And
+        # before others: kernels that fill the next bucket would hold what it runs on.
         cuda: Any = torch.cuda
-        self._stream = cuda.Stream(device)
-        self._done = cuda.Event()
+        self._stream = cuda.Stream(device, priority=-1)
         config = _Config(ctypes.sizeof(_Config), _MAGIC, OLDEST, 0)
         try:
             with torch.cuda.device(device):
@@ -166,8 +164,8 @@ class Nccl:
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
-    ) -> None:
-        """Give the tensor, or get it, and wait until this device has done it.
+    ) -> Callable[[], bool]:
+        """Launch it: the tensor is given, or got, behind what was launched before.
 
         Args:
             tensor: the whole of it.
@@ -175,10 +173,15 @@ class Nccl:
             deadline: of time.monotonic().
             check: raises where nobody wants it any more.
 
+        Returns:
+            What says whether this device has done it; it raises ConflictError where NCCL failed.
+
         Raises:
-            TimeoutError: it took too long.
+            TimeoutError: NCCL did not launch it in time.
             ConflictError: NCCL failed, or `check` raised it.
         """
+        cuda: Any = torch.cuda
+        done = cuda.Event()
         with torch.cuda.device(self._device):
             if after is not None:
                 self._stream.wait_event(after)
@@ -188,21 +191,24 @@ class Nccl:
             )
             _refuse(self._library, "ncclBroadcast", result)
             self._settle("the broadcast is launched", deadline, check)
-            self._done.record(self._stream)
-            _poll(self._done.query, "the broadcast has ended", deadline, check)
-            self._settle("the broadcast is over", deadline, check)
+            done.record(self._stream)
+
+        def over() -> bool:
+            # NCCL first: after its failure the device may reach nothing any more.
+            return self._settled("the broadcast has ended") and bool(done.query())
+
+        return over
 
     def _settle(self, what: str, deadline: float, check: Callable[[], None]) -> None:
         """Wait until NCCL has done, in the background, what it was asked for."""
+        _poll(lambda: self._settled(what), what, deadline, check)
+
+    def _settled(self, what: str) -> bool:
         state = ctypes.c_int(_IN_PROGRESS)
-
-        def settled() -> bool:
-            asked = self._library.ncclCommGetAsyncError(self._communicator, ctypes.byref(state))
-            _refuse(self._library, "ncclCommGetAsyncError", asked)
-            _refuse(self._library, f"until {what}", state.value)
-            return state.value == _SUCCESS
-
-        _poll(settled, what, deadline, check)
+        asked = self._library.ncclCommGetAsyncError(self._communicator, ctypes.byref(state))
+        _refuse(self._library, "ncclCommGetAsyncError", asked)
+        _refuse(self._library, f"until {what}", state.value)
+        return state.value == _SUCCESS
 
     def close(self) -> None:
         """Leave the group; what still runs in it is ended. No other rank is waited for."""
@@ -217,17 +223,10 @@ class Nccl:
 
 
 def _poll(done: Callable[[], bool], what: str, deadline: float, check: Callable[[], None]) -> None:
-    """Wait with naps, short ones at first: a bucket takes milliseconds.
-
-    Not without any: other threads of this process are at work.
-    """
+    """Wait with naps."""
     began = time.monotonic()
     while not done():
-        now = time.monotonic()
-        if now >= deadline:
+        if time.monotonic() >= deadline:
             raise TimeoutError(f"NCCL: no answer until {what}")
-        if now - began > 0.02:
+        if turns.nap(began):
             check()
-            time.sleep(0.001)
-        else:
-            time.sleep(_NAP)

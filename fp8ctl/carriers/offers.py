@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+#: What is allocated without a look at what is free.
+LEAST = 2
+
 
 def take(offer: Mapping[str, Any], key: str, kind: type[T]) -> T:
     """Return a field of an offer.
@@ -42,6 +45,18 @@ def slots_of(offer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return slots
 
 
+def count_in(message: Mapping[str, Any]) -> int:
+    """Return how many slots a message is of.
+
+    Raises:
+        WireError: it does not say, or says none.
+    """
+    count = take(message, "slots", int)
+    if count < 1:
+        raise WireError(f"carrier: {count} slots")
+    return count
+
+
 def part(slots: list[torch.Tensor], slot: int, nbytes: int) -> torch.Tensor:
     """Return the first bytes of a slot.
 
@@ -68,3 +83,26 @@ def allocate(sizes: Sequence[int], device: torch.device) -> list[torch.Tensor]:
             f"no {len(sizes)} slots of {sizes[0]} bytes on {device}: {str(e).splitlines()[0]}",
             hint="a smaller bucket_bytes",
         ) from e
+
+
+def fitting(sizes: Sequence[int], device: torch.device) -> int:
+    """Return how many of these buffers a device has room for beside its work: at least `LEAST`.
+
+    A further one has to leave as much free as one of them takes.
+    """
+    count = min(len(sizes), LEAST)
+    if device.type != "cuda":
+        return len(sizes)
+    free, _ = torch.cuda.mem_get_info(device)
+    while count < len(sizes) and sum(sizes[: count + 1]) + max(sizes) <= free:
+        count += 1
+    return count
+
+
+def keep(buffers: list[torch.Tensor], count: int) -> None:
+    """Give back the buffers that are too many."""
+    device = buffers[0].device
+    if count < len(buffers):
+        del buffers[count:]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what torch keeps for later is not free for others

@@ -10,12 +10,17 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _TURN = 0.0002
+#: Seconds between two looks at what should end soon, and at what has not ended so soon.
+_NAP, _LONG_NAP = 0.00003, 0.001
+#: Seconds that are soon.
+_SOON = 0.02
 _changing = threading.Lock()
 _inside = 0
 _before = 0.0
@@ -37,3 +42,19 @@ def short() -> Iterator[None]:
             _inside -= 1
             if _inside == 0:
                 sys.setswitchinterval(_before)
+
+
+def nap(since: float) -> bool:
+    """Sleep between two looks at the device: shortly at first, a bucket takes milliseconds.
+
+    Not without any: other threads of this process are at work.
+
+    Args:
+        since: when this began to look, of time.monotonic().
+
+    Returns:
+        Whether it is a while ago, so that there is time to look at something else as well.
+    """
+    late = time.monotonic() - since > _SOON
+    time.sleep(_LONG_NAP if late else _NAP)
+    return late

@@ -14,8 +14,11 @@ from fp8ctl.check.verdict import Evidence
 from fp8ctl.check.words import short
 
 #: How far apart in nats two tokens may be that rounding exchanges: of an FP8 model in batches of 1
-#: to 33, 0.22 were seen (docs/evidence).
+#: to 33, 0.22 were seen in 156 pairs (docs/evidence).
 NEAR: Final = 0.5
+#: What is farther apart than this is a fault. In between nothing is said: 0.62 were seen once, of a
+#: busy server whose weights were right bit for bit.
+FAR: Final = 2.0
 #: Likeliest tokens that are asked for: as many as both engines tell anybody.
 TOLD: Final = 5
 EXPECTED: Final = "one answer"
@@ -48,7 +51,13 @@ def judge(one: Any, other: Any) -> Evidence:
         return Evidence("repeat", "failed", found, EXPECTED)
     if not apart.nats <= NEAR:
         more = "" if apart.exact else " or more"
-        return Evidence("repeat", "failed", f"{found}, {apart.nats:.2f} nats{more} apart", EXPECTED)
+        found += f", {apart.nats:.2f} nats{more} apart"
+        if not apart.nats <= FAR:
+            return Evidence("repeat", "failed", found, EXPECTED)
+        why = (
+            f"{found}: more than rounding most often does; ask again when the server has less to do"
+        )
+        return Evidence("repeat", "not visible", why)
     if not apart.exact:
         why = f"{found}: more tokens than the server tells are as likely as the likeliest"
         return Evidence("repeat", "not visible", why)

@@ -1,14 +1,18 @@
 """Fills buckets: the stream writes what tensors become where they are sent from.
 
 What the stream makes together is looked at together: digests, NaN in what is kept, the
-recorder's facts. On a GPU that is queued behind what writes it, and there is one wait for all.
-Then what need not be sent is taken out again.
+recorder's facts. On a GPU that is queued behind what writes it, and is waited for when the next
+bucket is queued, too: neither the host nor the device waits for the other. A group has the bytes
+by then; servers are asked to load them when they were looked at, and not before.
+
+Where servers may hold some of it already, what need not be sent is taken out again first.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +20,7 @@ import torch
 from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
 from fp8ctl.kernels import digest as digests
 from fp8ctl.kernels.digest import to_text
+from fp8ctl.kernels.fetched import Fetched
 from fp8ctl.push.facts import peaks
 from fp8ctl.push.result import Progress
 from fp8ctl.wire import ALIGN, DTYPES, NO_FACTS, Entry, Slot, place
@@ -33,8 +38,27 @@ if TYPE_CHECKING:
 
 
 _FLOATS = {"bfloat16", "float16", "float32", "float64"}
-#: More than two slots have tensors.
+#: More than a few slots have tensors.
 _MOST_PLACES = 1 << 18
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the stream made together.
+
+    Attributes:
+        slot: where it is a bucket of its own, on its way perhaps; None: it is a part of one.
+        nbytes: of that bucket.
+        entries: of it.
+        look: waits for what is looked at, and returns the entries with that.
+        began: when it was begun.
+    """
+
+    slot: int | None
+    nbytes: int
+    entries: Sequence[Entry]
+    look: Callable[[], list[Entry]]
+    began: float
 
 
 class Filler:
@@ -96,12 +120,15 @@ class Filler:
         self._slot, self._used = 0, 0
         self._memory: torch.Tensor | None = None
         self._entries: list[Entry] = []
-        #: Placed and not looked at: the entries, the memory of each, how many were written.
-        self._batch: list[Entry] = []
+        #: Placed and not looked at: the entries, and the memory of each.
+        self._placed: list[Entry] = []
         self._tensors: list[torch.Tensor] = []
-        self._looking: Callable[[], list[Entry]] | None = None
-        self._written = 0
         self._started = 0.0
+        #: Being written, and how much of it the stream gave; written, and not looked at yet.
+        self._writing: _Batch | None = None
+        self._written = 0
+        self._later: _Batch | None = None
+        self._may_wait = False
 
     # ---- what the stream asks ----
 
@@ -131,6 +158,8 @@ class Filler:
         if self._used + nbytes > delivery.capacity:
             self._deliver()
         if self._memory is None:
+            if self._later is not None and not delivery.free(self._slot):
+                self._look_at_last()  # who waits anyway has the time, and servers the next bucket
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
         address, places = self._memory.data_ptr(), delivery.places
@@ -138,7 +167,7 @@ class Filler:
             places.clear()
         for (name, dtype, shape), offset in zip(slots, offsets, strict=True):
             at = self._used + offset
-            self._batch.append(Entry(name, dtype, shape, at))
+            self._placed.append(Entry(name, dtype, shape, at))
             key = (address + at, dtype, shape)
             tensor = places.get(key)
             if tensor is None:
@@ -149,10 +178,24 @@ class Filler:
         self._used += nbytes
         return [*self._tensors]
 
-    def writing(self, scales: Collection[str]) -> None:
-        """Begin to look at what is written to the places, but at the finite scales for digests."""
+    def writing(self, scales: Collection[str], check: Callable[[], object], *, later: bool) -> None:
+        """Begin to look at what is written, but at scales that `check` answers for digests alone.
+
+        What was written before is looked at now, if it still has to be.
+        """
+        entries, tensors = self._placed, self._tensors
+        self._placed, self._tensors, self._written = [], [], 0
+        alone, slot, nbytes = self._is_bucket(entries), self._slot, self._used
+        if alone:
+            assert self._delivery is not None
+            self._delivery.give(slot, nbytes, entries)
+            self._next_slot()
         with self.stage("digest"):
-            self._looking = self._look(self._batch, self._tensors, scales)
+            look = self._look(entries, tensors, scales, check)
+        self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)
+        # The recorder tells how long a bucket took, and asks the device for more.
+        self._may_wait = later and alone and self._note is None
+        self._look_at_last()
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Measure a stage of the stream."""
@@ -173,8 +216,14 @@ class Filler:
     def add(self, pairs: Sequence[Named]) -> None:
         """Take what the stream gives: places that are written now."""
         self._written += len(pairs)
-        if pairs and self._written == len(self._batch):
-            self._settle()
+        batch = self._writing
+        if not pairs or batch is None or self._written < len(batch.entries):
+            return
+        self._writing = None
+        if self._may_wait:
+            self._later = batch
+        else:
+            self._settle(batch)
 
     def finish(self) -> None:
         """Send what is left, and wait until all buckets are where they should be.
@@ -182,6 +231,7 @@ class Filler:
         Raises:
             ConflictError: an output head came that is not its embedding.
         """
+        self._look_at_last()
         self._check_tie(last=True)
         self._deliver()
         if self._delivery is not None:
@@ -198,15 +248,23 @@ class Filler:
             self._delivery = self._open(nbytes)
         return self._delivery
 
-    def _settle(self) -> None:
+    def _is_bucket(self, entries: Sequence[Entry]) -> bool:
+        """Say whether these are all of a bucket, whatever is found when they are looked at."""
+        if self._held is not None:
+            return False  # what servers hold is taken out
+        head = self._tie and self._tie[0]
+        return not any(entry.name == head for entry in entries)
+
+    def _look_at_last(self) -> None:
+        batch, self._later = self._later, None
+        if batch is not None:
+            self._settle(batch)
+
+    def _settle(self, batch: _Batch) -> None:
         """Look at what was written, and decide what of it is sent."""
-        batch, looking = self._batch, self._looking
-        self._batch, self._tensors, self._looking, self._written = [], [], None, 0
-        assert looking is not None
         with self._clock.stage("digest"):
-            found = looking()
-        took = time.perf_counter() - self._started
-        del looking
+            found = batch.look()
+        took = time.perf_counter() - batch.began
         self.digests.update((entry.name, entry.digest) for entry in found if entry.digest)
         self._check_tie()
         wanted = self._wanted(found)
@@ -214,20 +272,27 @@ class Filler:
             head = self._tie and self._tie[0]
             known = [(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head]
             self._note(known, took)
-        start = batch[0].offset
+        self.sent += sum(wanted)
+        assert self._delivery is not None
+        if batch.slot is not None:
+            self._delivery.deliver(batch.slot, batch.nbytes, found)
+            self._tell()
+            return
         if all(wanted):
             self._entries += found
         else:
-            self._used = start
+            self._used = found[0].offset
             self._entries += self._moved([e for e, sent in zip(found, wanted, strict=True) if sent])
-        self.sent += sum(wanted)
         # With little to send, the next ones may still go into this bucket.
-        assert self._delivery is not None
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
 
     def _look(
-        self, batch: list[Entry], tensors: list[torch.Tensor], scales: Collection[str]
+        self,
+        batch: list[Entry],
+        tensors: list[torch.Tensor],
+        scales: Collection[str],
+        check: Callable[[], object],
     ) -> Callable[[], list[Entry]]:
         """Begin to look at tensors; return what waits for it, and refuses what is not finite."""
         kept = [
@@ -248,13 +313,15 @@ class Filler:
             kept += codes
         highest = torch.cat(found) if len(found) > 1 else found[0] if found else None
         asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
+        fetched = None if highest is None else Fetched(highest)
         sums = digests.start((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes)
 
         def ended() -> list[Entry]:
+            check()
             # The recorder's facts, which few ask for, are waited for by themselves.
             facts = [NO_FACTS] * len(batch) if self._facts is None else self._facts(batch, tensors)
             made = iter(sums())
-            numbers = () if highest is None else highest.tolist()
+            numbers = () if fetched is None else fetched.tolist()
             for (entry, tensor), peak in zip(kept, numbers, strict=True):
                 if not math.isfinite(peak):
                     raise _not_finite(entry.name, tensor)
@@ -301,11 +368,16 @@ class Filler:
     def _deliver(self) -> None:
         if self._entries:
             assert self._delivery is not None
+            self._delivery.give(self._slot, self._used, self._entries)
             self._delivery.deliver(self._slot, self._used, self._entries)
-            self._slot = 1 - self._slot
-            self._memory = None
+            self._next_slot()
         self._entries, self._used = [], 0
         self._tell()
+
+    def _next_slot(self) -> None:
+        assert self._delivery is not None
+        self._slot = (self._slot + 1) % self._delivery.slots
+        self._memory, self._used = None, 0
 
     def _tell(self) -> None:
         if self._on_progress is None:

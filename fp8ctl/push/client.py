@@ -1,14 +1,15 @@
 """One server, over HTTP: a method for each of its push routes.
 
 http.client of the standard library: a trainer's interpreter has nothing else for certain, and
-it takes no proxy from the environment. One connection is kept and used by one thread at a
-time; every request ends within a time-out. What fails on the way is asked once more: the
-routes answer a repeated request as they answered the first.
+it takes no proxy from the environment. Two connections are kept, each used by one thread at a
+time: every other bucket goes by the second. Every request ends within a time-out. What fails on
+the way is asked once more: the routes answer a repeated request as they answered the first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import http.client
 import json
 import socket
@@ -73,6 +74,9 @@ class Server:
         self._connection: http.client.HTTPConnection | None = None
         self._cut = threading.Event()
         self._why: Fp8ctlError | None = None
+        #: The same server by a connection of its own, for every other bucket; cut together.
+        self._odd: Server | None = None
+        self._odd = copy.copy(self)
 
     # ---- what it is asked ----
 
@@ -131,9 +135,11 @@ class Server:
     def bucket(
         self, push: str, number: int, slot: int, nbytes: int, entries: Sequence[Entry]
     ) -> dict[str, Any]:
-        """Have a bucket loaded."""
+        """Have a bucket loaded; may be asked while the one before is on its way."""
         body = {"push": push, "number": number, "slot": slot, "nbytes": nbytes}
-        return self._post(wire.BUCKET, _with_entries(body, entries))
+        line = (self._odd if number % 2 else None) or self
+        line.backend = self.backend
+        return line._post(wire.BUCKET, _with_entries(body, entries))
 
     def folder(self, push: str, path: str, entries: Sequence[Entry]) -> dict[str, Any]:
         """Have a folder loaded: the only bucket of its update."""
@@ -157,13 +163,20 @@ class Server:
     # ---- how ----
 
     def cut(self, why: Fp8ctlError | None = None) -> None:
-        """End a request that waits in another thread, and refuse others until `mend`.
+        """End requests that wait in other threads, and refuse others until `mend`.
 
         Args:
             why: what they raise; None: that the update was given up.
         """
+        if self._odd is not None:
+            self._odd._why = why or self._why
         self._why = why or self._why
         self._cut.set()
+        self._shut()
+        if self._odd is not None:
+            self._odd._shut()
+
+    def _shut(self) -> None:
         connection = self._connection
         sock = None if connection is None else connection.sock
         if sock is not None:
@@ -175,6 +188,8 @@ class Server:
         self.close()
         self._cut.clear()
         self._why = None
+        if self._odd is not None:
+            self._odd._why = None
 
     @property
     def here(self) -> str:
@@ -190,6 +205,11 @@ class Server:
 
     def close(self) -> None:
         """Close the connection; the next request opens one."""
+        self._hang_up()
+        if self._odd is not None:
+            self._odd.close()
+
+    def _hang_up(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
@@ -222,7 +242,7 @@ class Server:
         """Send a request; return status and body of the answer, None where it is no JSON."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         if not repeat:
-            self.close()
+            self._hang_up()
         left = 2 if repeat else 1
         while True:
             if self._cut.is_set():
@@ -231,10 +251,10 @@ class Server:
             try:
                 return self._once(method, path, data, timeout)
             except TimeoutError:
-                self.close()
+                self._hang_up()
                 raise replies.silent(self.url, path, f"not within {timeout:g} s") from None
             except (OSError, http.client.HTTPException) as e:
-                self.close()
+                self._hang_up()
                 if self._cut.is_set():
                     raise self._given_up() from None
                 if isinstance(e, ConnectionRefusedError) and path == STATE:
@@ -242,7 +262,7 @@ class Server:
                 if not left:
                     raise replies.silent(self.url, path, f"{type(e).__name__} {e}") from None
             except BaseException:
-                self.close()  # half an answer would be read as that of the next request
+                self._hang_up()  # half an answer would be read as that of the next request
                 raise
 
     def _given_up(self) -> Fp8ctlError:
@@ -270,7 +290,7 @@ class Server:
             if response.length is not None and len(text) < length:
                 raise http.client.IncompleteRead(text, length - len(text))
             if not response.isclosed():
-                self.close()  # more than any answer has
+                self._hang_up()  # more than any answer has
         try:
             return response.status, json.loads(text)
         except ValueError:

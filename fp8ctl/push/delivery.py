@@ -1,4 +1,4 @@
-"""Full buckets to all servers: two slots, one written while the other is on its way."""
+"""Full buckets to all servers: a few slots, one written while the others are on their way."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from concurrent.futures import Future
 
+    from fp8ctl.carriers.sent import Sent
     from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.push.link import Link
@@ -77,21 +77,34 @@ class Delivery(Protocol):
 
     Attributes:
         capacity: bytes of a slot.
-        device: of its memory.
+        slots: how many there are, two or more, to be used in turn: one is written before the last
+            is delivered.
+        device: of their memory.
         number: buckets that were taken until now.
         places: tensors in its memory; kept as long as that is, over updates.
     """
 
     places: Places
     capacity: int
+    slots: int
     device: torch.device
     number: int
+
+    def free(self, slot: int) -> bool:
+        """Say whether `buffer` would return at once."""
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when nobody reads it any more."""
 
+    def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        """Hear that all which writes a bucket is queued: its bytes may go.
+
+        Buckets are delivered in the order in which they are given; what was found out about
+        their tensors comes then.
+        """
+
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
-        """Take a bucket; returns before it is where it should be."""
+        """Have a bucket loaded that was given; returns before it is where it should be."""
 
     def drain(self) -> None:
         """Wait until all buckets are there."""
@@ -103,21 +116,34 @@ class Delivery(Protocol):
         """Give back what it took; also after a failure."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Bucket:
     """A bucket on its way.
 
     Attributes:
         slot: where it lies.
-        left: ends when the slot may be written again.
-        all: ends when it has arrived everywhere.
+        sent: how far it is on its way to a group; None where there is none.
+        asked: end when the servers have loaded it; empty where it is not delivered yet.
         entries: of what is in it.
     """
 
     slot: int
-    left: Sequence[Future[Any]]
-    all: Sequence[Future[Any]]
-    entries: Sequence[Entry]
+    sent: Sent | None
+    asked: Sequence[Future[Any]] = ()
+    entries: Sequence[Entry] = ()
+
+    @property
+    def left(self) -> Sequence[Future[Any]]:
+        """What ends when the slot may be written again; nothing yet of what is not delivered.
+
+        The slots are taken in turn, so that nobody asks for that one before it is.
+        """
+        return self.asked if self.sent is None else self.sent[:1]
+
+    @property
+    def all(self) -> Sequence[Future[Any]]:
+        """What ends when it has arrived everywhere."""
+        return [*self.asked, *(self.sent or ())]
 
     def error(self) -> BaseException | None:
         """Return what went wrong with it until now; rather why than that it was given up."""
@@ -146,40 +172,50 @@ class ByCarrier:
         self._sender, self._fleet, self._push = link.sender, fleet, push
         self._begun, self._clock = begun, clock
         self.places = link.places
-        self.capacity = self._sender.buffer(0).numel()
+        self.capacity, self.slots = self._sender.buffer(0).numel(), self._sender.slots
         self.device = self._sender.buffer(0).device
         self.number = 0
         self._under_way: list[_Bucket] = []
         self._last: list[Future[dict[str, Any]]] = []
-        group = link.kind == "group"
-        self._sending = ThreadPoolExecutor(1, "fp8ctl-push-send") if group else None
         self._turns = contextlib.ExitStack()
         self._turns.enter_context(turns.short())
+
+    def free(self, slot: int) -> bool:
+        """Say whether what was in it is read by nobody any more."""
+        return all(f.done() for one in self._under_way if one.slot == slot for f in one.left)
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when what was in it is read by nobody any more."""
         self._wait(lambda bucket: bucket.left if bucket.slot == slot else ())
         return self._sender.buffer(slot)
 
+    def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        """Send a slot's bytes, where they are sent; a rank takes them when it has room."""
+        self._sender.ready(slot)
+        sent = self._sender.send(slot, nbytes)
+        self._under_way.append(_Bucket(slot, sent, entries=entries))
+
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Ask all servers to load a slot."""
         with self._clock.stage("wait"):
             self._begun()
-            self._sender.ready(slot)
+            self._sender.settle(slot)
         number, listed = self.number, [*entries]
         before = self._last
 
         def one(i: int, server: Server) -> dict[str, Any]:
-            if before and before[i].exception() is not None:
-                raise AbortedError(f"{server.url} did not take the bucket before")
-            return server.bucket(self._push, number, slot, nbytes, listed)
+            if not (before and before[i].done() and _failed(before[i])):
+                try:
+                    return server.bucket(self._push, number, slot, nbytes, listed)
+                except Exception:
+                    # The one before may be under way still, and why it fails comes first.
+                    if not before or not _failed(before[i]):
+                        raise
+            raise AbortedError(f"{server.url} did not take the bucket before")
 
-        # The bytes first: a rank takes them as soon as it has room, asked or not.
-        sent: list[Future[Any]] = []
-        if self._sending is not None:
-            sent = [self._sending.submit(self._sender.send, slot, nbytes)]
-        self._last = self._fleet.start(one)
-        self._under_way.append(_Bucket(slot, sent or self._last, [*self._last, *sent], listed))
+        self._last = self._fleet.start(one, beside=bool(number % 2))
+        bucket = next(one for one in self._under_way if one.slot == slot and not one.asked)
+        bucket.asked, bucket.entries = self._last, listed
         self.number += 1
 
     def drain(self) -> None:
@@ -191,10 +227,8 @@ class ByCarrier:
         self._sender.cancel(why)
 
     def close(self) -> None:
-        """End the thread that sends."""
+        """Let threads take their turns as before."""
         self._turns.close()
-        if self._sending is not None:
-            self._sending.shutdown(wait=True, cancel_futures=True)
 
     def _wait(self, what: Callable[[_Bucket], Sequence[Future[Any]]]) -> None:
         """Wait for some futures of every bucket; raise what goes wrong with any meanwhile."""
@@ -220,7 +254,17 @@ class ByCarrier:
             error = first.error()
             assert error is not None
             raise _named(error, first.entries)
-        self._under_way = [one for one in self._under_way if not all(f.done() for f in one.all)]
+        self._under_way = [
+            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
+        ]
+
+
+def _failed(future: Future[Any]) -> bool:
+    """Wait for an answer, and say whether there is none."""
+    try:
+        return future.exception() is not None
+    except concurrent.futures.CancelledError:
+        return True
 
 
 def _named(error: BaseException, entries: Sequence[Entry]) -> BaseException:

@@ -1,4 +1,4 @@
-"""All servers of a rollout as one: a thread for each, and the first failure is everyone's."""
+"""All servers of a rollout as one: two threads each, and the first failure is everyone's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Fleet:
     """The servers, while an update runs.
 
-    What is asked of one server is asked in order; servers do not wait for each other.
+    What is asked of one server is asked in order, but for every other bucket, which is asked beside
+    the one before; servers do not wait for each other.
 
     Attributes:
         servers: in the order in which they were given.
@@ -29,20 +30,34 @@ class Fleet:
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self.servers = tuple(servers)
-        self._pools = [
-            ThreadPoolExecutor(1, thread_name_prefix=f"fp8ctl-push-{i}")
-            for i in range(len(servers))
-        ]
+        self._pools, self._beside = (
+            [
+                ThreadPoolExecutor(1, thread_name_prefix=f"fp8ctl-push-{i}{which}")
+                for i in range(len(servers))
+            ]
+            for which in ("", "-beside")
+        )
         self._last: list[Future[Any] | None] = [None] * len(servers)
         self._hearts: list[Heart] = []
 
     def start(
-        self, ask: Callable[[int, Server], T], those: Iterable[int] | None = None
+        self,
+        ask: Callable[[int, Server], T],
+        those: Iterable[int] | None = None,
+        *,
+        beside: bool = False,
     ) -> list[Future[T]]:
-        """Ask every server something, or some by their numbers; returns at once."""
+        """Ask every server something, or some by their numbers; returns at once.
+
+        Args:
+            ask: is given a server and its number.
+            those: their numbers; None for all.
+            beside: at the same time as what was asked before without this.
+        """
+        pools = self._beside if beside else self._pools
         futures = []
         for i in range(len(self.servers)) if those is None else those:
-            future = self._pools[i].submit(ask, i, self.servers[i])
+            future = pools[i].submit(ask, i, self.servers[i])
             self._last[i] = future
             futures.append(future)
         return futures
@@ -71,7 +86,7 @@ class Fleet:
         self._rest()
         for server in self.servers:
             server.cut()
-        for pool in self._pools:
+        for pool in (*self._pools, *self._beside):
             pool.shutdown(wait=True, cancel_futures=True)
         failed: list[str] = []
 
@@ -92,7 +107,7 @@ class Fleet:
     def close(self) -> None:
         """End the threads; connections stay for the next update."""
         self._rest()
-        for pool in self._pools:
+        for pool in (*self._pools, *self._beside):
             pool.shutdown(wait=True, cancel_futures=True)
         for server in self.servers:
             if server.is_cut:

@@ -71,7 +71,7 @@ class ByFolder:
             NotPermittedError: it cannot be made, or does not have room for the plan.
             CarrierError: the device has no room for the buckets.
         """
-        self.capacity, self.device, self.number = capacity, device, 0
+        self.capacity, self.slots, self.device, self.number = capacity, SLOTS, device, 0
         self.places: Places = {}
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
@@ -98,10 +98,18 @@ class ByFolder:
         self._pool = ThreadPoolExecutor(1, "fp8ctl-push-write")
         self._writing: list[Future[None] | None] = [None] * SLOTS
 
+    def free(self, slot: int) -> bool:
+        """Say whether it is written to its file."""
+        writing = self._writing[slot]
+        return writing is None or writing.done()
+
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when it is written to its file."""
         self._wait(slot)
         return self._memory[slot]
+
+    def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        """Do nothing: what is written to a file is looked at first."""
 
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Have a bucket written."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from fp8ctl import __version__, wire
+from fp8ctl import __version__
 from fp8ctl.carriers import ends
 from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.kernels import known
@@ -119,16 +119,15 @@ class Link:
         self.connect(fleet, meanwhile=meanwhile)
 
     def look(self, fleet: Fleet) -> None:
-        """Leave a group of which a server knows nothing any more: `open` makes another.
+        """Leave a group that a rank has left: `open` makes another.
 
-        Such a server was started anew, or met another client. Other carriers are offered again
+        Its server was started anew, or met another client. Other carriers are offered again
         when its update begins; a group is not joined twice.
         """
-        if self.kind != "group" or not self.connections:
+        if self.kind != "group" or not self.connections or self.sender is None:
             return
-        states = fleet.all(lambda _, server: server.state())
-        known = [str(state.get("connection")) for state in states]
-        if known != [wire.shown(connection) for connection in self.connections]:
+        self.sender.look()
+        if not self.sender.alive:
             self.close(fleet)
 
     def connect(

@@ -73,7 +73,8 @@ class Rollout:
             via: "ipc": memory of this host, of the GPU where the servers are on GPUs. "nccl": a
                 process group, gloo where they are on CPUs. "disk": a folder.
             api_key: of the servers; None: `FP8CTL_API_KEY` of the environment.
-            bucket_bytes: of a bucket; two are kept, as long as the rollout.
+            bucket_bytes: of a bucket; two are kept, as long as the rollout. Via "nccl" three, on
+                the trainer and in every rank, where all their devices have room for four.
             device: whose GPU has the buckets, where weights are quantised; None: the current one.
                 For servers on CPUs that is the CPU, whatever is said here.
             in_flight: what becomes of requests that run when an update begins: "finish" waits

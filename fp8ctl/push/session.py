@@ -38,7 +38,7 @@ class Session:
     def begin(self) -> None:
         """Ask all servers to begin; returns before they have, and keeps them from giving up."""
         numbers = {server: i for i, server in enumerate(self._fleet.servers)}
-        self._asked = self._fleet.start(self._begin_one)
+        self._asked = self._fleet.start(self._begin_first)
         self._fleet.keep_alive(lambda server: self._begin_one(numbers[server], server), LEASE / 4)
 
     def begun(self) -> list[dict[str, Any]]:
@@ -94,6 +94,13 @@ class Session:
         return self._fleet.give_up(
             lambda server: server.abort(self._push, reason) if begun else None
         )
+
+    def _begin_first(self, i: int, server: Server) -> dict[str, Any]:
+        if self._link.kind == "group":
+            # Of another host, perhaps, which may be gone without a word: BEGIN itself may take as
+            # long as requests in flight do.
+            server.state()
+        return self._begin_one(i, server)
 
     def _begin_one(self, i: int, server: Server) -> dict[str, Any]:
         wish = self._wish

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from tests.carriers.processes import Pool
+from tests.carriers.rank import left
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,3 +22,14 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.end()
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """Compare what this process holds with what it held before the test."""
+    before = left()
+    yield
+    end = time.monotonic() + 10  # threads of gloo and the store end a moment later
+    while (after := left()) != before and time.monotonic() < end:
+        time.sleep(0.05)
+    assert after == before

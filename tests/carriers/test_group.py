@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -25,7 +25,7 @@ from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError, UsageError
 from fp8ctl.wire import WireError
 from tests.carriers.processes import alive
-from tests.carriers.rank import left, weighted
+from tests.carriers.rank import weighted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,16 +37,7 @@ NBYTES = 300_007
 PATIENCE = 60.0  # nobody is waited for so long: the machine may be busy
 SHORT = 3.0  # who is gone, or does not come
 
-
-@pytest.fixture(autouse=True)
-def nothing_left() -> Iterator[None]:
-    """Compare what this process holds with what it held before the test."""
-    before = left()
-    yield
-    end = time.monotonic() + 10  # threads of gloo and the store end a moment later
-    while (after := left()) != before and time.monotonic() < end:
-        time.sleep(0.05)
-    assert after == before
+pytestmark = pytest.mark.usefixtures("nothing_left")
 
 
 @contextlib.contextmanager
@@ -67,6 +58,18 @@ def come(sender: ends.Sender, processes: list[Process], *ranks: int) -> None:
             next(left_over).say(join=sender.offer(server), rank=rank)
     sender.join()
     assert [process.answer() for process in processes] == [{"ok": "joined"}] * len(processes)
+
+
+def give(sender: ends.Sender, slot: int, nbytes: int) -> Future[None]:
+    """Have a bucket given; return what ends when the trainer may write the slot again."""
+    sent = sender.send(slot, nbytes)
+    assert sent is not None
+    return sent.left
+
+
+def given(sender: ends.Sender, slot: int, nbytes: int) -> None:
+    """Have a bucket given, and wait until it is."""
+    give(sender, slot, nbytes).result(PATIENCE)
 
 
 def settled(process: Process, wanted: dict[str, int]) -> None:
@@ -104,7 +107,7 @@ def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
             wanted = fill(sender, slot, nbytes, seed=bucket)
             for process in processes:
                 process.say(bucket=[slot, nbytes])
-            sender.send(slot, nbytes)
+            given(sender, slot, nbytes)
             assert [process.answer() for process in processes] == [{"ok": wanted}] * 3
         assert sender.alive
     for process, wanted_left in zip(processes, held, strict=True):
@@ -115,13 +118,13 @@ def test_all_ranks_of_two_servers_get_every_bucket(pool: Pool) -> None:
 
 def test_ranks_take_what_they_have_room_for_before_they_are_asked(pool: Pool) -> None:
     processes = pool.take(1)
-    with group(1) as sender, ThreadPoolExecutor(1) as threads:
+    with group(1) as sender:
         come(sender, processes, 1)
         wanted = [fill(sender, slot, NBYTES, seed=slot) for slot in range(2)]
         for slot in range(2):
-            sender.send(slot, NBYTES)
+            given(sender, slot, NBYTES)
         wanted.append(fill(sender, 0, NBYTES, seed=2))
-        third = threads.submit(sender.send, 0, NBYTES)
+        third = give(sender, 0, NBYTES)
         time.sleep(0.3)
         assert not third.done(), "the rank has read neither slot"
         assert processes[0].ok(bucket=[0, NBYTES], keep=True) == wanted[0]
@@ -142,7 +145,7 @@ def test_a_second_group_follows_the_first_at_once(pool: Pool) -> None:
             wanted = fill(sender, 1, 100, seed)
             for process in processes:
                 process.say(bucket=[1, 100])
-            sender.send(1, 100)
+            given(sender, 1, 100)
             assert [process.answer() for process in processes] == [{"ok": wanted}] * 2
         for process in processes:
             process.ok(close=True)
@@ -193,11 +196,11 @@ def test_a_rank_that_has_no_room_is_named(pool: Pool) -> None:
     first, second = processes = pool.take(2)
     with group(1, 1, timeout=SHORT) as sender:
         come(sender, processes, 1, 1)
-        sender.send(0, 100)
+        given(sender, 0, 100)
         first.ok(bucket=[0, 100])
         second.ok(bucket=[0, 100], keep=True)
         with pytest.raises(TimeoutError, match=rf"rank 0 of server 1 .process {second.pid} "):
-            sender.send(0, 100)
+            given(sender, 0, 100)
         assert not sender.alive
         answer = first.ask(bucket=[0, 100])
         assert answer["error"] == "ConflictError"
@@ -213,7 +216,7 @@ def test_a_rank_killed_between_buckets_is_named_at_once(pool: Pool) -> None:
         first.say(bucket=[0, 100])
         began = time.monotonic()
         with pytest.raises(ConflictError, match=rf"process {second.pid} on .* is gone"):
-            sender.send(0, 100)
+            given(sender, 0, 100)
         assert time.monotonic() - began < PATIENCE / 2
         assert first.answer()["error"] == "ConflictError"
 
@@ -228,16 +231,18 @@ def test_a_rank_that_stops_within_a_broadcast_is_named(
         come(sender, processes, 2)
         real = gloo.Gloo.broadcast
 
-        def stopped_first(*args: Any) -> None:
+        def stopped_first(*args: Any) -> Any:
             second.signal(signal.SIGSTOP)
-            real(*args)
+            return real(*args)
 
         monkeypatch.setattr(gloo.Gloo, "broadcast", stopped_first)
         for process in processes:
             process.say(bucket=[0, NBYTES])
         # It may have all bytes in its socket's buffer: then it is the answer that is missing.
+        sent = sender.send(0, NBYTES)
+        assert sent is not None
         with pytest.raises((TimeoutError, ConflictError), match=f"process {second.pid} "):
-            sender.send(0, NBYTES)
+            sent.arrived.result(PATIENCE)
         second.signal(signal.SIGCONT)
         for process in processes:
             process.answer()
@@ -334,11 +339,11 @@ def test_a_rank_that_asks_for_another_bucket_is_named(pool: Pool) -> None:
     processes = pool.take(1)
     with group(1) as sender:
         come(sender, processes, 1)
-        sender.send(0, 100)
+        given(sender, 0, 100)
         answer = processes[0].ask(bucket=[1, 100])
         assert "asked for slot 1 with 100 bytes" in answer["message"]
         with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* asked for slot 1"):
-            sender.send(1, 100)
+            given(sender, 1, 100)
         assert "has ended" in processes[0].ask(bucket=[1, 100])["message"]
 
 
@@ -364,7 +369,8 @@ def test_a_group_that_is_being_made_is_given_up_at_once() -> None:
         offer = sender.offer(0)
         deadline = time.monotonic() + PATIENCE
         joining = threads.submit(sender.join)
-        rank = link.join(offer["host"], offer["port"], offer["key"], 1, {}, deadline)
+        about = {"slots": 2}
+        rank = link.join(offer["host"], offer["port"], offer["key"], 1, about, deadline)
         with contextlib.closing(rank):
             assert "go" in link.agree(rank, deadline), "now the trainer makes it, and this does not"
             time.sleep(0.3)
@@ -378,11 +384,11 @@ def test_a_group_that_is_being_made_is_given_up_at_once() -> None:
 
 def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
     processes = pool.take(2)
-    with group(2) as sender, ThreadPoolExecutor(1) as threads:
+    with group(2) as sender:
         come(sender, processes, 2)
-        sender.send(0, 100)
+        given(sender, 0, 100)
         processes[0].ok(bucket=[0, 100])
-        sending = threads.submit(sender.send, 0, 100)
+        sending = give(sender, 0, 100)
         processes[0].say(bucket=[0, 100])
         time.sleep(0.3)
         assert not sending.done(), "the other rank has not read the slot"
@@ -390,8 +396,8 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
         with pytest.raises(ConflictError, match=r"q_proj\.weight"):
             sending.result(10)
         assert "q_proj.weight" in processes[0].answer()["message"]
-        with pytest.raises(ConflictError, match="not joined, or has ended"):
-            sender.send(0, 100)
+        with pytest.raises(ConflictError, match=r"has ended: server 0: q_proj\.weight"):
+            given(sender, 0, 100)
         processes[1].ok(close=True)
 
 
@@ -432,10 +438,10 @@ def test_a_group_that_failed_keeps_no_slot(how: str, monkeypatch: pytest.MonkeyP
                 time.sleep(0.2)
                 ask(rank)
             else:
-                sender.send(0, 99)
+                given(sender, 0, 99)
                 ask(rank)
             del rank
-        assert len(freed) == 2
+        assert len(freed) == ends.GROUP_SLOTS
     finally:
         gc.enable()
 
@@ -538,6 +544,23 @@ def test_silence_is_a_time_out_and_an_end_is_not(pair: tuple[link.Line, socket.s
     theirs.close()
     with pytest.raises(ConflictError, match="the other is gone"):
         line.hear(time.monotonic() + 5)
+
+
+@pytest.mark.parametrize("ends", ["shut", "closed", "here"])
+def test_who_has_left_is_known_before_its_last_words_are_heard(
+    pair: tuple[link.Line, socket.socket], ends: str
+) -> None:
+    line, other = pair
+    seen = [line.gone]
+    other.sendall(b'{"room": 1}\n')
+    seen.append(line.gone)
+    if ends == "shut":
+        other.shutdown(socket.SHUT_RDWR)
+    else:
+        (other if ends == "closed" else line).close()
+    assert [*seen, line.gone] == [False, False, True]
+    if ends != "here":
+        assert line.heard() == {"room": 1}
 
 
 def test_only_the_key_answers_the_question() -> None:

@@ -5,16 +5,19 @@ python -m pytest -m gpu tests/carriers
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import threading
 import time
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from fp8ctl.carriers import ends, nccl
+from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError
 from tests.carriers.processes import alive
 from tests.carriers.test_cuda import fill
@@ -71,6 +74,67 @@ def test_a_process_without_nccl_says_so() -> None:
         pytest.skip("this process has NCCL")
 
 
+class Library:
+    """NCCL's calls, with the states that a communicator is in when it is asked."""
+
+    def __init__(self, *states: int) -> None:
+        self.states = [*states]
+
+    def ncclBroadcast(self, *_: object) -> int:
+        return 7
+
+    def ncclCommGetAsyncError(self, _: object, state: Any) -> int:
+        state._obj.value = self.states.pop(0)
+        return 0
+
+    def ncclGetErrorString(self, code: int) -> bytes:
+        return f"error {code}".encode()
+
+    def ncclCommAbort(self, _: object) -> None:
+        pass
+
+
+class Event:
+    """An event that the device has reached, or not yet."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+    def record(self, _: object) -> None:
+        pass
+
+    def query(self) -> bool:
+        return self.reached
+
+
+def launched(library: Library, monkeypatch: pytest.MonkeyPatch) -> tuple[Event, Any]:
+    """Launch a broadcast over a library; return its event, and what says whether it is over."""
+    event = Event()
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    one: Any = object.__new__(nccl.Nccl)
+    one._library, one._device, one._communicator = library, None, None
+    one._stream = SimpleNamespace(cuda_stream=0)
+    return event, one.broadcast(torch.zeros(4), None, time.monotonic() + 5, lambda: None)
+
+
+def test_a_broadcast_is_over_when_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Library(7, 7, 0, 0, 0)  # it is launched in the background
+    event, over = launched(library, monkeypatch)
+    assert library.states == [0, 0]
+    assert not over()
+    event.reached = True
+    assert over()
+
+
+def test_nccls_own_error_is_heard_while_the_device_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device may never say anything again."""
+    _, over = launched(Library(0, 0, 6), monkeypatch)
+    assert not over()
+    with pytest.raises(ConflictError, match="until the broadcast has ended: error 6"):
+        over()
+
+
 # --- on two GPUs ----------------------------------------------------------------------------------
 
 
@@ -84,6 +148,52 @@ def come(sender: ends.Sender, process: Process) -> None:
     assert process.answer(120) == {"ok": "joined"}
 
 
+def given(sender: ends.Sender, slot: int, nbytes: int) -> None:
+    sent = sender.send(slot, nbytes)
+    assert sent is not None
+    sent.arrived.result(120)
+
+
+@pytest.mark.gpu
+@on_two
+def test_buckets_that_are_given_at_once_arrive_in_order(pool: Pool) -> None:
+    """Two are launched when the first is under way; what fills slots has the device's rest."""
+    [process] = pool.take(1)
+    sender = start()
+    come(sender, process)
+    assert isinstance(sender, GroupSender)
+    assert isinstance(sender._backend, nccl.Nccl)
+    assert sender._backend._stream.priority < 0
+    assert sender.slots == ends.GROUP_SLOTS, "two GPUs with room for 200 MB"
+    for _ in range(5):
+        wanted = [fill(sender, slot, NBYTES - slot, seed=slot) for slot in range(3)]
+        sent = [sender.send(slot, NBYTES - slot) for slot in range(3)]
+        found = [process.ok(bucket=[slot, NBYTES - slot]) for slot in range(3)]
+        assert found == wanted
+        assert [one.arrived.result(120) for one in sent if one is not None] == [None] * 3
+    process.ok(close=True)
+    sender.close()
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_rank_killed_with_two_in_flight_is_named(pool: Pool) -> None:
+    [process] = pool.take(1)
+    sender = start()
+    come(sender, process)
+    process.signal(signal.SIGSTOP)
+    sent = [sender.send(slot, NBYTES) for slot in range(2)]
+    time.sleep(0.5)
+    process.kill()
+    for one in sent:
+        assert one is not None
+        with pytest.raises(ConflictError, match=rf"process {process.pid} on .* is gone"):
+            one.arrived.result(30)
+    assert not alive(sender)
+    sender.close()
+    assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
+
+
 @pytest.mark.gpu
 @on_two
 def test_a_rank_on_another_gpu_gets_every_bucket(pool: Pool) -> None:
@@ -95,7 +205,7 @@ def test_a_rank_on_another_gpu_gets_every_bucket(pool: Pool) -> None:
             slot, nbytes = bucket % 2, NBYTES - bucket * 1000
             wanted = fill(sender, slot, nbytes, seed=bucket)
             process.say(bucket=[slot, nbytes])
-            sender.send(slot, nbytes)
+            given(sender, slot, nbytes)
             assert process.answer() == {"ok": wanted}
         process.ok(close=True)
         sender.close()
@@ -109,7 +219,7 @@ def test_a_rank_killed_between_buckets_is_named(pool: Pool) -> None:
     come(sender, process)
     process.kill()
     with pytest.raises(ConflictError, match=rf"process {process.pid} on .* is gone"):
-        sender.send(0, 100)
+        given(sender, 0, 100)
     assert not alive(sender)
     sender.close()
     assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
@@ -126,15 +236,15 @@ def test_a_rank_that_stops_within_a_broadcast_is_a_time_out(
     come(sender, process)
     real = nccl.Nccl.broadcast
 
-    def alone(*args: Any) -> None:
+    def alone(*args: Any) -> Any:
         process.signal(signal.SIGSTOP)
-        real(*args)
+        return real(*args)
 
     monkeypatch.setattr(nccl.Nccl, "broadcast", alone)
     process.say(bucket=[0, NBYTES])
     began = time.monotonic()
     with pytest.raises((TimeoutError, ConflictError), match=f"process {process.pid} "):
-        sender.send(0, NBYTES)
+        given(sender, 0, NBYTES)
     assert time.monotonic() - began < 30
     process.kill()
     sender.close()

@@ -104,7 +104,7 @@ def test_another_answer_than_expected_fails(serve: Serve) -> None:
     [
         (["--nan"], "log-probabilities"),
         (["--moody"], "repeat"),
-        (["--torn", "0.9"], "repeat"),
+        (["--torn", "2.5"], "repeat"),
         (["--torn", "0.1", "--bare"], "repeat"),
         (["--answer", "  "], "chat"),
     ],
@@ -120,6 +120,12 @@ def test_an_answer_that_rounding_may_have_exchanged_is_no_fault(serve: Serve) ->
     assert found.result == "ok"
     [told] = [one for one in found.evidence if one.check == "repeat"]
     assert told.found.endswith("Paris. b': as likely to 0.100 nats, so rounding decides")
+
+
+def test_an_answer_that_rounding_hardly_exchanged_is_not_decided(serve: Serve) -> None:
+    found = live.check(serve("--torn", "0.9"))
+    assert found.result == "ok"
+    assert results(found)["repeat"] == "not visible"
 
 
 def test_a_server_without_a_chat_template_is_judged_by_its_raw_generation(serve: Serve) -> None:

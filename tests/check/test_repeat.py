@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fp8ctl.check.repeat import NEAR, judge
+from fp8ctl.check.repeat import FAR, NEAR, judge
 
 
 def choice(*tokens: str, tops: Any = None, first: Any = -0.1) -> dict[str, Any]:
@@ -25,7 +25,14 @@ def test_one_answer_is_well_whatever_its_likelihoods() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gap", "result"), [(0.0, "ok"), (NEAR - 0.01, "ok"), (NEAR + 0.05, "failed")]
+    ("gap", "result"),
+    [
+        (0.0, "ok"),
+        (NEAR - 0.01, "ok"),
+        (NEAR + 0.05, "not visible"),
+        (FAR - 0.01, "not visible"),
+        (FAR + 0.05, "failed"),
+    ],
 )
 def test_tokens_as_likely_as_each_other_may_take_turns(gap: float, result: str) -> None:
     for sign in (1, -1):
@@ -44,7 +51,7 @@ def test_both_answers_have_to_find_them_near() -> None:
     ("one", "other"),
     [
         (two(0.1, -9.0), two(0.1)),  # the same two, and quite another likelihood
-        (two(0.1, z=-0.1), two(0.1)),  # neither is the likeliest
+        (two(0.1, -2.9, z=-0.1), two(0.1, -2.9)),  # neither is the likeliest
         (two(0.1), two(float("nan"))),
     ],
 )
@@ -59,12 +66,12 @@ def test_what_was_the_same_before_is_as_likely_in_both() -> None:
         return judge(choice("a", "x", tops=two(0.0)), near).result
 
     assert result(-0.2) == "ok"
-    assert {result(one) for one in (-0.65, None, float("nan"), 10**400)} == {"failed"}
+    assert {result(one) for one in (-0.15 - FAR, None, float("nan"), 10**400)} == {"failed"}
 
 
 @pytest.mark.parametrize(
     ("last", "result"),
-    [(-0.71, "not visible"), (-0.7 - NEAR + 0.01, "not visible"), (-1.3, "failed")],
+    [(-0.71, "not visible"), (-0.7 - NEAR + 0.01, "not visible"), (-0.75 - FAR, "failed")],
 )
 def test_a_token_that_is_not_told_is_no_likelier_than_the_last_that_is(
     last: float, result: str

@@ -595,6 +595,61 @@ def test_an_engine_that_will_not_answer_does_not_hang_its_server(
     asyncio.run(test())
 
 
+def test_the_core_is_told_to_forget_its_caches_while_the_ranks_still_answer() -> None:
+    """And to compute again while they are told what to trust: in this order, without a wait."""
+
+    async def test() -> None:
+        engine = Engine()
+        asked, go_on = engine.collective_rpc, asyncio.Event()
+
+        async def late(*args: Any, **kwargs: Any) -> Any:
+            answer = await asked(*args, **kwargs)
+            await go_on.wait()
+            return answer
+
+        engine.collective_rpc = late  # type: ignore[method-assign]
+        for doing, order in (
+            (of(engine).settle(expected=[]), ["progress", "fp8ctl_flush"]),
+            (of(engine).resume(["a"]), ["trust", "fp8ctl_resume"]),
+        ):
+            engine.calls.clear()
+            task: asyncio.Future[Any] = asyncio.ensure_future(doing)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert (engine.asked, task.done()) == (order, False)
+            go_on.set()
+            await task
+            go_on.clear()
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("wrong", ["ranks", "core", "both"])
+def test_a_failure_of_either_is_that_of_both_and_the_ranks_is_told_first(wrong: str) -> None:
+    engine = Engine()
+    if wrong != "core":
+        engine.progress = [{"failed": "out of memory"}]
+    if wrong != "ranks":
+        engine.core["fp8ctl_flush"] = Exception("in use")
+    with pytest.raises(RuntimeError, match="in use" if wrong == "core" else "out of memory"):
+        asyncio.run(of(engine).settle(expected=[]))
+
+
+def test_ranks_that_cannot_trust_what_was_proven_compute_all_the_same() -> None:
+    engine = Engine()
+    refuse = {"failed": "out of memory"}
+
+    async def refusing(*args: Any, **kwargs: Any) -> Any:
+        return [{"rank": 0, **refuse}]
+
+    engine.collective_rpc = refusing  # type: ignore[method-assign]
+    assert "out of memory" in asyncio.run(of(engine).resume(["a"]))
+    assert engine.asked == ["fp8ctl_resume"]
+    engine.core["fp8ctl_resume"] = Exception("dead")
+    with pytest.raises(RuntimeError, match="dead"):
+        asyncio.run(of(engine).resume(["a"]))
+
+
 def test_a_core_that_refuses_is_an_error_with_its_words() -> None:
     engine = Engine()
     engine.core["fp8ctl_hold"] = Exception("Call to fp8ctl_hold method failed: no")

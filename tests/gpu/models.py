@@ -192,7 +192,9 @@ def state(kind: Json, seed: int, device: str) -> dict[str, torch.Tensor]:
     made = {}
     for number, (name, shape) in enumerate(shapes(kind).items()):
         if len(shape) == 1:
-            made[name] = torch.ones(shape, device=device).bfloat16()
+            # Near one, as in real models: what is one everywhere proves nothing about its place.
+            noise = torch.randn(shape, generator=random, device=device)
+            made[name] = (1 + 0.05 * noise).bfloat16()
             continue
         size = spread
         if seed == 2 and "_proj" in name:

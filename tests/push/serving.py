@@ -23,7 +23,7 @@ from fp8ctl.engines.hooks.workers import Reloaded
 from fp8ctl.kernels.digest import digest, to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from fp8ctl.manifest import Plan
 
@@ -53,6 +53,7 @@ class Table:
         self.buckets: list[list[str]] = []
         self.keeps, self.refit, self.delay = True, True, 0.0
         self.in_flight: list[str] = []
+        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
         self.offers: list[Any] = []
 
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
@@ -62,7 +63,8 @@ class Table:
             self.hang_up()
             self.offers.append(details["carrier"])
         if what == "receive":
-            self.buckets.append([e["name"] for e in details["entries"]])
+            entries = details.get("entries") or self.lists[details["list"]]
+            self.buckets.append([e["name"] for e in entries])
         answer = getattr(self, f"_{what}")
         # In threads: ranks wait for each other in a group.
         asked = (asyncio.to_thread(answer, rank, **details) for rank in range(self.ranks))
@@ -94,8 +96,16 @@ class Table:
         return {}
 
     def _receive(
-        self, rank: int, number: int, slot: int, nbytes: int, entries: list[dict[str, Any]]
+        self,
+        rank: int,
+        number: int,
+        slot: int,
+        nbytes: int,
+        list: str,  # noqa: A002 - as it is asked
+        entries: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
+        entries = entries or self.lists[list]
+        self.lists[list] = entries
         bucket = self.receivers[rank].bucket(slot, nbytes)
         for entry in entries if self.keeps else ():
             dtype = getattr(torch, entry["dtype"])
@@ -105,9 +115,15 @@ class Table:
         self.receivers[rank].loaded()
         return {"loaded": len(entries), "broken": False, "error": "", "seconds": {"load": 0.001}}
 
-    def _progress(self, rank: int, expected: list[str]) -> dict[str, Any]:
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        return await self.ask("progress", **details)
+
+    def _progress(
+        self, rank: int, expected: list[str], layouts: list[str] | None = None
+    ) -> dict[str, Any]:
         missing = [n for n in expected if n not in self.held[rank]] if self.keeps else []
         return {
+            **({} if layouts is None else {"digests": self._digests(rank)}),
             "broken": False,
             "unfilled": {},
             "missing": missing[:20],
@@ -143,8 +159,8 @@ class Table:
     async def hold(self, in_flight: str, within: float) -> None:
         self.in_flight.append(in_flight)
 
-    async def resume(self) -> None:
-        pass
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        return ""
 
     async def flush(self) -> None:
         pass

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from fp8ctl.errors import AbortedError, BusyError, Fp8ctlError
+from fp8ctl.carriers.sent import Sent
+from fp8ctl.errors import AbortedError, BusyError, ConflictError, Fp8ctlError
 from fp8ctl.push.delivery import ByCarrier, Clock
 from fp8ctl.wire import Entry
 
@@ -38,16 +39,88 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
     second: Future[Any] = Future()
     first = Overtaken(second)
     asked = iter([first, second])
-    fleet: Any = SimpleNamespace(start=lambda _: [next(asked)])
+    fleet: Any = SimpleNamespace(start=lambda _, beside: [next(asked)])
     slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(2)]
-    sender = SimpleNamespace(buffer=lambda slot: slots[slot], ready=lambda _: None)
+    sender = SimpleNamespace(
+        slots=2,
+        buffer=lambda slot: slots[slot],
+        ready=lambda _: None,
+        settle=lambda _: None,
+        send=lambda *_: None,
+    )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
     delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
     try:
         for slot in range(2):
-            delivery.deliver(slot, 4, [ENTRY._replace(name=f"{slot}.weight")])
+            entries = [ENTRY._replace(name=f"{slot}.weight")]
+            delivery.give(slot, 4, entries)
+            delivery.deliver(slot, 4, entries)
         with ThreadPoolExecutor(1) as threads, pytest.raises(Fp8ctlError) as e:
             threads.submit(delivery.drain).result(20)
         assert e.value.message == "the server's own reason (bucket of 0.weight to 0.weight)"
+    finally:
+        delivery.close()
+
+
+def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
+    """As many slots in turn as the carrier has; where the ranks read it themselves, later."""
+    sent = [Sent(Future(), Future()) for _ in range(2)]
+    asked: list[Future[Any]] = [Future(), Future()]
+    servers, sends = iter(asked), iter(sent)
+    fleet: Any = SimpleNamespace(start=lambda *_, **__: [next(servers)])
+    slots = [torch.zeros(4, dtype=torch.uint8) for _ in range(3)]
+    sender = SimpleNamespace(
+        buffer=lambda slot: slots[slot],
+        ready=lambda _: None,
+        settle=lambda _: None,
+        send=lambda *_: next(sends),
+        slots=3,
+    )
+    link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
+    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    try:
+        assert delivery.slots == 3
+        with ThreadPoolExecutor(1) as threads:
+            for slot in range(2):
+                delivery.give(slot, 4, [ENTRY])
+                delivery.deliver(slot, 4, [ENTRY])
+            assert delivery.buffer(2) is slots[2]
+            free = threads.submit(delivery.buffer, 0)
+            with pytest.raises(TimeoutError):
+                free.result(0.2)
+            sent[0].left.set_result(None)
+            assert free.result(20) is slots[0]
+            free = threads.submit(delivery.buffer, 1)
+            sent[1].left.set_exception(ConflictError("a rank is gone"))
+            with pytest.raises(ConflictError, match="a rank is gone"):
+                free.result(20)
+    finally:
+        delivery.close()
+
+
+def test_who_has_not_got_what_has_left_ends_the_wait_for_servers() -> None:
+    sent, asked = Sent(Future(), Future()), Future[Any]()
+    fleet: Any = SimpleNamespace(start=lambda *_, **__: [asked])
+    memory = torch.zeros(4, dtype=torch.uint8)
+    sender = SimpleNamespace(
+        buffer=lambda _: memory,
+        ready=lambda _: None,
+        settle=lambda _: None,
+        send=lambda *_: sent,
+        slots=2,
+    )
+    link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
+    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    try:
+        delivery.give(0, 4, [ENTRY])
+        delivery.deliver(0, 4, [ENTRY])
+        sent.left.set_result(None)
+        with ThreadPoolExecutor(1) as threads:
+            draining = threads.submit(delivery.drain)
+            with pytest.raises(TimeoutError):
+                draining.result(0.2)
+            sent.arrived.set_exception(ConflictError("a rank is gone"))
+            with pytest.raises(ConflictError, match="a rank is gone"):
+                draining.result(20)
     finally:
         delivery.close()

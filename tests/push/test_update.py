@@ -8,6 +8,8 @@ import os
 import signal
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,7 +37,9 @@ from tests.push.test_rollout import CHANGED, HOW, holds, update
 from tests.test_stream import PLAN, WEIGHTS, Source, planned, wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fp8ctl.wire import Entry
 
 Named = tuple[str, torch.Tensor]
 each_way = pytest.mark.parametrize("how", HOW)
@@ -116,42 +120,84 @@ def test_nan_names_its_tensor_quantised_or_kept(
 
 @each_way
 @pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
-def test_nan_that_a_gpu_tells_of_late_is_known_before_anything_is_sent(
+def test_nan_that_a_gpu_tells_of_late_is_known_before_it_is_loaded(
     how: str, bucket_bytes: int, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "model.layers.1.mlp.gate_proj.weight"
-    spoilt = {n: t.clone() for n, t in CHANGED.items()}
+    # Of a model: it has them whether or not an update does.
+    spoilt = {n: torch.nn.Parameter(t.clone(), requires_grad=False) for n, t in CHANGED.items()}
     spoilt[name][2, 3] = torch.nan
-    start, order = kernels.start_many, []
-    delivered = ByCarrier.deliver
+    start, delivered = kernels.start_many, ByCarrier.deliver
+    under_way: list[Late] = []
+    most = 0
+    loaded: list[str] = []
 
     class Late:
         """What is done when it is waited for, as on a GPU it may be."""
 
         def __init__(self, *asked: Any) -> None:
-            order.append("begun")
+            nonlocal most
             self.asked = asked
+            under_way.append(self)
+            most = max(most, len(under_way))
 
         def wait(self) -> Any:
-            order.append("waited")
+            under_way.remove(self)
             return start(*self.asked).wait()
 
-    def deliver(*asked: Any) -> None:
-        order.append("sent")
-        delivered(*asked)
+        @property
+        def places(self) -> set[int]:
+            return {codes.data_ptr() for codes, _ in self.asked[3]}
+
+    def deliver(self: ByCarrier, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
+        first = self._sender.buffer(slot).data_ptr()
+        places = {first + entry.offset for entry in entries}
+        assert not any(one.places & places for one in under_way), "not waited for"
+        loaded.extend(entry.name for entry in entries)
+        delivered(self, slot, nbytes, entries)
 
     monkeypatch.setattr(kernels, "start_many", Late)
     monkeypatch.setattr(ByCarrier, "deliver", deliver)
+    monkeypatch.setattr(ByCarrier, "free", lambda *_: True)  # else whoever waits looks meanwhile
     with Rollout(server.url, PLAN, bucket_bytes=bucket_bytes) as rollout:
         with pytest.raises(PlanDoesNotFitError, match=rf"{name}: non-finite value nan") as e:
             update(rollout, Source(spoilt.items()), how, "new")
         assert e.value.data == {"tensor": name, "index": [2, 3]}
-        assert order[-2:] == ["begun", "waited"]
-        assert order.count("begun") == order.count("waited")
-        for before, after in itertools.pairwise(order):
-            assert before != "begun" or after == "waited", "nothing is sent in between"
-        monkeypatch.setattr(kernels, "start_many", start)
+        assert name not in loaded
+        assert bool(loaded) == (bucket_bytes == 1)
+        # The device has the next bucket to do while the host looks at this one.
+        assert most == (2 if bucket_bytes == 1 else 1)
+        monkeypatch.undo()
         assert serves_again(server, rollout)
+
+
+@pytest.mark.parametrize("how", ["rounded", "made by the source"])
+def test_what_is_nobody_elses_is_not_kept_beside_the_next_bucket(
+    how: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, t in CHANGED.items():
+            yield name, t.clone()
+
+    start = kernels.start_many
+    kept: list[weakref.ref[torch.Tensor]] = []
+    lists = 0
+
+    def starting(xs: Sequence[torch.Tensor], *asked: Any) -> Any:
+        nonlocal lists
+        lists += 1
+        # Of masters in 64 bits each bucket makes tensors of its own; a generator may make each of
+        # them. They are gone by now.
+        assert not any(one() is not None for one in kept)
+        kept[:] = map(weakref.ref, xs)
+        made = start(xs, *asked)
+        return SimpleNamespace(wait=lambda xs=xs: made.wait())  # as on a GPU, where it holds them
+
+    monkeypatch.setattr(kernels, "start_many", starting)
+    with Rollout(server.url, PLAN, bucket_bytes=1) as rollout:
+        masters = [(name, t.double()) for name, t in CHANGED.items()]
+        rollout.update(masters if how == "rounded" else made(), "new")
+    assert lists > 3
 
 
 def test_what_comes_behind_fp8_and_was_not_made_here_is_looked_at() -> None:
@@ -361,7 +407,8 @@ def test_a_server_that_is_gone_in_a_bucket_is_told_with_its_tensors(
         assert e.value.data["server"] == gone.url
         assert source.closed
         # Asked twice, since an answer may be lost; then given up.
-        assert gone.asked.count(wire.BUCKET) == 3
+        asked = [one["number"] for one in gone.bodies if "nbytes" in one]
+        assert (asked.count(0), asked.count(1)) == (1, 2)
         assert server.state == "failed"
         assert wire.END not in server.asked
         assert serves_again(gone, rollout)
@@ -392,6 +439,46 @@ def test_a_lost_answer_is_asked_for_again_and_nothing_is_loaded_twice(server: Se
     names = [name for bucket in server.table.buckets for name in bucket]
     assert len(names) == len(set(names)) == 19
     assert server.state == "ready"
+
+
+def test_a_bucket_is_asked_for_while_the_one_before_is_worked_off(server: Server) -> None:
+    came = asyncio.Event()
+
+    async def wait(found: dict[str, Any]) -> None:
+        if found["number"] == 1:
+            came.set()
+        await asyncio.wait_for(came.wait(), 20)
+
+    server.faults[wire.BUCKET] = wait
+    with Rollout(server.url, PLAN, bucket_bytes=9000) as rollout:
+        done = rollout.update(WEIGHTS.items(), "new")
+    assert done.buckets > 2
+    assert done.verified == 19
+    assert holds(server, wanted())
+
+
+def test_of_two_buckets_that_fail_the_first_is_told_also_where_it_is_answered_last(
+    server: Server,
+) -> None:
+    refused = asyncio.Event()
+
+    async def fail(found: dict[str, Any]) -> tuple[int, Any]:
+        if found["number"] == 1:
+            refused.set()
+            told = "it follows"
+        else:
+            await asyncio.wait_for(refused.wait(), 20)
+            await asyncio.sleep(0.3)
+            told = "the cause"
+        error = {"id": "FP8-LOAD", "message": told, "hint": "", "data": {}}
+        return 500, {"error": error, "state": "ready"}
+
+    server.faults[wire.BUCKET] = fail
+    with Rollout(server.url, PLAN, bucket_bytes=9000) as rollout:
+        with pytest.raises(Fp8ctlError, match="the cause"):
+            rollout.update(CHANGED.items(), "new")
+        del server.faults[wire.BUCKET]
+        assert rollout.update(CHANGED.items(), "new").verified == 19
 
 
 def test_a_connection_that_idled_away_is_opened_again(server: Server) -> None:

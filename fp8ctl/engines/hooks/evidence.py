@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ctl.engines.hooks.expected import CODES
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -22,6 +22,37 @@ _HEAD = "lm_head.weight"
 _UNASKED = (_HEAD, ".rotary_emb.inv_freq")
 
 
+class Digests(NamedTuple):
+    """What all ranks hold.
+
+    Attributes:
+        held: by name.
+        plain: all ranks show it as the checkpoint has it.
+    """
+
+    held: dict[str, Held]
+    plain: bool
+
+    @property
+    def checkpoint(self) -> dict[str, Held] | None:
+        """What is held; None where a rank holds it in a kernel's own form."""
+        return self.held if self.plain else None
+
+
+class Seen(NamedTuple):
+    """What the ranks told when an update was settled.
+
+    Attributes:
+        lacking: how many tensors the rank misses that has least.
+        names: of some of them.
+        digests: of all that is held; None where nobody asked.
+    """
+
+    lacking: int
+    names: list[str]
+    digests: Digests | None
+
+
 class Evidence:
     """Asks the ranks, and compares with the plan and with what was sent."""
 
@@ -32,34 +63,63 @@ class Evidence:
 
     async def held(self) -> dict[str, Held] | None:
         """Return what all ranks hold; None where they hold it in a kernel's own form."""
-        ranks, held = await self._digests()
-        return held if all(r["format"] == "checkpoint" for r in ranks) else None
+        return (await self._digests()).checkpoint
 
-    async def _digests(self) -> tuple[Sequence[Mapping[str, Any]], dict[str, Held]]:
+    async def _digests(self) -> Digests:
         known = self._layouts.known
-        ranks = await self._workers.ask("digests", **({"layouts": known} if known else {}))
-        return ranks, self._layouts.gather(ranks)
+        return self._gathered(
+            await self._workers.ask("digests", **({"layouts": known} if known else {}))
+        )
 
-    async def missing(self, push: OpenPush, *, folder: bool = False) -> tuple[int, str]:
-        """Return how much is missing after an update that is not said to be complete, and what.
+    def _gathered(self, ranks: Sequence[Mapping[str, Any]]) -> Digests:
+        plain = all(rank["format"] == "checkpoint" for rank in ranks)
+        return Digests(self._layouts.gather(ranks), plain)
+
+    async def settle(self, push: OpenPush, *, digests: bool) -> Seen:
+        """Have the ranks bring up to date what they derive from weights, and forget their caches.
+
+        One question to them, however much it is to tell; none where nothing was written and no
+        digests are wanted.
 
         Args:
             push: that ends.
-            folder: a checkpoint was loaded: without a plan it counts as all there is.
+            digests: of what the ranks hold are wanted.
 
         Raises:
-            RefusedError: something that was skipped may not be there, a rank broke off, or the
-                update is said to be complete and is not.
+            RefusedError: something that was skipped may not be there, or a rank broke off.
         """
         known = push.held or {}
         stray = [n for n in push.skipped if n not in known or n in push.entries]
         if stray:
             told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
             raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
+        if not push.touched:
+            return Seen(0, [], await self._digests() if digests else None)
+        # Whoever has all weights in place may send a part; a complete update says it itself.
+        needed = push.settled != "ready" and not push.begin.complete
+        expected = self._expected.missing(()) if needed else []
+        wanted = {"layouts": self._layouts.known} if digests else {}
+        answers = await self._workers.settle(expected=expected, **wanted)
+        if any(a["broken"] for a in answers):
+            raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
+        held = self._gathered([a["digests"] for a in answers]) if digests else None
+        return Seen(*worst(answers), held)
+
+    async def missing(self, push: OpenPush, seen: Seen, *, folder: bool = False) -> tuple[int, str]:
+        """Return how much is missing after an update that is not said to be complete, and what.
+
+        Args:
+            push: that ends.
+            seen: when it was settled.
+            folder: a checkpoint was loaded: without a plan it counts as all there is.
+
+        Raises:
+            RefusedError: the update is said to be complete and is not.
+        """
         whole = push.begin.complete
-        count, names = await self._not_arrived(push) if push.touched else (0, [])
+        count, names = seen.lacking, seen.names
         if whole:
-            unsent = await self._not_sent(push)
+            unsent = await self._not_sent(push, seen)
             count, names = count + len(unsent), [*unsent, *names]
         if count:
             told = f"{count} tensors have not arrived, such as {names[0]}"
@@ -71,33 +131,24 @@ class Evidence:
             return 0, ""
         return 1, "without a plan only a complete update makes the weights whole again"
 
-    async def _not_arrived(self, push: OpenPush) -> tuple[int, list[str]]:
-        """Return what the ranks miss: how many, and some names."""
-        # Whoever has all weights in place may send a part; a complete update says it itself.
-        needed = push.settled != "ready" and not push.begin.complete
-        expected = self._expected.missing(()) if needed else []
-        answers = await self._workers.ask("progress", expected=expected)
-        if any(a["broken"] for a in answers):
-            raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
-        return worst(answers)
-
-    async def _not_sent(self, push: OpenPush) -> list[str]:
+    async def _not_sent(self, push: OpenPush, seen: Seen) -> list[str]:
         """Return the names that a complete update should have brought, or skipped, and did not."""
         there = {*push.entries, *push.skipped}
         if self._expected.tensors:
             missing = self._expected.missing(there)
             if missing:  # a tied head, a layer that this engine leaves out
-                held = await self.held()
+                held = (seen.digests or await self._digests()).checkpoint
                 nowhere = self._expected.held_nowhere(missing, held) if held else set()
                 missing = [name for name in missing if name not in nowhere]
             return missing
-        return await self._not_sent_unplanned(there, sure=push.settled != "ready")
+        return await self._not_sent_unplanned(there, seen, sure=push.settled != "ready")
 
-    async def _not_sent_unplanned(self, there: set[str], *, sure: bool) -> list[str]:
+    async def _not_sent_unplanned(self, there: set[str], seen: Seen, *, sure: bool) -> list[str]:
         """Return what the ranks hold and was not sent: the engine quantises, and there is no plan.
 
         Args:
             there: what was sent.
+            seen: when the update was settled.
             sure: weights are mixed, so that everything must have been sent; otherwise names that
                 the engine has no parameter for say that its names are not the checkpoint's.
         """
@@ -116,7 +167,7 @@ class Evidence:
         ]
         # vLLM may name a tied head beside the embedding that it is, and nobody sends it.
         if any(name.endswith(_HEAD) for name in missing):
-            _, digests = await self._digests()
+            digests = (seen.digests or await self._digests()).held
             sent = {(digests[n].dtype, digests[n].digest) for n in there if n in digests}
             missing = [
                 n
@@ -125,13 +176,13 @@ class Evidence:
             ]
         return missing
 
-    async def equal(self, push: OpenPush) -> list[str] | None:
-        """Return the names of what is held as it was sent; None where that cannot be seen.
+    def equal(self, push: OpenPush, seen: Seen) -> list[str] | None:
+        """Return the names of what is held as it was sent; None where nobody can see that.
 
         Raises:
             RefusedError: something is not what was sent.
         """
-        held = await self.held()
+        held = seen.digests and seen.digests.checkpoint
         if held is None:
             return None
         wanted = {n: (e.dtype, e.digest) for n, e in push.entries.items() if e.digest}

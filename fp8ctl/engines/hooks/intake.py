@@ -15,8 +15,14 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.workers import Workers
 
 
-#: What ranks are told of an entry.
-_PLACE = ("name", "dtype", "shape", "offset")
+def require_place(found: Mapping[str, Any]) -> None:
+    """Refuse a bucket that does not say where it lies.
+
+    Raises:
+        WireError: it does not.
+    """
+    if type(found.get("nbytes")) is not int or type(found.get("slot")) is not int:
+        raise wire.WireError("slot and nbytes: expected whole numbers")
 
 
 def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
@@ -31,10 +37,8 @@ def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
     """
     entries = found.get("entries")
     if not disk:
-        nbytes = found.get("nbytes")
-        if type(nbytes) is not int or type(found.get("slot")) is not int:
-            raise wire.WireError("slot and nbytes: expected whole numbers")
-        return wire.read_entries(entries, nbytes)
+        require_place(found)
+        return wire.read_entries(entries, found["nbytes"])
     path = found.get("path")
     if not isinstance(path, str) or not path.startswith("/"):
         raise wire.WireError(f"path {path!r}; expected a folder that starts with /")
@@ -48,9 +52,15 @@ def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
 
 
 async def load(
-    workers: Workers, push: OpenPush, found: Mapping[str, Any], *, disk: bool
+    workers: Workers, push: OpenPush, found: Mapping[str, Any], listed: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """Have every rank load a bucket; marks the push as touched where a weight may be written.
+
+    Args:
+        workers: that are asked.
+        push: that it is of.
+        found: the request.
+        listed: what they are told of what lies in it; None where it is a folder.
 
     Returns:
         loaded: how many tensors went in; seconds: of each stage on the slowest rank; ways: how
@@ -60,14 +70,12 @@ async def load(
         RefusedError: a rank failed; `push.touched` says whether any weight may have changed.
         RuntimeError: a rank did not answer: weights may have changed.
     """
-    if disk:
+    if listed is None:
         seconds = await folder(workers, push, found["path"])
         return {"loaded": len(found["entries"]), "seconds": seconds}
     before, push.touched = push.touched, True  # until the ranks say otherwise
     details = {name: found[name] for name in ("number", "slot", "nbytes")}
-    # What is the same at every update, so that a rank sees that it is.
-    entries = [{name: one[name] for name in _PLACE} for one in found["entries"]]
-    answers = await workers.ask("receive", **details, entries=entries)
+    answers = await workers.ask("receive", **details, **listed)
     errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
     if errors:
         untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)

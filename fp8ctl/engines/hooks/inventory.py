@@ -17,7 +17,7 @@ from fp8ctl.engines.hooks.walk import Known
 from fp8ctl.kernels.digest import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -65,8 +65,19 @@ class Inventory:
             as `held.packed` writes them; else tensors: `shards.describe`, unfilled: what the
             unscaled guard saw nobody load, next and seconds, as of a slice.
         """
+        return self.begin(layout)()
+
+    def begin(self, layout: str = "") -> Callable[[], dict[str, Any]]:
+        """Have a GPU begin with `digests`; return what waits for them."""
         began = time.perf_counter()
-        listed, sums = self._read()
+        # It reads what was held the last time; then Python looks whether that is still it.
+        kept = self._known.kept
+        reading = shards.begin(kept) if kept is not None else None
+        return lambda: self._tell(layout, began, *self._read(kept, reading))
+
+    def _tell(
+        self, layout: str, began: float, listed: list[Shard], sums: list[int]
+    ) -> dict[str, Any]:
         # Where nothing is made anew the list is the same, and its places are.
         if listed is not self._listed:
             places = [shards.place(shard) for shard in listed]
@@ -85,11 +96,15 @@ class Inventory:
             "seconds": time.perf_counter() - began,
         }
 
-    def _read(self) -> tuple[list[Shard], list[int]]:
-        """Return all that is held, and the digest of each."""
-        # A GPU reads what was held the last time while Python looks whether that is still it.
-        kept = self._known.kept
-        reading = shards.begin(kept) if kept is not None else None
+    def _read(
+        self, kept: list[Shard] | None, reading: Callable[[], list[int]] | None
+    ) -> tuple[list[Shard], list[int]]:
+        """Return all that is held, and the digest of each.
+
+        Args:
+            kept: what was held the last time, where that can be told.
+            reading: waits for the digests of that.
+        """
         if not self._known.same:
             self._word, walk = self._walk()
             self._known.of(walk)

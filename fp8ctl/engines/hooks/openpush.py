@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
@@ -28,8 +29,9 @@ class OpenPush:
         touched: True from when a weight may have been written.
         entries: what was loaded, by name.
         skipped: what the client left out because it is there.
-        bucket: the last bucket's request, its answer is `taken`.
+        taken: by number, request and answer of the last two buckets.
         number: of the bucket that is expected next.
+        moved: set when that is another, or the update is over.
         serving: requests of the client that are being worked off.
         heard: when the client was last heard of, on the monotonic clock.
         seconds: by stage, summed over buckets.
@@ -42,9 +44,9 @@ class OpenPush:
     touched: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
-    bucket: object = None
-    taken: dict[str, Any] = field(default_factory=dict)
+    taken: dict[int, tuple[object, dict[str, Any]]] = field(default_factory=dict)
     number: int = 0
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
     serving: int = 0
     heard: float = field(default_factory=time.monotonic)
     started: float = field(default_factory=time.time)
@@ -54,6 +56,18 @@ class OpenPush:
     def lapsed(self) -> bool:
         """Whether the client was not heard of for as long as it said itself."""
         return not self.serving and time.monotonic() > self.heard + self.begin.lease
+
+    def has_taken(self, request: object, answer: dict[str, Any]) -> None:
+        """Expect the next bucket; both may be asked for again, the client has two on their way."""
+        self.taken.pop(self.number - 2, None)
+        self.taken[self.number] = request, answer
+        self.number += 1
+        self.moves()
+
+    def moves(self) -> None:
+        """Wake the requests that wait for their turn."""
+        moved, self.moved = self.moved, asyncio.Event()
+        moved.set()
 
     def took(self, seconds: Mapping[str, float]) -> None:
         """Add to the time of each stage."""

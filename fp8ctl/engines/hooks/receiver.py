@@ -70,8 +70,8 @@ class Receiver:
         self._load_weights: Any = getattr(model, "load_weights", None)
         self._slots = Slots(open_carrier)
         self._by_loader: set[str] = set()
-        #: By number of the bucket: what was asked last, and the entries of that.
-        self._known_entries: dict[int, tuple[object, list[Entry]]] = {}
+        #: By number of the bucket: name, bytes and entries of the list that was told last.
+        self._known_entries: dict[int, tuple[str, int, list[Entry]]] = {}
         tp_rank = rank if tp_rank is None else tp_rank
         self._rectangles = Rectangles(model, tp_rank, engine.copies)
         self._inventory = Inventory(model, rank, tp_rank, engine)
@@ -101,11 +101,11 @@ class Receiver:
         if what == "disconnect":
             return self.disconnect()
         if what == "receive":
-            return self.receive(
-                details["slot"], details["nbytes"], details["entries"], details["number"]
-            )
+            slot, nbytes, number = (details[name] for name in ("slot", "nbytes", "number"))
+            name, entries = details.get("list", ""), details.get("entries")
+            return self.receive(slot, nbytes, number, name, entries)
         if what == "progress":
-            return self.progress(details["expected"])
+            return self.progress(details["expected"], details.get("layouts"))
         if what == "forget":
             return self.forget()
         if what == "digests":
@@ -156,16 +156,22 @@ class Receiver:
         return {"refittable": not reasons, "why": f"{reasons[0]}{more}" if reasons else ""}
 
     def receive(
-        self, slot: int, nbytes: int, entries: Sequence[Mapping[str, Any]], number: int
+        self,
+        slot: int,
+        nbytes: int,
+        number: int,
+        name: str = "",
+        entries: Sequence[Mapping[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Load a bucket; when this returns its sender may write where it lay.
 
         Args:
             slot: of the carrier.
             nbytes: of the bucket.
-            entries: what lies in it, `wire.Entry` as JSON.
             number: of the bucket, from 0. The first of a push looks anew at where
                 parameters are.
+            name: that the server gave the list of what lies in it.
+            entries: this list, `wire.Entry` as JSON; None where it is known by its name.
 
         Returns:
             loaded: number of tensors; error: "" or what was raised; broken: True where
@@ -181,7 +187,7 @@ class Receiver:
         try:
             if number == 0:
                 self._rectangles.look_anew()  # while the bucket is on its way
-            held = self._slots.views(slot, nbytes, self._read(number, nbytes, entries))
+            held = self._slots.views(slot, nbytes, self._read(number, name, nbytes, entries))
             parts = self._rectangles.part(held)
             clock.lap("bucket")
             touched = True
@@ -212,33 +218,53 @@ class Receiver:
             "ways": ways,
         }
 
-    def _read(self, number: int, nbytes: int, entries: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    def _read(
+        self, number: int, name: str, nbytes: int, entries: Sequence[Mapping[str, Any]] | None
+    ) -> list[Entry]:
         """Return the entries of a bucket; most often they are those of the update before."""
-        asked = nbytes, list(entries)
+        if entries is not None:
+            read = wire.read_entries(list(entries), nbytes)
+            self._known_entries[number] = name, nbytes, read
+            return read
         known = self._known_entries.get(number)
-        if known is None or known[0] != asked:
-            known = self._known_entries[number] = asked, wire.read_entries(asked[1], nbytes)
-        return known[1]
+        if known is None or known[:2] != (name, nbytes):
+            raise RuntimeError(f"list {name!r:.40} of bucket {number} is not known here")
+        return known[2]
 
-    def progress(self, expected: Iterable[str]) -> dict[str, Any]:
+    def progress(
+        self, expected: Iterable[str], layouts: Sequence[str] | None = None
+    ) -> dict[str, Any]:
         """Say what has not arrived; after a load that broke off, count from nothing.
 
         What the engine derives from the weights is brought up to date first.
+
+        Args:
+            expected: names.
+            layouts: that the server knows of each rank, or of none: it wants `digests`, too. It
+                has none of weights that broke off.
         """
         broken = self.broken
         if broken:
             self.forget()
         elif not self._settled:
             self._engine.settle(self.model)
-            wait_for(self.device)
-            self._settled = True
+        reading = None
+        if layouts is not None and not broken:
+            reading = self._inventory.begin(layouts[self.rank] if layouts else "")
+        # A GPU reads the weights meanwhile.
         missing = [name for name in expected if name not in self.arrived]
-        return {
+        told: dict[str, Any] = {
             "broken": broken,
             "unfilled": self._engine.guard("fp8ctl_unfilled", self.model),
             "missing": missing[:20],
             "missing_count": len(missing),
         }
+        if reading is not None:
+            told["digests"] = reading()
+        if not broken and not self._settled:
+            wait_for(self.device)
+            self._settled = True
+        return told
 
     def forget(self) -> dict[str, Any]:
         """Count from nothing: only a whole set makes the weights whole again."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fp8ctl.engines.hooks.refused import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from fp8ctl.engines.hooks.workers import Workers
     from fp8ctl.wire import InFlight
@@ -84,10 +84,13 @@ class Rest:
         if self._holding is not None:
             self._holding.cancel()
 
-    async def release(self, *, mixed: bool) -> str:
+    async def release(
+        self, *, mixed: bool, resume: Callable[[], Awaitable[object]] | None = None
+    ) -> str:
         """Let the engine compute again.
 
         Args:
+            resume: instead of the engine's own.
             mixed: its weights may be of two versions: what is paused is ended first, and where
                 that fails the engine stays at rest.
 
@@ -101,7 +104,7 @@ class Rest:
             if trouble:
                 self.stuck = True
                 return ""
-        trouble = await quietly(self._workers.resume())
+        trouble = await quietly((resume or self._workers.resume)())
         self.stuck = bool(trouble)
         return trouble
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 import traceback
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from fp8ctl.engines.hooks.resting import Rest
 from fp8ctl.engines.hooks.trust import Trust
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterable, Iterator
 
     from fp8ctl.engines.hooks.evidence import Evidence
     from fp8ctl.engines.hooks.gate import Gate
@@ -83,8 +84,13 @@ class Session:
                 push.held = None if held is None else alike
         return push
 
-    async def close(self, push: OpenPush, outcome: Outcome) -> Outcome:
+    async def close(self, push: OpenPush, outcome: Outcome, proven: Iterable[str] = ()) -> Outcome:
         """Let the engine compute again and settle the gate.
+
+        Args:
+            push: that is open.
+            outcome: how it ends.
+            proven: names of what the ranks may copy from now on; none where it failed.
 
         Returns:
             The outcome; "failed" also where the engine could not be brought back.
@@ -92,7 +98,8 @@ class Session:
         if outcome.kind == "failed":
             await self.trust.withdraw()
         with push.timed("resume"):
-            trouble = await self.rest.release(mixed=outcome.kind == "failed")
+            resume = functools.partial(self.trust.resume, proven)
+            trouble = await self.rest.release(mixed=outcome.kind == "failed", resume=resume)
         if trouble:
             if outcome.kind != "failed":
                 await self.trust.withdraw()
@@ -102,6 +109,7 @@ class Session:
             applied = outcome.kind == "applied"
             self._gate.about["version"] = (push.begin.version or None) if applied else None
         self.push = None
+        push.moves()
         self.past.add(push, outcome)
         self._gate.end_update(outcome)
         if self._watching is not None and self._watching is not asyncio.current_task():

@@ -8,6 +8,7 @@ route's lock, which waits for requests that run and would never end for paused o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 import uuid
@@ -17,6 +18,7 @@ from fp8ctl.engines.hooks import ranklog, sglang_worker
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from fp8ctl.wire import InFlight
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 ANSWER_WITHIN = 1800.0
 #: Seconds that an answer which did not come in time may still take when the next one is asked.
 GRACE = 10.0
-#: Seconds between two looks for an answer; rank 0's is there when SGLang's own comes.
+#: Seconds between two looks for an answer of another rank; rank 0's comes with SGLang's own.
 _LOOK = 0.001
 #: Seconds between two looks whether requests have ended.
 _LOOK_FOR_REST = 0.005
@@ -102,7 +104,8 @@ class Workers:
             [result] = results
             if not result.success:
                 raise RuntimeError(result.message)
-            answers = [await _read(_answer(folder, number, r)) for r in range(self.ranks)]
+            answers = [_first(result.message, number)]
+            answers += [await _read(_answer(folder, number, r)) for r in range(1, self.ranks)]
         finally:
             self._forget(folder, number)
         failed = [f"rank {a['rank']}: {a['failed']}" for a in answers if "failed" in a]
@@ -136,7 +139,7 @@ class Workers:
         """Remove the answers to a question; those that are yet to come, when they have."""
 
         def remove(_: object = None) -> None:
-            for rank in range(self.ranks):
+            for rank in range(1, self.ranks):
                 _answer(folder, number, rank).unlink(missing_ok=True)
 
         remove()
@@ -169,9 +172,15 @@ class Workers:
                 raise TimeoutError(f"{running or 'some'} requests still run after {within:g} s")
             await asyncio.sleep(_LOOK_FOR_REST)
 
-    async def resume(self) -> None:
-        """Let all ranks compute again."""
-        await self.ask("resume")
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        """Let all ranks compute again, and trust what was proven; as `workers.Workers` says."""
+        answers = await self.ask("resume", **({"trust": list(trust)} if trust else {}))
+        wrong = [f"rank {a['rank']}: {a['distrusts']}" for a in answers if a.get("distrusts")]
+        return "; ".join(wrong)
+
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        """Ask "progress"; a scheduler forgets its keys and values as it is asked."""
+        return await self.ask("progress", **details, flush=True)
 
     async def flush(self) -> None:
         """Forget all keys and values."""
@@ -180,6 +189,19 @@ class Workers:
 
 def _answer(folder: Path, question: str, rank: int) -> Path:
     return folder / "reports" / f"{question}.{rank}.json"
+
+
+def _first(message: str, question: str) -> dict[str, Any]:
+    """Return rank 0's answer, which SGLang's own brings.
+
+    Raises:
+        RuntimeError: there is none to this question.
+    """
+    with contextlib.suppress(ValueError):
+        answer = json.loads(message)
+        if isinstance(answer, dict) and answer.pop("id", None) == question:
+            return answer
+    raise RuntimeError(f"rank 0 did not answer what it was asked: {message:.200}")
 
 
 async def _read(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@
 run code in a scheduler (`--custom-weight-loader`). What it is given is no
 weight but a question of our server process: about the weights that are there,
 or to load a bucket, or to rest. It reaches all ranks at the same step. SGLang
-drops its return value and an exception in it ends the server, so answers go to
-files in the run folder, one per rank, by rename, and it never raises.
+drops its return value and an exception in it ends the server, so it never raises.
+Rank 0's answer goes back as the message of SGLang's own; SGLang says nothing of the
+other ranks: theirs go to files in the run folder, by rename.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fp8ctl.engines.hooks.imports import after_import
 from fp8ctl.engines.hooks.receiver import Receiver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
     from types import ModuleType
 
@@ -102,8 +103,10 @@ def _take_updates_safely(tp_worker: ModuleType) -> None:
             if getattr(request, "load_format", None) == "direct":
                 # It goes around the loaders, and with them around the scales of the kernels.
                 return False, "load_format 'direct' would leave the kernels' scales behind"
+            _answers.clear()  # of a question that failed behind its answer
             try:
-                return method(self, request)
+                success, message = method(self, request)
+                return success, taken(message)
             except Exception as e:  # noqa: BLE001 - whatever the loaders raise
                 traceback.print_exc()
                 return False, f"{type(e).__name__}: {e}"
@@ -159,20 +162,47 @@ def load(model: torch.nn.Module, named_tensors: list[tuple[str, Any]]) -> None:
     except Exception as e:  # noqa: BLE001 - nothing may leave, see the docstring
         answer["failed"] = f"{type(e).__name__}: {e}"
         traceback.print_exc()
-    _write(folder / "reports" / f"{asked['id']}.{rank}.json", answer)
+    if rank == 0:
+        _answers[:] = [json.dumps(answer | {"id": asked["id"]})]
+    else:
+        _write(folder / "reports" / f"{asked['id']}.{rank}.json", answer)
+
+
+#: Rank 0's, until SGLang's own has taken it along.
+_answers: list[str] = []
+
+
+def taken(message: str) -> str:
+    """Return rank 0's answer to the question that was just asked, or else `message`."""
+    return _answers.pop() if _answers else message
 
 
 def _answer(receiver: Receiver, what: str, details: dict[str, Any]) -> dict[str, Any]:
     if what == "hold":
         return sglang_holding.this().hold(details["how"])
     if what == "resume":
-        return sglang_holding.this().resume()
+        return _resume(receiver, details.get("trust", ()))
     if what == "flush":
         return sglang_holding.this().flush()
     if what == "reload":
         return _reload(receiver, details["path"])
+    if details.get("flush"):
+        sglang_holding.this().flush()
     with sglang_holding.unwatched():
         return receiver.answer(what, details)
+
+
+def _resume(receiver: Receiver, trust: Sequence[str]) -> dict[str, Any]:
+    """Let the scheduler work on, whether or not the rank can trust what was proven."""
+    distrusts = ""
+    try:
+        if trust:
+            with sglang_holding.unwatched():
+                receiver.trust(trust)
+    except Exception as e:  # noqa: BLE001 - the weights are right all the same
+        traceback.print_exc()
+        distrusts = f"{type(e).__name__}: {e}"
+    return {**sglang_holding.this().resume(), "distrusts": distrusts}
 
 
 def _reload(receiver: Receiver, path: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Being told makes the next update faster (`rectangles`): so it is told once, of e
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from fp8ctl.engines.hooks.resting import quietly
@@ -22,11 +23,20 @@ class Trust:
         self._workers = workers
         self._told: set[str] = set()
 
-    async def tell(self, names: Iterable[str]) -> None:
-        """Tell the ranks which tensors lie where they should; a failure is told again next time."""
+    async def resume(self, names: Iterable[str]) -> None:
+        """Let the engine compute again, and tell the ranks which tensors lie where they should.
+
+        What they could not be told is told again next time.
+
+        Raises:
+            Exception: the engine could not be brought back.
+        """
         more = [name for name in names if name not in self._told]
-        if more and not await quietly(self._workers.ask("trust", names=more)):
+        why = await self._workers.resume(more)
+        if not why:
             self._told.update(more)
+        else:
+            sys.stderr.write(f"fp8ctl: the ranks do not trust what was proven: {why}\n")
 
     def lost(self) -> None:
         """Note that the ranks trust nothing any more: something else has written weights."""

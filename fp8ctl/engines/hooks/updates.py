@@ -12,13 +12,16 @@ key. A route of the engine's own that writes weights, or gives them up, runs ins
 which raises `RefusedError` (409) while a push is open, and keeps pushes out meanwhile.
 
 One request at a time has its turn; a BEGIN of a second client is refused at once. Buckets are
-numbered from 0. Every request is a sign of life, a repeated BEGIN too. No request may be
+numbered from 0; a client may send one while the one before is on its way. Every request is a sign
+of life, a repeated BEGIN too. No request may be
 cancelled half-way: `routes` works each off to its end, so that one that is repeated finds the
 first one's answer and never half of its work.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ from fp8ctl.engines.hooks.connection import Connection, read_offer
 from fp8ctl.engines.hooks.evidence import Evidence
 from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
+from fp8ctl.engines.hooks.lists import Lists
 from fp8ctl.engines.hooks.memory import Memory
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
@@ -44,6 +48,9 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.workers import Workers
 
     Body = dict[str, Any]
+
+#: Seconds that a bucket waits for the one before it, before it counts as out of order.
+PREDECESSOR = 60.0
 
 
 class Updates:
@@ -79,6 +86,7 @@ class Updates:
         self._gate = gate
         self._workers = workers
         self._expected = Expected(plan)
+        self._lists = Lists(self._expected)
         self._evidence = Evidence(workers, self._expected)
         self._session = Session(gate, workers, self._evidence, self.log)
         self._admission = Admission(gate, self._session, self.memory)
@@ -130,9 +138,8 @@ class Updates:
                     self._session.trust.lost()
                     push.took(await intake.folder(self._workers, push, path))
                     with push.timed("settle"):
-                        missing, message = await self._evidence.missing(push, folder=True)
-                    with push.timed("flush"):
-                        await self._workers.flush()
+                        seen = await self._evidence.settle(push, digests=False)
+                        missing, message = await self._evidence.missing(push, seen, folder=True)
                 outcome = await self._session.close(push, Outcome("applied", missing, message))
         if outcome.kind != "applied":
             raise RefusedError(500, "FP8-ENGINE", outcome.message)
@@ -147,6 +154,7 @@ class Updates:
         async with self._session.turn:
             await self._session.expire()
             self._admission.require_free()
+            self._lists.forgotten()  # with the connection before
             try:
                 await self._connection.open(offer)
             finally:
@@ -215,14 +223,16 @@ class Updates:
 
     async def bucket(self, found: Body) -> Body:
         """Load one bucket, after all of it was compared with the plan."""
+        await self._predecessor(found)
         async with self._session.turn:
             push = await self._mine(found)
             number = found.get("number")
             if type(number) is not int:
                 raise RefusedError(409, "FP8-ORDER", f"bucket {number!r:.40}; expected a number")
             request = {k: v for k, v in found.items() if k != "push"}
-            if number == push.number - 1 and request == push.bucket:
-                return {**push.taken, "repeated": True}
+            before = push.taken.get(number)
+            if before is not None and request == before[0]:
+                return {**before[1], "repeated": True}
             if number != push.number:
                 raise RefusedError(
                     409,
@@ -231,16 +241,42 @@ class Updates:
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._session.or_ends(push):
-                entries = intake.read(found, disk=self._connection.disk)
-                self._expected.check(entries, push.entries)
                 if self._connection.disk:
+                    entries = intake.read(found, disk=True)
+                    self._expected.check(entries, push.entries)
                     self._session.trust.lost()  # the engine's own reload: the ranks lose it, too
-                loaded = await intake.load(self._workers, push, found, disk=self._connection.disk)
+                    loaded = await intake.load(self._workers, push, found, None)
+                else:
+                    entries = self._lists.read(found, push.entries)
+                    loaded = await self._loaded(push, found)
                 push.entries.update((entry.name, entry) for entry in entries)
-                push.number += 1
-                push.bucket, push.taken = request, {"number": number, **loaded}
+                answer = {"number": number, **loaded}
+                push.has_taken(request, answer)
                 push.took(loaded["seconds"])
-            return push.taken
+            return answer
+
+    async def _predecessor(self, found: Body) -> None:
+        """Wait until the bucket before this one has been taken, where that is yet to come.
+
+        They come by two connections, so that the ranks need not wait for the client's next.
+        """
+        push, number = self._session.push, found.get("number")
+        if push is None or push.begin.push != found.get("push") or type(number) is not int:
+            return
+        if number == push.number + 1:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
+
+    async def _loaded(self, push: OpenPush, found: Body) -> Body:
+        """Have every rank load a bucket, by its list; where that fails they may have none."""
+        listed = self._lists.told(found["number"])
+        try:
+            loaded = await intake.load(self._workers, push, found, listed)
+        except Exception:
+            self._lists.forgotten()
+            raise
+        self._lists.learned(found["number"])
+        return loaded
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""
@@ -260,15 +296,14 @@ class Updates:
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
                 with push.timed("settle"):
-                    missing, message = await self._evidence.missing(push)
+                    seen = await self._evidence.settle(push, digests=bool(verify))
                 with push.timed("verify"):
-                    equal = await self._evidence.equal(push) if verify else None
-                if not self._connection.disk:  # the engine's own reload: ranks trust none of it
-                    await self._session.trust.tell(equal or ())
-                if push.touched:
-                    with push.timed("flush"):
-                        await self._workers.flush()
-            outcome = await self._session.close(push, Outcome("applied", missing, message))
+                    missing, message = await self._evidence.missing(push, seen)
+                    equal = self._evidence.equal(push, seen)
+            # The engine's own reload: ranks trust none of it.
+            proven = () if self._connection.disk else equal or ()
+            applied = Outcome("applied", missing, message)
+            outcome = await self._session.close(push, applied, proven)
             if outcome.kind != "applied":
                 refused = RefusedError(500, "FP8-ENGINE", outcome.message)
                 self._session.past.answered(push, refused)

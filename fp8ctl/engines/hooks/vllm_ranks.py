@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from fp8ctl.wire import InFlight
 
@@ -115,9 +115,27 @@ class Workers:
         else:
             await self._finish(within)
 
-    async def resume(self) -> None:
-        """Let the engine compute again."""
-        await self._core("fp8ctl_resume")
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        """Let the engine compute again, and trust what was proven; as `workers.Workers` says."""
+        telling = [self.ask("trust", names=list(trust))] if trust else []
+        # The core takes messages in their order: the ranks trust before it computes.
+        *told, resumed = await asyncio.gather(
+            *telling, self._core("fp8ctl_resume"), return_exceptions=True
+        )
+        if isinstance(resumed, BaseException):
+            raise resumed
+        return "".join(f"{type(e).__name__}: {e}" for e in told if isinstance(e, BaseException))
+
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        """Ask "progress"; the core is told to forget keys and values behind it, without a wait."""
+        asking = asyncio.ensure_future(self.ask("progress", **details))
+        flushing = asyncio.ensure_future(self.flush())
+        await asyncio.wait({asking, flushing})
+        stuck = flushing.exception()
+        answers = asking.result()  # why the ranks failed comes first
+        if stuck is not None:
+            raise stuck
+        return answers
 
     async def flush(self) -> None:
         """Forget all keys and values."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fp8ctl.wire import InFlight
 
 
@@ -46,17 +48,18 @@ class Workers(Protocol):
         - "refittable" {}: `refittable` (bool); `why` (str) where it is not.
         - "connect" {carrier: the client's offer}: {}. A rank that cannot open it fails.
         - "disconnect" {}: {}. Also where nothing is connected.
-        - "receive" {number, slot, nbytes, entries: without digests or facts}: `loaded` (how many
+        - "receive" {number, slot, nbytes, list: a name, entries: without digests or facts}, or
+          without entries where the rank was told them under this name: `loaded` (how many
           tensors), `broken` (True where weights were written and it then failed), `error`
           ("" or why; this question never raises for it), `seconds` {stage: seconds}. When
           it answers, the client may write where the bucket lies.
-        - "progress" {expected: names}: asked once, when the last bucket was taken: the rank brings
-          up to date what it derives from weights and waits for its device, then answers
-          `broken` (an update raised half-way since the last `forget`), `unfilled` {name: which
-          part} of the unscaled guard, `missing` (the first of `expected` that never arrived) and
-          `missing_count`.
-        - "trust" {names}: {}. Digests of these were found to be those that were sent: from now on
-          the rank may copy them to where it holds them, around the loaders.
+        - "progress" {expected: names}, as `settle`: the rank brings up to date what it derives from
+          weights and waits for its device, then answers `broken` (an update raised half-way since
+          the last `forget`), `unfilled` {name: which part} of the unscaled guard, `missing` (the
+          first of `expected` that never arrived) and `missing_count`. With {layouts: by rank, or
+          []} also `digests`, the answer to "digests", unless it is broken.
+        - "trust" {names}, as `resume`: {}. Digests of these were found to be those that were sent:
+          from now on the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts
           nothing.
         - "names" {}: `names` of the checkpoint tensors that the rank holds something of, as far as
@@ -91,8 +94,26 @@ class Workers(Protocol):
         """
         ...
 
-    async def resume(self) -> None:
-        """Let the engine compute again; does nothing where it is not held."""
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        """Let the engine compute again; does nothing where it is not held.
+
+        Args:
+            trust: names of "trust", which all ranks are told first.
+
+        Returns:
+            Why a rank does not trust them, and none must be taken to; "" where all do.
+
+        Raises:
+            RuntimeError: the engine could not be brought back.
+        """
+        ...
+
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        """Ask "progress" and `flush`, both at once; called when the last bucket was taken.
+
+        Raises:
+            RuntimeError: of either.
+        """
         ...
 
     async def flush(self) -> None:

@@ -17,7 +17,7 @@ from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
     from pathlib import Path
 
 PLAN = {
@@ -67,7 +67,8 @@ class Ranks:
         held: by rank, name -> digest of the version it is of.
         slots: of the carrier, name -> digest of what lies there.
         faults: by what is asked, or "hold", "resume", "flush", "disk": raised or called.
-        calls: what was asked, in order.
+        calls: what was asked, in order; `messages` by how many questions.
+        lists: of buckets, by the names that the server gave them.
         parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
         remembers: it tells its layout once, and then sums alone.
@@ -82,6 +83,8 @@ class Ranks:
         self.arrived: set[str] = set()
         self.faults: dict[str, Any] = {}
         self.calls: list[str] = []
+        self.messages: list[str] = []
+        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
         self.details: list[dict[str, Any]] = []
         self.at_rest = False
         self.paused = self.running = 0
@@ -102,6 +105,10 @@ class Ranks:
             await fault()
 
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
+        self.messages.append(what)
+        return await self._ask(what, **details)
+
+    async def _ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
         await self._maybe(what)
         self.details.append(details)
         answer: Callable[..., dict[str, Any]] = getattr(self, f"_{what}")
@@ -125,8 +132,16 @@ class Ranks:
         return {}
 
     def _receive(
-        self, rank: int, number: int, slot: int, nbytes: int, entries: list[dict[str, Any]]
+        self,
+        rank: int,
+        number: int,
+        slot: int,
+        nbytes: int,
+        list: str,  # noqa: A002 - as it is asked
+        entries: Sequence[dict[str, Any]] = (),
     ) -> dict[str, Any]:
+        entries = entries or self.lists[list]
+        self.lists[list] = entries
         assert self.at_rest, "weights are written under requests that run"
         error = self.faults.get(f"rank {rank}", "")
         loaded = len(entries)
@@ -139,9 +154,24 @@ class Ranks:
         seconds = {"load": 0.5 + rank}
         return {"loaded": loaded, "broken": self.broken, "error": error, "seconds": seconds}
 
-    def _progress(self, rank: int, expected: list[str]) -> dict[str, Any]:
+    async def settle(self, **details: Any) -> list[dict[str, Any]]:
+        """As SGLang's ranks: what is asked together is worked off one after the other."""
+        self.messages.append("settle")
+        if "layouts" in details:
+            await self._maybe("digests")
+        answers = await self._ask("progress", **details)
+        await self._flush()
+        return answers
+
+    def _progress(
+        self, rank: int, expected: list[str], layouts: list[str] | None = None
+    ) -> dict[str, Any]:
         missing = [n for n in expected if n not in self.arrived]
+        told: dict[str, Any] = {}
+        if layouts is not None and not self.broken:
+            told["digests"] = self._digests(rank, layouts)
         return {
+            **told,
             "broken": self.broken,
             "unfilled": self.unfilled,
             "missing": missing[:20],
@@ -195,14 +225,26 @@ class Ranks:
         self.running = 0
         self.at_rest = True
 
-    async def resume(self) -> None:
+    async def resume(self, trust: Sequence[str] = ()) -> str:
+        self.messages.append("resume")
+        why = ""
+        if trust:
+            try:
+                await self._ask("trust", names=list(trust))
+            except Exception as e:  # noqa: BLE001 - as a rank does
+                why = str(e)
         await self._maybe("resume")
         self.at_rest = False
         self.running, self.paused = self.running + self.paused, 0
         if self.running:
             assert self.whole, "requests go on with weights of two versions"
+        return why
 
     async def flush(self) -> None:
+        self.messages.append("flush")
+        await self._flush()
+
+    async def _flush(self) -> None:
         await self._maybe("flush")
         self.flushed += 1
 

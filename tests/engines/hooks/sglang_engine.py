@@ -51,7 +51,7 @@ class Engine:
                 named = pickle.loads(request.serialized_named_tensors[rank])
                 named = [(name, tensor.to("the device")) for name, tensor in named]
                 sglang_worker.load(self.models[rank], named)
-        return [SimpleNamespace(success=True, message="Success")]
+        return [SimpleNamespace(success=True, message=sglang_worker.taken("Success"))]
 
 
 def workers(engine: Engine) -> Workers:

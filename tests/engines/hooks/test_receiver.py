@@ -50,8 +50,9 @@ def test_a_loader_that_raises_leaves_the_weights_broken_until_a_new_count(
     answer = server.ranks[0].answer("receive", {**asked, "number": 0})
     assert (answer["loaded"], answer["broken"]) == (0, True)
     assert answer["error"] == f"ValueError: {NORM}: shape mismatch"
-    told = server.ranks[0].answer("progress", {"expected": [GATE, NORM]})
+    told = server.ranks[0].answer("progress", {"expected": [GATE, NORM], "layouts": []})
     assert (told["broken"], told["missing"]) == (True, [GATE, NORM])
+    assert "digests" not in told, "nobody waits for those of half a set"
     assert server.settled.asked == ["fp8ctl_forget", "fp8ctl_unfilled"]
     assert server.settled.settled == 0, "derived from half a set"
     assert "Traceback" in capsys.readouterr().err

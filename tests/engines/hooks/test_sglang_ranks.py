@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from fp8ctl.engines.hooks import ranklog, sglang_ranks, sglang_worker
+from fp8ctl.engines.hooks import ranklog, sglang_holding, sglang_ranks, sglang_worker
 from fp8ctl.kernels.digest import digest, to_text
 from tests.engines.hooks.sglang_app import EXPECTED
 from tests.engines.hooks.sglang_engine import workers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.engines.hooks.sglang_engine import Engine
@@ -129,6 +130,61 @@ def test_progress_counts_what_has_not_arrived(run_dir: Path, engine: Engine) -> 
     assert [a["missing_count"] for a in answers] == [2, 2]
 
 
+@pytest.fixture
+def holding(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the scheduler of this process is asked to do, in place of one."""
+    done: list[str] = []
+
+    def does(what: str) -> Callable[[], dict[str, object]]:
+        def do() -> dict[str, object]:
+            done.append(what)
+            return {}
+
+        return do
+
+    stand_in = SimpleNamespace(flush=does("flush"), resume=does("resume"))
+    monkeypatch.setattr(sglang_holding, "this", lambda: stand_in)
+    return done
+
+
+def test_the_end_of_an_update_is_one_question_and_the_way_back_another(
+    run_dir: Path, engine: Engine, holding: list[str]
+) -> None:
+    asked = workers(engine)
+    answers = asyncio.run(asked.settle(expected=EXPECTED, layouts=[]))
+    assert [len(a["digests"]["tensors"]) for a in answers] == [
+        len(list(model.parameters())) for model in engine.models
+    ]
+    assert [a["missing_count"] for a in answers] == [len(EXPECTED)] * 2
+    # The next time they tell sums alone.
+    layouts = [a["digests"]["layout"] for a in answers]
+    answers = asyncio.run(asked.settle(expected=[], layouts=layouts))
+    assert all("sums" in a["digests"] for a in answers)
+    assert (len(engine.requests), holding) == (2, ["flush"] * 4)
+    for model, rank in zip(engine.models, range(2), strict=True):
+        receiver = sglang_worker._receiver(model, rank)
+        receiver._by_loader.add("a")
+    assert asyncio.run(asked.resume(["a"])) == ""
+    assert (len(engine.requests), holding[4:]) == (3, ["resume"] * 2)
+
+
+def test_ranks_that_cannot_trust_what_was_proven_compute_all_the_same(
+    run_dir: Path,
+    engine: Engine,
+    holding: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(names: object) -> None:
+        raise MemoryError("too many names")
+
+    receiver = sglang_worker._receiver(engine.models[1], 1)
+    monkeypatch.setattr(receiver, "trust", fail)
+    assert asyncio.run(workers(engine).resume(["a"])) == "rank 1: MemoryError: too many names"
+    assert holding == ["resume"] * 2
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
     run_dir: Path, engine: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +192,16 @@ def test_a_question_that_a_rank_cannot_answer_is_an_error_that_names_it(
         asyncio.run(workers(engine).ask("nonsense"))
     assert list((run_dir / "reports").iterdir()) == []
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("message", ["Success", '{"id": "of another question", "rank": 0}'])
+def test_what_is_no_answer_to_the_question_is_not_taken_for_one(
+    message: str, run_dir: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_worker, "taken", lambda _: message)
+    with pytest.raises(RuntimeError, match="did not answer what it was asked"):
+        asyncio.run(workers(engine).ask("digests"))
+    assert list(run_dir.glob("reports/*")) == []
 
 
 def test_a_server_of_several_replicas_is_told_that_it_is_one(run_dir: Path, engine: Engine) -> None:
@@ -175,7 +241,7 @@ def test_a_rank_that_stays_silent_is_named(
     engine.silent = {1}
     with pytest.raises(RuntimeError, match=r"no \w+\.1\.json within 0 s"):
         asyncio.run(workers(engine).ask("digests"))
-    assert list((run_dir / "reports").iterdir()) == [], "the other's answer is left behind"
+    assert list(run_dir.glob("reports/*")) == [], "the other's answer is left behind"
 
 
 def test_schedulers_that_hang_do_not_keep_the_server_waiting_for_ever(

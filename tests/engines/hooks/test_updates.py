@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import wire
+from fp8ctl.engines.hooks import updates
 from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run
 
 if TYPE_CHECKING:
@@ -126,6 +127,48 @@ def test_a_bucket_that_is_repeated_gets_its_answer_and_is_not_loaded_again() -> 
     run(test())
 
 
+def test_a_bucket_may_come_while_the_one_before_is_on_its_way() -> None:
+    """By another connection, so that the server may see it first."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        second = asyncio.ensure_future(server.bucket(1, NAMES[2:]))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not second.done()
+        assert (await server.bucket(0, NAMES[:2]))[1]["number"] == 0
+        assert (await second)[1]["number"] == 1
+        # The answers of both may be lost.
+        for number, names in ((0, NAMES[:2]), (1, NAMES[2:])):
+            assert (await server.bucket(number, names))[1]["repeated"]
+        assert error(await server.bucket(0, NAMES[:1]))[:2] == (409, "FP8-ORDER")
+        assert server.workers.calls.count("receive") == 2
+        assert (await server.end(2))[1]["verified"] == len(NAMES)
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["fails", "abort"])
+def test_a_bucket_whose_predecessor_never_arrives_does_not_wait_for_it(how: str) -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        second = asyncio.ensure_future(server.bucket(1, NAMES[2:]))
+        await asyncio.sleep(0.01)
+        if how == "fails":
+            server.workers.faults["rank 1"] = "no carrier"
+            assert error(await server.bucket(0, NAMES[:2]))[1] == "FP8-LOAD"
+        else:
+            assert (await server.abort())[0] == 200
+        status, told = await asyncio.wait_for(second, 5)
+        assert (status, told["error"]["id"]) == (409, "FP8-ORDER")
+        assert "it has ended" in told["error"]["message"]
+        assert server.workers.calls.count("receive") == (how == "fails")
+
+    run(test())
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -142,7 +185,11 @@ def test_a_bucket_that_is_repeated_gets_its_answer_and_is_not_loaded_again() -> 
         lambda s: s.begin("C", push="push-B"),
     ],
 )
-def test_what_comes_out_of_order_is_refused_and_the_update_goes_on(wrong: Step) -> None:
+def test_what_comes_out_of_order_is_refused_and_the_update_goes_on(
+    wrong: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.05)
+
     async def test() -> None:
         server = Server()
         await server.begin()
@@ -171,6 +218,21 @@ def test_begin_and_end_are_repeated_without_being_done_twice() -> None:
         await server.abort("C")
         assert error(await server.begin())[:2] == (409, "FP8-ORDER")
         assert error(await server.bucket(1, NAMES))[:2] == (409, "FP8-ORDER")
+
+    run(test())
+
+
+def test_an_end_asks_the_ranks_once_and_brings_them_back() -> None:
+    """Each question is a millisecond or two in which nothing is served."""
+
+    async def test() -> None:
+        server = Server()
+        for version in "BC":
+            await server.begin(version)
+            await server.bucket(0, NAMES, version)
+            server.workers.messages.clear()
+            assert (await server.end(1, version))[1]["verified"] == 4
+            assert server.workers.messages == ["settle", "resume"]
 
     run(test())
 

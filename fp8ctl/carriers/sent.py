@@ -1,0 +1,21 @@
+"""How far a bucket is that is given to a group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+
+class Sent(NamedTuple):
+    """Two ends of one bucket's way, in this order; either raises why it is not reached.
+
+    Attributes:
+        left: the trainer's device has given it: its slot may be written again. NCCL may have it in
+            memory of its own then, and a rank that has died meanwhile not at all.
+        arrived: every rank has it.
+    """
+
+    left: Future[None]
+    arrived: Future[None]

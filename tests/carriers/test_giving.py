@@ -1,0 +1,627 @@
+"""Two buckets in flight: what the trainer's thread and a rank's do with broadcasts that take time.
+
+Gloo's are over when they return, and NCCL needs two GPUs: here a transport's broadcasts end when
+the test says so. Lines, ranks and the two threads are the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import time
+import weakref
+from collections import defaultdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fp8ctl.carriers import ends, gloo, link, offers, turns
+from fp8ctl.carriers.hub import Hub
+from fp8ctl.errors import CarrierError, ConflictError
+from fp8ctl.wire import WireError
+from tests.carriers.processes import alive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from fp8ctl.carriers.sent import Sent
+
+CPU = torch.device("cpu")
+NBYTES = 1000
+PATIENCE = 30.0
+#: Seconds in which what must not happen would happen.
+WHILE = 0.2
+
+pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+class Transport:
+    """Broadcasts that end, on each rank, when they are told to."""
+
+    def __init__(self) -> None:
+        self.launched: dict[int, list[torch.Tensor]] = defaultdict(list)
+        #: What rank 0 gave.
+        self.bytes: list[torch.Tensor] = []
+        #: Of each rank, how many are over.
+        self.done: dict[int, int] = defaultdict(int)
+        #: By rank and number, what launching it, or asking whether it is over, raises.
+        self.unlaunched: dict[tuple[int, int], Exception] = {}
+        self.lost: dict[tuple[int, int], Exception] = {}
+        #: By rank, what happens right after it was told that a broadcast is not over.
+        self.meanwhile: dict[int, Callable[[], None]] = {}
+        self.closed: list[int] = []
+        self.looks = 0
+
+    def count(self, rank: int) -> int:
+        return len(self.launched[rank])
+
+    def backend(self, _store: object, rank: int, *_: object) -> Backend:
+        return Backend(self, rank)
+
+
+class Backend:
+    """One rank of it; see `ahead.Backend`."""
+
+    def __init__(self, transport: Transport, rank: int) -> None:
+        self.transport, self.rank = transport, rank
+
+    def broadcast(
+        self, tensor: torch.Tensor, _after: Any, _deadline: float, check: Callable[[], None]
+    ) -> Callable[[], bool]:
+        check()
+        transport, rank = self.transport, self.rank
+        number = transport.count(rank)
+        if (rank, number) in transport.unlaunched:
+            raise transport.unlaunched.pop((rank, number))
+        if rank == 0:
+            transport.bytes.append(tensor.clone())
+        transport.launched[rank].append(tensor)
+
+        def over() -> bool:
+            transport.looks += 1
+            if (rank, number) in transport.lost:
+                raise transport.lost.pop((rank, number))
+            if number >= min(transport.done[rank], len(transport.bytes)):
+                transport.meanwhile.pop(rank, lambda: None)()
+                return False
+            if rank:
+                transport.launched[rank][number].copy_(transport.bytes[number])
+            return True
+
+        return over
+
+    def close(self) -> None:
+        self.transport.closed.append(self.rank)
+        self.transport.launched[self.rank].clear()
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> Transport:
+    made = Transport()
+    monkeypatch.setattr(gloo, "Gloo", made.backend)
+    monkeypatch.setattr(gloo, "open_store", lambda *_: (None, 1))
+    monkeypatch.setattr(gloo, "reach_store", lambda *_: None)
+    return made
+
+
+@contextlib.contextmanager
+def group(
+    *ranks: int, timeout: float = PATIENCE, slots: int | None = None
+) -> Iterator[tuple[ends.Sender, list[ends.Receiver]]]:
+    """Yield the trainer's end, and every rank's, of one server each; closed afterwards."""
+    sender = ends.sender("group", NBYTES, ranks=[1] * len(ranks), timeout=timeout, slots=slots)
+    came: list[ends.Receiver] = []
+    try:
+        with ThreadPoolExecutor(1 + len(ranks)) as threads:
+            joining = threads.submit(sender.join)
+            coming = [threads.submit(ends.receive, sender.offer(i), 0, CPU) for i in ranks]
+            joining.result(PATIENCE)
+            came = [one.result(PATIENCE) for one in coming]
+        yield sender, came
+    finally:
+        for one in came:
+            one.close()
+        sender.close()
+
+
+class Rank:
+    """A rank whose lines the test says: it shows what a real one is late with, or tells."""
+
+    def __init__(self, sender: ends.Sender, slots: int = 3) -> None:
+        offer = sender.offer(0)
+        with ThreadPoolExecutor(1) as threads:
+            joining = threads.submit(sender.join)
+            where = offer["host"], offer["port"], offer["key"]
+            self.line = link.join(*where, 1, {"slots": slots}, time.monotonic() + PATIENCE)
+            self.agreed = self.hear()
+            self.line.say(there=1)
+            joining.result(PATIENCE)
+
+    def hear(self) -> link.Message:
+        return self.line.hear(time.monotonic() + PATIENCE)
+
+    def has_room(self, *slots: int) -> None:
+        for slot in slots:
+            self.line.say(room=slot)
+
+
+@contextlib.contextmanager
+def played(timeout: float = PATIENCE) -> Iterator[tuple[ends.Sender, Rank]]:
+    """Yield the trainer's end of a group with such a rank, which has room in all slots."""
+    sender = ends.sender("group", NBYTES, ranks=[1], timeout=timeout)
+    rank = None
+    try:
+        rank = Rank(sender)
+        rank.has_room(0, 1, 2)
+        yield sender, rank
+    finally:
+        if rank is not None:
+            rank.line.close()
+        sender.close()
+
+
+def give(sender: ends.Sender, slot: int, seed: int = 0) -> Future[None]:
+    """Fill a slot and have it given; return what ends when it may be written again."""
+    return sent(sender, slot, seed).left
+
+
+def sent(sender: ends.Sender, slot: int, seed: int = 0) -> Sent:
+    """Fill a slot and have it given; return how far it is."""
+    sender.buffer(slot).fill_(seed)
+    sender.ready(slot)
+    found = sender.send(slot, NBYTES)
+    assert found is not None
+    return found
+
+
+def becomes(found: Callable[[], object], wanted: object) -> None:
+    """Assert that something is so before long, and stays so."""
+    end = time.monotonic() + PATIENCE
+    while found() != wanted and time.monotonic() < end:
+        time.sleep(0.005)
+    assert found() == wanted
+    time.sleep(WHILE)
+    assert found() == wanted
+
+
+def errors(futures: Sequence[Future[None]]) -> list[BaseException | None]:
+    return [one.exception(PATIENCE) for one in futures]
+
+
+# --- two at a time --------------------------------------------------------------------------------
+
+
+def test_two_are_launched_before_the_first_is_over(transport: Transport) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        futures = [give(sender, slot, seed=slot + 1) for slot in range(3)]
+        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
+        assert not any(one.done() for one in futures)
+        transport.done[0] = 1
+        becomes(lambda: (transport.count(0), transport.count(1)), (3, 3))
+        assert [one.done() for one in futures] == [True, False, False]
+        # The rank has what its own device has, and not before.
+        taken = threads.submit(rank.bucket, 0, NBYTES)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done[1] = 1
+        assert taken.result(PATIENCE).tolist() == [1] * NBYTES
+        taken = threads.submit(rank.bucket, 1, NBYTES)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done.update({0: 3, 1: 3})
+        assert taken.result(PATIENCE).tolist() == [2] * NBYTES
+        assert rank.bucket(2, NBYTES).tolist() == [3] * NBYTES
+        assert errors(futures) == [None] * 3
+
+
+def test_many_buckets_come_in_their_order(transport: Transport) -> None:
+    transport.done.update({0: 1000, 1: 1000, 2: 1000})
+    with group(0, 1) as (sender, ranks), ThreadPoolExecutor(2) as threads:
+
+        def read(rank: ends.Receiver) -> list[int]:
+            found = []
+            for i in range(100):
+                found.append(int(rank.bucket(i % 3, NBYTES)[-1]))
+                rank.loaded()
+            return found
+
+        reading = [threads.submit(read, rank) for rank in ranks]
+        futures: list[Future[None]] = []
+        for i in range(100):
+            if i >= 3:
+                futures[i - 3].result(PATIENCE)
+            futures.append(give(sender, i % 3, seed=i))
+        assert [one.result(PATIENCE) for one in reading] == [[*range(100)]] * 2
+        assert errors(futures) == [None] * 100
+
+
+def test_none_is_launched_before_all_ranks_have_room(transport: Transport) -> None:
+    transport.done.update({0: 9, 1: 9, 2: 9})
+    with group(0, 1) as (sender, ranks):
+        give(sender, 0, seed=1).result(PATIENCE)
+        again = give(sender, 0, seed=2)
+        for rank in ranks:
+            becomes(lambda: transport.count(0), 1)
+            rank.bucket(0, NBYTES)
+            rank.loaded()
+        assert again.exception(PATIENCE) is None
+        assert [int(rank.bucket(0, NBYTES)[0]) for rank in ranks] == [2, 2]
+
+
+def test_each_bucket_has_its_own_time(transport: Transport) -> None:
+    """The second waits for the first on the device: that is not its own time."""
+    with group(0, timeout=2.0) as (sender, [rank]):
+        futures = [give(sender, slot) for slot in range(2)]
+        for number in (1, 2):
+            time.sleep(1.2)
+            transport.done.update({0: number, 1: number})
+            assert futures[number - 1].exception(PATIENCE) is None
+            assert len(rank.bucket(number - 1, NBYTES)) == NBYTES
+        assert alive(sender)
+
+
+def test_who_has_nothing_to_do_does_not_look(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    real, listened = turns.nap, Hub.listen
+    listens: list[float | None] = []
+
+    def nap(since: float) -> bool:
+        naps.append(since)
+        return real(since)
+
+    def listen(self: Hub, take: Any, seconds: float | None) -> None:
+        listens.append(seconds)
+        listened(self, take, seconds)
+
+    monkeypatch.setattr(turns, "nap", nap)
+    monkeypatch.setattr(Hub, "listen", listen)
+    with group(0) as (sender, [rank]):
+        future = give(sender, 0)
+        becomes(lambda: len(naps) > 10, True)
+        transport.done.update({0: 1, 1: 1})
+        future.result(PATIENCE)
+        rank.bucket(0, NBYTES)
+        becomes(lambda: listens[-1], None)
+        before = len(naps), len(listens), transport.looks
+        time.sleep(WHILE)
+        assert (len(naps), len(listens), transport.looks) == before
+
+
+# --- when it fails --------------------------------------------------------------------------------
+
+
+def test_a_cancellation_ends_what_is_in_flight_and_what_is_queued(transport: Transport) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        futures = [give(sender, slot) for slot in range(3)]
+        becomes(lambda: transport.count(1), 2)
+        waiting = threads.submit(rank.bucket, 0, NBYTES)
+        sender.cancel("the update was cancelled")
+        found = errors(futures)
+        assert [(type(e), str(e)) for e in found] == [
+            (ConflictError, "the update was cancelled")
+        ] * 3
+        assert len({id(e) for e in found}) == 3, "who raises one adds to it"
+        with pytest.raises(ConflictError, match="the update was cancelled"):
+            waiting.result(PATIENCE)
+        assert not alive(sender)
+        becomes(lambda: sorted(transport.closed), [0, 1])
+        with pytest.raises(ConflictError, match="has ended: the update was cancelled"):
+            give(sender, 0).result(PATIENCE)
+
+
+def test_a_cancellation_between_two_looks_is_not_slept_over() -> None:
+    """What wakes the thread is read away, and then there is nothing more to wake it."""
+    hub = Hub("127.0.0.1", [])
+    real, calls = hub._woken, iter(["the update was cancelled"])
+
+    def recv(size: int) -> bytes:
+        for why in calls:
+            hub.cancel(why)
+        return real.recv(size)
+
+    woken: Any = SimpleNamespace(fileno=real.fileno, recv=recv, close=real.close)
+    hub._woken = woken
+    with contextlib.closing(hub):
+        hub.listen(lambda *_: None, 0.0)
+        hub.wake()
+        with pytest.raises(ConflictError, match="was cancelled"):
+            hub.listen(lambda *_: None, PATIENCE)
+
+
+def test_closing_ends_what_is_in_flight(transport: Transport) -> None:
+    with group(0) as (sender, _):
+        futures = [give(sender, slot) for slot in range(3)]
+        becomes(lambda: transport.count(0), 2)
+        sender.close()
+        assert [str(e) for e in errors(futures)] == ["the trainer has closed the group"] * 3
+        late = sender.send(0, NBYTES)
+        assert late is not None
+        for future in late:
+            with pytest.raises(ConflictError, match="has closed the group"):
+                future.result(PATIENCE)
+
+
+@pytest.mark.parametrize("how", ["dies", "says why"])
+def test_a_rank_that_leaves_with_two_in_flight_is_the_reason_of_all(
+    how: str, transport: Transport
+) -> None:
+    with played() as (sender, rank):
+        futures = [give(sender, slot) for slot in range(3)]
+        becomes(lambda: transport.count(0), 2)
+        if how == "says why":
+            rank.line.say(failed="CarrierError: no room")
+        rank.line.close()
+        reason = "is gone" if how == "dies" else "CarrierError: no room"
+        for e in errors(futures):
+            assert isinstance(e, ConflictError)
+            assert str(e).startswith("rank 0 of server 0 (process ")
+            assert reason in str(e)
+        assert not alive(sender)
+        assert transport.closed == [0]
+
+
+def test_what_has_left_has_not_arrived_before_every_rank_has_said_so(transport: Transport) -> None:
+    transport.done[0] = 9
+    with group(0, 1) as (sender, _):
+        found = sent(sender, 0)
+        assert found.left.exception(PATIENCE) is None
+        for rank in (1, 2):
+            time.sleep(WHILE)
+            assert not found.arrived.done()
+            transport.done[rank] = 1
+        assert found.arrived.exception(PATIENCE) is None
+
+
+@pytest.mark.parametrize("how", ["dies", "is late"])
+def test_a_rank_that_has_no_bucket_which_has_left_is_named(how: str, transport: Transport) -> None:
+    """NCCL takes small ones whole before a rank does anything."""
+    transport.done[0] = 9
+    with played(timeout=1.0) as (sender, rank):
+        found = sent(sender, 0)
+        assert found.left.exception(PATIENCE) is None
+        if how == "dies":
+            rank.line.close()
+        with pytest.raises((TimeoutError, ConflictError), match=r"rank 0 of server 0 \(process"):
+            found.arrived.result(PATIENCE)
+        assert not alive(sender)
+
+
+def test_a_rank_that_dies_between_buckets_is_seen_at_once(transport: Transport) -> None:
+    with played() as (sender, rank):
+        assert alive(sender)
+        rank.line.close()
+        becomes(lambda: alive(sender), False)
+        with pytest.raises(ConflictError, match=r"has ended: rank 0 of server 0 .* is gone"):
+            give(sender, 0).result(PATIENCE)
+
+
+@pytest.mark.parametrize("how", ["is launched", "is under way"])
+def test_what_a_rank_says_is_the_reason_and_not_what_the_transport_makes_of_it(
+    how: str, transport: Transport
+) -> None:
+    error = ConflictError("connection closed by peer")
+    with played() as (sender, rank):
+        (transport.unlaunched if how == "is launched" else transport.lost)[0, 1] = error
+        futures = [give(sender, slot) for slot in range(3)]
+        assert rank.hear() == {"go": [0, NBYTES]}
+        assert rank.hear() == {"go": [1, NBYTES]}
+        transport.done[0] = 1
+        rank.line.say(got=0)
+        time.sleep(WHILE)
+        rank.line.say(failed="OutOfMemoryError: of my own")
+        first, *others = errors(futures)
+        assert first is None, "that one was given before"
+        for e in others:
+            assert str(e).endswith(": OutOfMemoryError: of my own (connection closed by peer)")
+
+
+def test_what_was_given_before_a_failed_launch_has_its_time(transport: Transport) -> None:
+    transport.unlaunched[0, 1] = ConflictError("no memory for it")
+    with played() as (sender, rank):
+        futures = [give(sender, slot) for slot in range(3)]
+        assert [rank.hear(), rank.hear()] == [{"go": [0, NBYTES]}, {"go": [1, NBYTES]}]
+        time.sleep(WHILE)
+        assert not any(one.done() for one in futures)
+        transport.done[0] = 1
+        first, *others = errors(futures)
+        assert first is None
+        for e in others:
+            assert "no memory for it; 1 of 1 ranks did not get a bucket: rank 0" in str(e)
+
+
+def test_a_rank_that_has_what_came_before_the_end_takes_it(transport: Transport) -> None:
+    """What fails is read before the trainer's own device is asked."""
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        becomes(lambda: transport.count(1), 2)
+        transport.lost[1, 1] = ConflictError("the second did not come")
+        transport.done.update({0: 2, 1: 1})
+        taken = threads.submit(rank.bucket, 0, NBYTES)
+        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
+        with pytest.raises(ConflictError, match="the second did not come"):
+            rank.bucket(1, NBYTES)
+        assert errors(futures) == [None, None]
+        becomes(lambda: alive(sender), False)
+
+
+def test_a_rank_that_hears_of_the_end_first_takes_what_has_come(transport: Transport) -> None:
+    with group(0) as (sender, [rank]):
+
+        def end() -> None:
+            sender.cancel("the update was cancelled")
+            while 0 not in transport.closed:
+                time.sleep(0.005)
+            transport.done[1] = 1
+
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
+        transport.meanwhile[1] = end
+        assert all(errors(futures))
+        assert rank.bucket(0, NBYTES).tolist() == [7] * NBYTES
+        with pytest.raises(ConflictError, match="was cancelled"):
+            rank.bucket(1, NBYTES)
+
+
+@pytest.mark.parametrize("missing", ["room", "got"])
+def test_who_does_not_answer_in_time_is_named(missing: str, transport: Transport) -> None:
+    with played(timeout=0.5) as (sender, rank):
+        transport.done[0] = 9
+        assert give(sender, 0).exception(PATIENCE) is None
+        if missing == "room":
+            rank.line.say(got=0)
+            with pytest.raises(TimeoutError, match=r"had no room for a bucket .*: rank 0 of"):
+                give(sender, 0).result(PATIENCE)
+        else:
+            becomes(lambda: alive(sender), False)
+            with pytest.raises(ConflictError, match=r"did not get a bucket .*: rank 0 of server 0"):
+                give(sender, 1).result(PATIENCE)
+
+
+@pytest.mark.parametrize("said", [{"got": 1}, {"go": 0}, {}])
+def test_a_rank_that_says_what_is_not_due_ends_the_group(
+    said: dict[str, object], transport: Transport
+) -> None:
+    with played() as (sender, rank):
+        future = give(sender, 0)
+        assert rank.hear() == {"go": [0, NBYTES]}
+        rank.line.say(**said)
+        with pytest.raises(ConflictError, match=r"rank 0 of server 0 .* says \{"):
+            future.result(PATIENCE)
+    assert transport.closed == [0]
+
+
+def test_a_device_that_does_not_end_is_a_time_out(transport: Transport) -> None:
+    with played(timeout=0.5) as (sender, rank):
+        futures = [give(sender, slot) for slot in range(3)]
+        assert rank.hear() == {"go": [0, NBYTES]}
+        rank.line.say(got=0)
+        for e in errors(futures):
+            assert isinstance(e, TimeoutError)
+            assert "this device did not end" in str(e)
+    assert transport.count(0) == 0
+
+
+def test_what_nobody_foresaw_ends_all_as_well(transport: Transport) -> None:
+    with played() as (sender, _):
+        transport.unlaunched[0, 0] = ZeroDivisionError("in the transport")
+        with pytest.raises(ConflictError, match="ZeroDivisionError: in the transport"):
+            give(sender, 0).result(PATIENCE)
+        assert not alive(sender)
+
+
+@pytest.mark.parametrize("how", ["cancel", "transport", "rank"])
+def test_futures_that_failed_keep_no_slot(
+    how: str, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever shows an error later has it, its traceback and its causes in hand."""
+    freed: list[int] = []
+
+    def allocate(sizes: Sequence[int], _device: torch.device) -> list[torch.Tensor]:
+        slots = []
+        for size in sizes:
+            memory = (ctypes.c_uint8 * size)()
+            weakref.finalize(memory, freed.append, size).atexit = False
+            slots.append(torch.frombuffer(memory, dtype=torch.uint8))
+        return slots
+
+    monkeypatch.setattr(offers, "allocate", allocate)
+    gc.collect()
+    gc.disable()
+    try:
+        with group(0) as (sender, [rank]):
+            if how == "transport":
+                transport.unlaunched[0, 1] = ConflictError("in the trainer")
+            elif how == "rank":
+                transport.unlaunched[1, 1] = ConflictError("in the rank")
+            futures = [give(sender, slot) for slot in range(3)]
+            becomes(lambda: transport.count(0) >= 1 or not alive(sender), True)
+            if how == "cancel":
+                sender.cancel("no more")
+            found = errors(futures)
+            assert all(found)
+            with pytest.raises(ConflictError) as e:
+                rank.bucket(0, NBYTES)
+        del rank
+        assert e.value
+        assert len(freed) == 2 * ends.GROUP_SLOTS
+    finally:
+        gc.enable()
+
+
+# --- how many slots -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("theirs", "both"), [(3, 3), (2, 2), (7, 3)])
+def test_a_group_has_the_slots_that_all_have_room_for(
+    theirs: int, both: int, transport: Transport
+) -> None:
+    sender = ends.sender("group", NBYTES, ranks=[1], timeout=PATIENCE)
+    with contextlib.closing(sender):
+        assert [one["nbytes"] for one in sender.offer()["slots"]] == [NBYTES] * 3
+        third = weakref.ref(sender.buffer(2))
+        rank = Rank(sender, slots=theirs)
+        with contextlib.closing(rank.line):
+            assert sender.slots == rank.agreed["slots"] == both
+            assert (third() is not None) == (both == 3)
+            with pytest.raises(CarrierError, match=f"slot {both} of a carrier that has {both}"):
+                sender.send(both, 1)
+    assert transport.closed == [0]
+
+
+@pytest.mark.parametrize("said", [0, "3", None])
+def test_a_rank_that_says_no_number_of_slots_is_refused(said: object, transport: Transport) -> None:
+    sender = ends.sender("group", NBYTES, ranks=[1], timeout=PATIENCE)
+    with contextlib.closing(sender), ThreadPoolExecutor(1) as threads:
+        offer = sender.offer()
+        joining = threads.submit(sender.join)
+        where = offer["host"], offer["port"], offer["key"]
+        line = link.join(*where, 1, {"slots": said}, time.monotonic() + PATIENCE)
+        with contextlib.closing(line), pytest.raises(WireError, match="slots"):
+            joining.result(PATIENCE)
+        assert not alive(sender)
+    assert not transport.closed
+
+
+def test_a_rank_without_room_for_the_third_is_enough(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transport.done.update({0: 9, 1: 9, 2: 9})
+    # The trainer, the first rank, the second one: in the order in which they ask.
+    counts = iter([3, 2, 3])
+    monkeypatch.setattr(offers, "fitting", lambda *_: next(counts))
+    with group(0, 1) as (sender, ranks):
+        assert sender.slots == 2
+        for slot in (0, 1):
+            give(sender, slot, seed=slot).result(PATIENCE)
+        for rank in ranks:
+            assert [int(rank.bucket(slot, NBYTES)[0]) for slot in (0, 1)] == [0, 1]
+            with pytest.raises(CarrierError, match="slot 2 of a carrier that has 2"):
+                rank.bucket(2, NBYTES)
+
+
+@pytest.mark.parametrize(("slots", "had"), [(None, 3), (1, 1), (2, 2), (5, 5)])
+def test_more_or_fewer_may_be_asked_for(slots: int | None, had: int, transport: Transport) -> None:
+    transport.done.update({0: 9, 1: 9})
+    with group(0, slots=slots) as (sender, [rank]):
+        assert sender.slots == had
+        futures = [give(sender, slot, seed=slot) for slot in range(had)]
+        assert errors(futures) == [None] * had
+        assert [int(rank.bucket(slot, NBYTES)[0]) for slot in range(had)] == [*range(had)]
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"), [(0, 2), (399, 2), (400, 3), (499, 3), (500, 4), (10_000, 4)]
+)
+def test_a_third_slot_leaves_a_device_room_for_another(
+    free: int, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80_000))
+    assert offers.fitting([100] * 4, torch.device("cuda", 0)) == fits
+    assert offers.fitting([100], torch.device("cuda", 0)) == 1
+    assert offers.fitting([100] * 4, CPU) == 4
