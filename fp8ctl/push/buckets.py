@@ -17,13 +17,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8ctl.errors import ConflictError, PlanDoesNotFitError, UsageError
-from fp8ctl.kernels import digest as digests
-from fp8ctl.kernels.digest import to_text
-from fp8ctl.kernels.fetched import Fetched
-from fp8ctl.push.facts import peaks
+from fp8ctl.errors import ConflictError, UsageError
+from fp8ctl.push.looking import Looker
 from fp8ctl.push.result import Progress
-from fp8ctl.wire import ALIGN, DTYPES, NO_FACTS, Entry, Slot, place
+from fp8ctl.wire import ALIGN, DTYPES, Entry, Slot, place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -31,13 +28,12 @@ if TYPE_CHECKING:
 
     from fp8ctl.push.aside import Aside
     from fp8ctl.push.delivery import Clock, Delivery
+    from fp8ctl.push.looking import Facts
 
     Named = tuple[str, torch.Tensor]
-    Look = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
     Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
 
 
-_FLOATS = {"bfloat16", "float16", "float32", "float64"}
 #: More than a few slots have tensors.
 _MOST_PLACES = 1 << 18
 
@@ -83,7 +79,7 @@ class Filler:
         digest: bool,
         held: Callable[[], Sequence[Mapping[str, str]]] | None = None,
         tie: tuple[str, str] | None = None,
-        facts: Look | None = None,
+        facts: Facts | None = None,
         note: Note | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         totals: tuple[int, int] | None = None,
@@ -112,10 +108,9 @@ class Filler:
         self.digests: dict[str, str] = {}
         self.sent, self.bytes_sent, self.bytes_skipped = 0, 0, 0
         self._open, self._device, self._clock = open_, device, clock
-        self._digest = digest or held is not None
-        self._held, self._tie, self._facts, self._note = held, tie, facts, note
+        self._held, self._tie, self._note = held, tie, note
+        self._looker = Looker(digest or held is not None, tie or (), made, facts)
         self._on_progress, self._totals = on_progress, totals
-        self._made = made
         self._delivery: Delivery | None = None
         self._slot, self._used = 0, 0
         self._memory: torch.Tensor | None = None
@@ -191,7 +186,7 @@ class Filler:
             self._delivery.give(slot, nbytes, entries)
             self._next_slot()
         with self.stage("digest"):
-            look = self._look(entries, tensors, scales, check)
+            look = self._looker.begin(entries, tensors, scales, check)
         self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)
         # The recorder tells how long a bucket took, and asks the device for more.
         self._may_wait = later and alone and self._note is None
@@ -287,51 +282,6 @@ class Filler:
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
 
-    def _look(
-        self,
-        batch: list[Entry],
-        tensors: list[torch.Tensor],
-        scales: Collection[str],
-        check: Callable[[], object],
-    ) -> Callable[[], list[Entry]]:
-        """Begin to look at tensors; return what waits for it, and refuses what is not finite."""
-        kept = [
-            (entry, tensor)
-            for entry, tensor in zip(batch, tensors, strict=True)
-            if entry.dtype in _FLOATS and entry.name not in scales and tensor.numel()
-        ]
-        found = [peaks([tensor for _, tensor in kept])] if kept else []
-        if self._made:
-            codes = [
-                (entry, tensor)
-                for entry, tensor in zip(batch, tensors, strict=True)
-                if entry.dtype == "float8_e4m3fn" and tensor.numel()
-            ]
-            # 0x7F, with either sign, is the one NaN of this type.
-            bad = (((t.view(torch.uint8) & 0x7F) == 0x7F).any() for _, t in codes)
-            found += [torch.where(one, math.nan, 0.0).double().view(1) for one in bad]
-            kept += codes
-        highest = torch.cat(found) if len(found) > 1 else found[0] if found else None
-        asked = [self._digest or entry.name in (self._tie or ()) for entry in batch]
-        fetched = None if highest is None else Fetched(highest)
-        sums = digests.start((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes)
-
-        def ended() -> list[Entry]:
-            check()
-            # The recorder's facts, which few ask for, are waited for by themselves.
-            facts = [NO_FACTS] * len(batch) if self._facts is None else self._facts(batch, tensors)
-            made = iter(sums())
-            numbers = () if fetched is None else fetched.tolist()
-            for (entry, tensor), peak in zip(kept, numbers, strict=True):
-                if not math.isfinite(peak):
-                    raise _not_finite(entry.name, tensor)
-            return [
-                Entry(e.name, e.dtype, e.shape, e.offset, to_text(next(made)) if yes else "", of_it)
-                for e, yes, of_it in zip(batch, asked, facts, strict=True)
-            ]
-
-        return ended
-
     def _wanted(self, found: list[Entry]) -> list[bool]:
         """Say of each tensor whether it is sent: codes and their scales together, or not."""
         head = self._tie and self._tie[0]
@@ -406,14 +356,3 @@ class Filler:
                 hint="plan what is trained: fp8ctl plan --model M --backend B --out plan.json",
                 data={"tensor": head},
             )
-
-
-def _not_finite(name: str, tensor: torch.Tensor) -> PlanDoesNotFitError:
-    wide = tensor.float() if tensor.element_size() == 1 else tensor
-    [index, *_] = (~torch.isfinite(wide)).nonzero().tolist()
-    value = float(wide[tuple(index)])
-    return PlanDoesNotFitError(
-        f"{name}: non-finite value {value} at index {index}; it would spoil every answer",
-        hint="look at the optimiser's step",
-        data={"tensor": name, "index": index},
-    )

@@ -7,7 +7,6 @@ the test says so. Lines, ranks and the two threads are the real ones.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import time
 import weakref
@@ -23,6 +22,7 @@ from fp8ctl.carriers import ends, gloo, link, offers, turns
 from fp8ctl.carriers.hub import Hub
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
+from tests.carriers.freed import count_freed
 from tests.carriers.processes import alive
 
 if TYPE_CHECKING:
@@ -520,17 +520,7 @@ def test_futures_that_failed_keep_no_slot(
     how: str, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever shows an error later has it, its traceback and its causes in hand."""
-    freed: list[int] = []
-
-    def allocate(sizes: Sequence[int], _device: torch.device) -> list[torch.Tensor]:
-        slots = []
-        for size in sizes:
-            memory = (ctypes.c_uint8 * size)()
-            weakref.finalize(memory, freed.append, size).atexit = False
-            slots.append(torch.frombuffer(memory, dtype=torch.uint8))
-        return slots
-
-    monkeypatch.setattr(offers, "allocate", allocate)
+    freed = count_freed(monkeypatch)
     gc.collect()
     gc.disable()
     try:

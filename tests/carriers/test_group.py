@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import signal
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +18,16 @@ import psutil
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, gloo, link, offers
+from fp8ctl.carriers import ends, gloo, link
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError, UsageError
 from fp8ctl.wire import WireError
+from tests.carriers.freed import count_freed
 from tests.carriers.processes import alive
 from tests.carriers.rank import weighted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from tests.carriers.processes import Pool, Process
 
@@ -404,15 +403,6 @@ def test_a_send_that_waits_is_ended_and_the_ranks_hear_why(pool: Pool) -> None:
 @pytest.mark.parametrize("how", ["while it waits", "before it asks", "by another bucket"])
 def test_a_group_that_failed_keeps_no_slot(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of a GPU does not wait for Python to look for cycles: the next group needs it."""
-    freed: list[int] = []
-
-    def allocate(sizes: Sequence[int], _device: torch.device) -> list[torch.Tensor]:
-        slots = []
-        for size in sizes:
-            memory = (ctypes.c_uint8 * size)()
-            weakref.finalize(memory, freed.append, size).atexit = False
-            slots.append(torch.frombuffer(memory, dtype=torch.uint8))
-        return slots
 
     def ask(rank: ends.Receiver) -> None:
         with pytest.raises(ConflictError):
@@ -423,7 +413,7 @@ def test_a_group_that_failed_keeps_no_slot(how: str, monkeypatch: pytest.MonkeyP
     gc.disable()
     try:
         with group(1) as sender, ThreadPoolExecutor(1) as threads:
-            monkeypatch.setattr(offers, "allocate", allocate)
+            freed = count_freed(monkeypatch)
             joining = threads.submit(sender.join)
             rank = ends.receive(sender.offer(), 0, CPU)
             joining.result(PATIENCE)
