@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -329,7 +330,7 @@ class Taker:
             # Nobody waits for the device here: what is to be found out about the outputs is
             # queued first, and what comes next as well.
             here = {slots[1].name for *_, fp8, slots in bucket if fp8}
-            self.placing.writing(here, lambda: _wait(begun, sources), later=lent)
+            self.placing.writing(here, _Begun(begun, sources).wait, later=lent)
         pairs: list[Named] = []
         for i, (name, tensor, *_) in enumerate(bucket):
             if i not in made:
@@ -365,17 +366,24 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one is other or (type(other) in _PLAIN and one.data_ptr() == other.data_ptr())
 
 
-def _wait(
-    begun: Sequence[tuple[Sequence[str], Callable[[], object]]], _sources: Sequence[torch.Tensor]
-) -> None:
-    """Wait for lists that were begun, each with its names.
+@dataclass(frozen=True)
+class _Begun:
+    """What was begun together.
 
-    Whoever may call this keeps the sources of all of them, also of what is copied: memory that is
-    free again may be another stream's before the device has read it.
+    Attributes:
+        lists: names of each list, and what waits for it.
+        sources: of all, also of what is copied: memory that is free again may be another stream's
+            before the device has read it.
     """
-    for names, wait in begun:
-        with _named(names):
-            wait()
+
+    lists: Sequence[tuple[Sequence[str], Callable[[], object]]]
+    sources: Sequence[torch.Tensor]
+
+    def wait(self) -> None:
+        """Wait for the lists; raise what one is refused for, by name."""
+        for names, wait in self.lists:
+            with _named(names):
+                wait()
 
 
 @contextmanager

@@ -204,14 +204,17 @@ class ByCarrier:
         before = self._last
 
         def one(i: int, server: Server) -> dict[str, Any]:
-            if not (before and before[i].done() and _failed(before[i])):
-                try:
-                    return server.bucket(self._push, number, slot, nbytes, listed)
-                except Exception:
-                    # The one before may be under way still, and why it fails comes first.
-                    if not before or not _failed(before[i]):
-                        raise
-            raise AbortedError(f"{server.url} did not take the bucket before")
+            last = before[i] if before else None
+            given_up = AbortedError(f"{server.url} did not take the bucket before")
+            if last is not None and last.done() and _failed(last):
+                raise given_up
+            try:
+                return server.bucket(self._push, number, slot, nbytes, listed)
+            except Exception as e:
+                # The one before may be under way still, and why it fails comes first.
+                if last is not None and _failed(last):
+                    raise given_up from e
+                raise
 
         self._last = self._fleet.start(one, beside=bool(number % 2))
         bucket = next(one for one in self._under_way if one.slot == slot and not one.asked)

@@ -21,6 +21,7 @@ from fp8ctl.engines.hooks.routes import PushRoutes
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.workers import Reloaded
 from fp8ctl.kernels.digest import digest, to_text
+from tests.listed import Listed
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ class Table:
         self.buckets: list[list[str]] = []
         self.keeps, self.refit, self.delay = True, True, 0.0
         self.in_flight: list[str] = []
-        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
+        self.lists = Listed()
         self.offers: list[Any] = []
 
     async def ask(self, what: str, **details: Any) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ class Table:
             self.hang_up()
             self.offers.append(details["carrier"])
         if what == "receive":
-            entries = details.get("entries") or self.lists[details["list"]]
+            entries = self.lists.entries(details)
             self.buckets.append([e["name"] for e in entries])
         answer = getattr(self, f"_{what}")
         # In threads: ranks wait for each other in a group.
@@ -101,11 +102,9 @@ class Table:
         number: int,
         slot: int,
         nbytes: int,
-        list: str,  # noqa: A002 - as it is asked
-        entries: Sequence[dict[str, Any]] = (),
+        **listed: Any,
     ) -> dict[str, Any]:
-        entries = entries or self.lists[list]
-        self.lists[list] = entries
+        entries = self.lists.entries(listed)
         bucket = self.receivers[rank].bucket(slot, nbytes)
         for entry in entries if self.keeps else ():
             dtype = getattr(torch, entry["dtype"])

@@ -7,6 +7,7 @@ name that it was given.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ from fp8ctl.engines.hooks import intake
 from fp8ctl.wire import NO_FACTS, Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from fp8ctl.engines.hooks.expected import Expected
 
@@ -90,17 +91,20 @@ class Lists:
         self._known[found["number"]] = _List(found["nbytes"], places, entries, next(self._names))
         return entries
 
-    def told(self, number: int) -> dict[str, Any]:
-        """Return what ranks are told of the list of a bucket that was read."""
-        one = self._known[number]
-        if self._told.get(number) == one.name:
-            return {"list": one.name}
-        entries = [dict(zip(_PLACE, place, strict=True)) for place in one.places]
-        return {"list": one.name, "entries": entries}
+    @contextlib.contextmanager
+    def telling(self, number: int) -> Iterator[dict[str, Any]]:
+        """Yield what ranks are told of the list of a bucket that was read.
 
-    def learned(self, number: int) -> None:
-        """Note that all ranks have the list of a bucket."""
-        self._told[number] = self._known[number].name
+        When it ends well they all have that list; where it does not they may have none at all.
+        """
+        one = self._known[number]
+        told, self._told = self._told, {}
+        if told.get(number) == one.name:
+            yield {"list": one.name}
+        else:
+            entries = [dict(zip(_PLACE, place, strict=True)) for place in one.places]
+            yield {"list": one.name, "entries": entries}
+        self._told = {**told, number: one.name}
 
     def forgotten(self) -> None:
         """Note that a rank may have no list any more."""

@@ -248,7 +248,8 @@ class Updates:
                     loaded = await intake.load(self._workers, push, found, None)
                 else:
                     entries = self._lists.read(found, push.entries)
-                    loaded = await self._loaded(push, found)
+                    with self._lists.telling(number) as listed:
+                        loaded = await intake.load(self._workers, push, found, listed)
                 push.entries.update((entry.name, entry) for entry in entries)
                 answer = {"number": number, **loaded}
                 push.has_taken(request, answer)
@@ -266,17 +267,6 @@ class Updates:
         if number == push.number + 1:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
-
-    async def _loaded(self, push: OpenPush, found: Body) -> Body:
-        """Have every rank load a bucket, by its list; where that fails they may have none."""
-        listed = self._lists.told(found["number"])
-        try:
-            loaded = await intake.load(self._workers, push, found, listed)
-        except Exception:
-            self._lists.forgotten()
-            raise
-        self._lists.learned(found["number"])
-        return loaded
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""

@@ -15,6 +15,7 @@ from fp8ctl.engines.hooks.gate import Gate
 from fp8ctl.engines.hooks.routes import PushRoutes
 from fp8ctl.engines.hooks.updates import Updates
 from fp8ctl.engines.hooks.workers import Reloaded
+from tests.listed import Listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -84,7 +85,7 @@ class Ranks:
         self.faults: dict[str, Any] = {}
         self.calls: list[str] = []
         self.messages: list[str] = []
-        self.lists: dict[str, Sequence[dict[str, Any]]] = {}
+        self.lists = Listed()
         self.details: list[dict[str, Any]] = []
         self.at_rest = False
         self.paused = self.running = 0
@@ -137,11 +138,9 @@ class Ranks:
         number: int,
         slot: int,
         nbytes: int,
-        list: str,  # noqa: A002 - as it is asked
-        entries: Sequence[dict[str, Any]] = (),
+        **listed: Any,
     ) -> dict[str, Any]:
-        entries = entries or self.lists[list]
-        self.lists[list] = entries
+        entries = self.lists.entries(listed)
         assert self.at_rest, "weights are written under requests that run"
         error = self.faults.get(f"rank {rank}", "")
         loaded = len(entries)
