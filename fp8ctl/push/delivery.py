@@ -225,6 +225,10 @@ class ByCarrier:
         """Wait until all servers have loaded all buckets."""
         self._wait(lambda bucket: bucket.all)
 
+    def failed(self) -> bool:
+        """Say, in any thread, whether something is known to have gone wrong with a bucket."""
+        return any(bucket.error() is not None for bucket in self._under_way)
+
     def cancel(self, why: str) -> None:
         """End what waits for the carrier."""
         self._sender.cancel(why)
@@ -250,6 +254,10 @@ class ByCarrier:
         Raises:
             BaseException: what went wrong with the oldest that failed.
         """
+        # Before errors are looked for: one that fails meanwhile must not be forgotten.
+        left = [
+            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
+        ]
         if any(bucket.error() for bucket in self._under_way):
             # The oldest, by a second look: what follows a failure does not say why, and may have
             # failed after its cause was looked at and went well.
@@ -257,9 +265,7 @@ class ByCarrier:
             error = first.error()
             assert error is not None
             raise _named(error, first.entries)
-        self._under_way = [
-            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
-        ]
+        self._under_way = left
 
 
 def _failed(future: Future[Any]) -> bool:

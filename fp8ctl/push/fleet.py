@@ -22,7 +22,7 @@ class Fleet:
     """The servers, while an update runs.
 
     What is asked of one server is asked in order, but for every other bucket, which is asked beside
-    the one before; servers do not wait for each other.
+    the one before, as END is beside the last; servers do not wait for each other.
 
     Attributes:
         servers: in the order in which they were given.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.errors import Fp8ctlError
+from fp8ctl.errors import AbortedError, Fp8ctlError
 from fp8ctl.push.fleet import answers
 from fp8ctl.wire import Begin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from fp8ctl.push.client import Server
@@ -34,6 +34,7 @@ class Session:
         self._complete = complete
         self._asked: list[Future[dict[str, Any]]] = []
         self._told: list[dict[str, Any]] = []
+        self._ending: list[Future[dict[str, Any]]] = []
 
     def begin(self) -> None:
         """Ask all servers to begin; returns before they have, and keeps them from giving up."""
@@ -61,23 +62,41 @@ class Session:
         answers(self._fleet.start(lambda _, server: server.folder(self._push, path, entries)))
         return 1
 
-    def end(self, buckets: int, skipped: Sequence[str]) -> list[dict[str, Any]]:
-        """Have the update take force; return what each server answered.
+    def end(
+        self, buckets: int, skipped: Sequence[str], failed: Callable[[], bool] | None = None
+    ) -> None:
+        """Ask all servers to have the update take force; returns before they have.
+
+        Args:
+            buckets: that were asked for; the last may be on its way.
+            skipped: names that the servers hold already.
+            failed: says, in any thread, whether one is known to have failed.
+        """
+        self.begun()
+        verify = self._wish.verify
+
+        def one(_: int, server: Server) -> dict[str, Any]:
+            # A server may have taken a bucket whose answer was lost: it must not serve what is
+            # given up here.
+            if failed is not None and failed():
+                raise AbortedError(f"{server.url} did not take all buckets")
+            return server.end(self._push, buckets, skipped, verify)
+
+        # As the bucket that would be next: beside the last, and behind the one before that.
+        self._ending = self._fleet.start(one, beside=bool(buckets % 2))
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Wait until the update has taken force; return what each server answered.
 
         Raises:
             Fp8ctlError: a server could not; the message says which others serve it already.
         """
-        self.begun()
-        verify = self._wish.verify
-        futures = self._fleet.start(
-            lambda _, server: server.end(self._push, buckets, skipped, verify)
-        )
         try:
-            return answers(futures)
+            return answers(self._ending)
         except Fp8ctlError as e:
             done = [
                 server.url
-                for server, future in zip(self._fleet.servers, futures, strict=True)
+                for server, future in zip(self._fleet.servers, self._ending, strict=True)
                 if future.exception() is None  # it waits, so that the message is true
             ]
             if done:

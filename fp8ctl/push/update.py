@@ -229,18 +229,22 @@ class Work:
         return done
 
     def _finish(self) -> Update:
-        filler, session = self._filler, self._session
+        filler = self._filler
         filler.finish()
         delivery = self._delivery or self._deliver_by(0)  # an update may be of nothing
-        if isinstance(delivery, ByFolder):
-            session.begin()
-            with self._clock.stage("wait"):
-                buckets = session.load_folder(delivery)
+        if isinstance(delivery, ByCarrier) and len(self._fleet.servers) == 1:
+            # The one server need not wait for a request when it has its last bucket. Of several
+            # none is asked before all have all: one that has ended serves the new weights, and
+            # another may still fail to load them.
+            filler.tell()  # what raises there is in time to end it
+            self._end(delivery)
+            delivery.drain()  # why a bucket failed comes before what its end makes of that
         else:
-            buckets = filler.buckets
-        self._company.require_all()
+            delivery.drain()
+            filler.tell()
+            self._end(delivery)
         with self._clock.stage("end"):
-            ended = session.end(buckets, filler.skipped)
+            ended = self._session.ended()
         link = self._link
         kept = link.served.digests if link.served is not None and not self._complete else {}
         link.served = Served(self._version, {**kept, **filler.digests})
@@ -255,6 +259,19 @@ class Work:
         if self._recorder is not None:
             self._recorder.end(done, "applied")
         return done
+
+    def _end(self, delivery: Delivery) -> None:
+        """Ask the servers to end; from here on it is too late for other ranks to call it off."""
+        filler, session = self._filler, self._session
+        buckets = filler.buckets
+        if isinstance(delivery, ByFolder):
+            session.begin()
+            with self._clock.stage("wait"):
+                buckets = session.load_folder(delivery)
+        self._company.require_all()
+        with self._clock.stage("end"):
+            failed = delivery.failed if isinstance(delivery, ByCarrier) else None
+            session.end(buckets, filler.skipped, failed)
 
     def _told(self, **more: Any) -> Update:
         filler = self._filler

@@ -522,7 +522,9 @@ def test_a_server_that_hangs_is_given_up_after_the_time_out(
         server.faults.clear()
         rollout._wish = rollout._wish.__class__(**{**vars(rollout._wish), "timeout": 60.0})
         for one in rollout._servers:
-            one._timeout = 60.0
+            for line in (one, one._odd):
+                assert line is not None
+                line._timeout = 60.0
         assert serves_again(server, rollout)
 
 

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
     from fp8ctl.wire import Begin, Entry
 
 
+class Taken:
+    """The last two buckets that were taken: the client may ask again for both."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, tuple[object, dict[str, Any]]] = {}
+
+    def add(self, number: int, request: object, answer: dict[str, Any]) -> None:
+        """Remember what a bucket was answered, and forget the one before the last."""
+        self._answers.pop(number - 2, None)
+        self._answers[number] = request, answer
+
+    def again(self, number: object, request: object) -> dict[str, Any] | None:
+        """Return what this very bucket was answered; None where it is not one of the two."""
+        before = self._answers.get(number) if type(number) is int else None
+        if before is None or request != before[0]:
+            return None
+        return {**before[1], "repeated": True}
+
+
 @dataclass
 class OpenPush:
     """An update between BEGIN and its end.
@@ -29,7 +48,7 @@ class OpenPush:
         touched: True from when a weight may have been written.
         entries: what was loaded, by name.
         skipped: what the client left out because it is there.
-        taken: by number, request and answer of the last two buckets.
+        taken: what the last two buckets were answered.
         number: of the bucket that is expected next.
         moved: set when that is another, or the update is over.
         serving: requests of the client that are being worked off.
@@ -44,7 +63,7 @@ class OpenPush:
     touched: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
-    taken: dict[int, tuple[object, dict[str, Any]]] = field(default_factory=dict)
+    taken: Taken = field(default_factory=Taken)
     number: int = 0
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     serving: int = 0
@@ -58,9 +77,8 @@ class OpenPush:
         return not self.serving and time.monotonic() > self.heard + self.begin.lease
 
     def has_taken(self, request: object, answer: dict[str, Any]) -> None:
-        """Expect the next bucket; both may be asked for again, the client has two on their way."""
-        self.taken.pop(self.number - 2, None)
-        self.taken[self.number] = request, answer
+        """Expect the next bucket, or END."""
+        self.taken.add(self.number, request, answer)
         self.number += 1
         self.moves()
 

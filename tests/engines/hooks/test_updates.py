@@ -14,7 +14,7 @@ import pytest
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks import updates
-from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run
+from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -177,7 +177,8 @@ def test_a_bucket_whose_predecessor_never_arrives_does_not_wait_for_it(how: str)
         lambda s: s.bucket(-1, NAMES[2:]),
         lambda s: s.bucket(1.0, NAMES[2:]),
         lambda s: s.bucket(True, NAMES[2:]),
-        lambda s: s.end(2),
+        lambda s: s.end(2),  # the last never comes
+        lambda s: s.end(3),
         lambda s: s.end(0),
         lambda s: s.bucket(1, NAMES[2:], push="another"),
         lambda s: s.end(1, push="another"),
@@ -198,6 +199,116 @@ def test_what_comes_out_of_order_is_refused_and_the_update_goes_on(
         assert error(answer) == (409, "FP8-ORDER", "updating")
         assert (await server.bucket(1, NAMES[2:]))[0] == 200
         assert (await server.end(2))[1]["state"] == "ready"
+
+    run(test())
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_end_may_come_while_the_last_bucket_is_on_its_way(before: int) -> None:
+    """By the connection that this bucket does not use; all of it may be said again."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        names = NAMES
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+            names = NAMES[2:]
+        # Its connection was cut, and the client asks by another.
+        ends = [asyncio.ensure_future(server.end(before + 1)) for _ in range(2)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(end.done() for end in ends)
+        # One that more than a bucket is missing of waits for nothing.
+        early = await asyncio.wait_for(server.end(before + 2), 5)
+        assert error(early) == (409, "FP8-ORDER", "updating")
+        last = await server.bucket(before, names)
+        assert last[1]["number"] == before
+        ended = await asyncio.wait_for(ends[0], 5)
+        assert (ended[0], ended[1]["state"], ended[1]["verified"]) == (200, "ready", len(NAMES))
+        assert await ends[1] == await server.end(before + 1) == ended
+        # The answer to the last bucket may be lost, and END be worked off by then.
+        assert await server.bucket(before, names) == (200, {**last[1], "repeated": True})
+        assert error(await server.bucket(before, NAMES[:1]))[:2] == (409, "FP8-ORDER")
+        assert server.workers.calls.count("receive") == before + 1
+        assert server.workers.flushed == 1
+        # Who asks for another update has heard it.
+        assert (await server.push("C"))[0] == 200
+        assert error(await server.bucket(before, names))[:2] == (409, "FP8-ORDER")
+        assert server.workers.versions == {"C"}
+
+    run(test())
+
+
+def test_an_end_waits_as_long_as_the_last_bucket_is_being_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.05)
+
+    async def test() -> None:
+        server = Server()
+
+        async def slow() -> None:
+            await asyncio.sleep(0.3)
+
+        server.workers.faults["receive"] = slow
+        await server.begin()
+        bucket = asyncio.ensure_future(server.bucket(0, NAMES))
+        await until(lambda: "receive" in server.workers.calls)
+        assert (await server.end(1))[1]["verified"] == len(NAMES)
+        assert (await bucket)[0] == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("how", ["fails", "is refused", "abort"])
+def test_an_end_whose_last_bucket_is_not_taken_does_not_wait_for_it(how: str, before: int) -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+        end = asyncio.ensure_future(server.end(before + 1))
+        await asyncio.sleep(0.01)
+        if how == "fails":
+            server.workers.faults["rank 1"] = "no carrier"
+            assert error(await server.bucket(before, NAMES[2:]))[1] == "FP8-LOAD"
+        elif how == "is refused":
+            answer = await server.bucket(before, NAMES[2:], name="x.weight")
+            assert error(answer)[1] == "FP8-TENSOR"
+        else:
+            assert (await server.abort())[0] == 200
+        status, told = await asyncio.wait_for(end, 5)
+        assert (status, told["error"]["id"]) == (409, "FP8-ORDER")
+        assert "it has ended" in told["error"]["message"]
+        assert "progress" not in server.workers.calls
+        assert server.state == ("failed" if before or how == "fails" else "ready")
+        server.workers.faults.clear()
+        assert (await server.push("C"))[0] == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(("before", "state"), [(0, "ready"), (1, "failed")])
+def test_a_client_that_is_gone_with_its_end_asked_and_its_last_bucket_not_is_seen(
+    before: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.2)
+
+    async def test() -> None:
+        server = Server()
+        await server.begin(lease=0.1)
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+        answer = await server.end(before + 1)
+        assert error(answer) == (409, "FP8-ORDER", "updating")
+        told = f"{before + 1} buckets were sent; {before} arrived"
+        assert answer[1]["error"]["message"] == told
+        await until(lambda: not server.updates.open)
+        assert server.state == state
+        assert "progress" not in server.workers.calls
+        assert (await server.push("C"))[0] == 200
 
     run(test())
 
