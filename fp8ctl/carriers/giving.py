@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Broadcasts that are launched and not over: one that runs, one that follows it.
 IN_FLIGHT = 2
+#: Seconds that who gives the first bucket leaves to this thread, to launch it.
+_FIRST = 0.005
 #: Seconds that the ranks get to say why a broadcast failed.
 _WHOSE = 1.0
 
@@ -43,6 +45,7 @@ class _Bucket:
         sent: for who asked for it.
         asked: when it was.
         over: says whether the device has given it.
+        launched: set when it is on its way, or failed.
         left: the device has.
         without: ranks that have not said that they have it.
     """
@@ -54,6 +57,7 @@ class _Bucket:
             future.set_running_or_notify_cancel()  # who waits for it cannot take it back
         self.asked = time.monotonic()
         self.over: Callable[[], bool] | None = None
+        self.launched = threading.Event()
         self.left = False
         self.without: set[int] = set()
 
@@ -62,6 +66,7 @@ class _Bucket:
         for future in self.sent:
             if not future.done():
                 future.set_exception(kind(why))
+        self.launched.set()
 
 
 class Giver:
@@ -107,13 +112,16 @@ class Giver:
         """Put a bucket at the end of the queue; return what tells how far it is."""
         bucket = _Bucket(slot, nbytes, after)
         with self._one_at_a_time:
-            why = self._why
+            why, idle = self._why, not (self._queue or self._given)
             if not why:
                 self._queue.append(bucket)
         if why:
             bucket.fail(ConflictError, f"the group has ended: {why}")
-        else:
-            self._hub.wake()
+            return bucket.sent
+        self._hub.wake()
+        if idle:
+            # Whatever the caller does next would take turns with the thread that launches it.
+            bucket.launched.wait(_FIRST)
         return bucket.sent
 
     def join(self) -> None:
@@ -183,6 +191,7 @@ class Giver:
         try:
             self._hub.tell(go=[bucket.slot, bucket.nbytes])
             bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear)
+            bucket.launched.set()
         except (TimeoutError, ConflictError) as e:
             raise self._whose(e, bucket) from None
         return True

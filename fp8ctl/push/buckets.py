@@ -185,6 +185,8 @@ class Filler:
             assert self._delivery is not None
             self._delivery.give(slot, nbytes, entries)
             self._next_slot()
+        if self._delivery is not None:
+            self._delivery.begin()  # behind the first bucket: it goes before they are asked
         with self.stage("digest"):
             look = self._looker.begin(entries, tensors, scales, check)
         self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)

@@ -105,10 +105,10 @@ class Fleet:
         return failed
 
     def close(self) -> None:
-        """End the threads; connections stay for the next update."""
+        """End the threads, which have nothing to do; connections stay for the next update."""
         self._rest()
         for pool in (*self._pools, *self._beside):
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
         for server in self.servers:
             if server.is_cut:
                 server.mend()

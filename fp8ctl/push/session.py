@@ -37,14 +37,17 @@ class Session:
         self._ending: list[Future[dict[str, Any]]] = []
 
     def begin(self) -> None:
-        """Ask all servers to begin; returns before they have, and keeps them from giving up."""
+        """Ask all servers to begin, once, and keep them from giving up; returns at once."""
+        if self._asked:
+            return
         numbers = {server: i for i, server in enumerate(self._fleet.servers)}
         self._asked = self._fleet.start(self._begin_first)
         self._fleet.keep_alive(lambda server: self._begin_one(numbers[server], server), LEASE / 4)
 
     def begun(self) -> list[dict[str, Any]]:
-        """Wait until all have begun; return what each answered."""
+        """Have all begin, and wait until they have; return what each answered."""
         if not self._told:
+            self.begin()
             try:
                 self._told = answers(self._asked)
             except Fp8ctlError as e:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -62,6 +63,11 @@ class Wish:
     record: Path | None
     folder: Path | None
 
+    @functools.cached_property
+    def sizes(self) -> tuple[int, tuple[int, int] | None]:
+        """What the plan's largest tensor needs with its scales, and tensors and bytes of all."""
+        return _sizes(self.plan)
+
 
 class Work:
     """An update on its way.
@@ -92,7 +98,7 @@ class Work:
         self._delivery: Delivery | None = None
         self._recorder: Recorder | None = None
         self._read: Stream | None = None
-        largest, totals = _sizes(wish.plan)
+        largest, totals = wish.sizes
         if totals is None:
             self._slot = wish.bucket_bytes
         else:
@@ -200,17 +206,14 @@ class Work:
                 warm(plan, self._wish.dtype, device)
 
     def _deliver_by(self, nbytes: int) -> Delivery:
-        """Return what takes the buckets; the servers begin while the first is written."""
+        """Return what takes the buckets; it has the servers begin while the first is written."""
         link, wish = self._link, self._wish
         self._slot = max(self._slot, nbytes)
         if link.kind == "disk":
             self._delivery = ByFolder(wish.folder, wish.plan, self._slot, link.device, self._clock)
         else:
             link.open(self._fleet, self._slot)
-            self._session.begin()
-            self._delivery = ByCarrier(
-                link, self._fleet, self.push, self._session.begun, self._clock
-            )
+            self._delivery = ByCarrier(link, self._fleet, self.push, self._session, self._clock)
         return self._delivery
 
     def _conclude(self) -> Update:

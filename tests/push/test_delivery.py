@@ -14,6 +14,7 @@ from fp8ctl.errors import AbortedError, BusyError, ConflictError, Fp8ctlError
 from fp8ctl.push.delivery import ByCarrier, Clock
 from fp8ctl.wire import Entry
 
+BEGUN: Any = SimpleNamespace(begin=lambda: None, begun=lambda: None)
 ENTRY = Entry("a.weight", "uint8", (4,), 0)
 
 
@@ -49,7 +50,7 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
         send=lambda *_: None,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         for slot in range(2):
             entries = [ENTRY._replace(name=f"{slot}.weight")]
@@ -89,7 +90,7 @@ def test_a_bucket_that_fails_between_two_looks_is_not_taken_for_one_that_arrived
         send=lambda *_: None,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         delivery.give(0, 4, [ENTRY])
         delivery.deliver(0, 4, [ENTRY])
@@ -115,7 +116,7 @@ def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
         slots=3,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         assert delivery.slots == 3
         with ThreadPoolExecutor(1) as threads:
@@ -148,7 +149,7 @@ def test_who_has_not_got_what_has_left_ends_the_wait_for_servers() -> None:
         slots=2,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         delivery.give(0, 4, [ENTRY])
         delivery.deliver(0, 4, [ENTRY])
