@@ -230,11 +230,19 @@ class Hub:
         with contextlib.suppress(OSError):  # full of earlier ones, or closed
             self._waker.send(b"!")
 
-    def close(self, why: str = "") -> None:
-        """Tell all that this is the end, and close every connection."""
+    def close(self, why: str = "", patience: float = 0.0) -> None:
+        """Tell all that this is the end, and close every connection.
+
+        Args:
+            why: what is told; "": what `cancel` was.
+            patience: seconds that the ranks get to leave by themselves.
+        """
         for line in self._lines.values():
             with contextlib.suppress(ConflictError):
                 line.say(no=why or self._why or "the trainer has closed the group")
+        end = time.monotonic() + patience
+        for line in self._lines.values():
+            line.leaves(max(0.0, end - time.monotonic()))
             line.close()
         self._lines.clear()
         for one in (self._selector, self._listener, self._woken, self._waker):

@@ -45,12 +45,16 @@ class Line:
     @property
     def gone(self) -> bool:
         """Whether the other end has left, even if what it said before is still to be heard."""
+        return self.leaves(0.0)
+
+    def leaves(self, within: float) -> bool:
+        """Wait so many seconds for the other end to leave; return whether it has."""
         look = select.poll()
         try:
             look.register(self.connection, select.POLLRDHUP)
         except ValueError:
             return True  # this end has closed it
-        return bool(look.poll(0))
+        return bool(look.poll(within * 1000))
 
     def say(self, **message: object) -> None:
         """Send a message; they are short, so that a full buffer is a peer that does not read.
