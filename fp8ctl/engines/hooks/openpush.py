@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from fp8ctl.engines.hooks.evidence import Seen
     from fp8ctl.engines.hooks.gate import Outcome
     from fp8ctl.held import Held
     from fp8ctl.wire import Begin, Entry
@@ -35,6 +36,18 @@ class Taken:
         return {**before[1], "repeated": True}
 
 
+class Ending(NamedTuple):
+    """An END that waits for the last bucket.
+
+    Attributes:
+        buckets: how many the update has.
+        digests: of what the ranks hold are wanted.
+    """
+
+    buckets: int
+    digests: bool
+
+
 @dataclass
 class OpenPush:
     """An update between BEGIN and its end.
@@ -50,6 +63,8 @@ class OpenPush:
         skipped: what the client left out because it is there.
         taken: what the last two buckets were answered.
         number: of the bucket that is expected next.
+        ending: its END, where that has come before the last bucket was taken.
+        seen: what the ranks told with the last bucket; None where they were not asked.
         moved: set when that is another, or the update is over.
         serving: requests of the client that are being worked off.
         heard: when the client was last heard of, on the monotonic clock.
@@ -65,6 +80,8 @@ class OpenPush:
     skipped: tuple[str, ...] = ()
     taken: Taken = field(default_factory=Taken)
     number: int = 0
+    ending: Ending | None = None
+    seen: Seen | None = None
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     serving: int = 0
     heard: float = field(default_factory=time.monotonic)

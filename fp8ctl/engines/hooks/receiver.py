@@ -108,7 +108,8 @@ class Receiver:
         if what == "receive":
             slot, nbytes, number = (details[name] for name in ("slot", "nbytes", "number"))
             name, entries = details.get("list", ""), details.get("entries")
-            return self.receive(slot, nbytes, number, name, entries)
+            told = self.receive(slot, nbytes, number, name, entries)
+            return self._and_then(told, details.get("then"))
         if what == "progress":
             return self.progress(details["expected"], details.get("layouts"))
         if what == "forget":
@@ -225,6 +226,15 @@ class Receiver:
             "seconds": clock.laps,
             "ways": ways,
         }
+
+    def _and_then(self, told: dict[str, Any], then: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the answer to a bucket; behind the last one, with the answer to "progress"."""
+        if then is None or told["error"]:
+            return told
+        clock = _Clock()
+        progress = self.progress(then["expected"], then.get("layouts"))
+        clock.lap("settle")
+        return {**told, "then": progress, "seconds": {**told["seconds"], **clock.laps}}
 
     def _begin(self) -> None:
         """Look where everything is: an update begins."""

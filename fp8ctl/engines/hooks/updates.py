@@ -34,6 +34,7 @@ from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
 from fp8ctl.engines.hooks.lists import Lists
 from fp8ctl.engines.hooks.memory import Memory
+from fp8ctl.engines.hooks.openpush import Ending
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.session import Session, broken
@@ -254,12 +255,16 @@ class Updates:
                     loaded = await intake.load(self._workers, push, found, None)
                 else:
                     entries = self._lists.read(found, push.entries)
+                    then = None
+                    if push.ending is not None and push.ending.buckets == number + 1:
+                        then = self._evidence.asked(push, digests=push.ending.digests)
                     with self._lists.telling(number) as listed:
-                        loaded = await intake.load(self._workers, push, found, listed)
+                        loaded = await intake.load(self._workers, push, found, listed, then)
+                push.seen = self._evidence.seen(loaded.then) if loaded.then else None
                 push.entries.update((entry.name, entry) for entry in entries)
-                answer = {"number": number, **loaded}
+                answer = {"number": number, **loaded.told}
                 push.has_taken(request, answer)
-                push.took(loaded["seconds"])
+                push.took(loaded.told["seconds"])
             return answer
 
     async def _predecessor(self, found: Body, number: object) -> None:
@@ -271,19 +276,28 @@ class Updates:
             found: the request.
             number: of its bucket; of END that of the bucket that would be next.
         """
-        push = self._session.push
-        if push is None or push.begin.push != found.get("push") or type(number) is not int:
-            return
-        if number == push.number + 1:
+        push = self._early(found, number)
+        if push is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
+
+    def _early(self, found: Body, number: object) -> OpenPush | None:
+        """Return the update of a request that comes before the bucket before it was taken."""
+        push = self._session.push
+        if push is None or push.begin.push != found.get("push") or type(number) is not int:
+            return None
+        return push if number == push.number + 1 else None
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""
         skipped, verify = found.get("skipped", []), found.get("verify", True)
         if not isinstance(skipped, list) or not all(isinstance(n, str) for n in skipped):
             raise wire.WireError("skipped: expected a list of names")
-        await self._predecessor(found, found.get("buckets"))
+        buckets = found.get("buckets")
+        early = self._early(found, buckets)
+        if early is not None:  # ranks are asked for what its end wants with their last bucket
+            early.ending = Ending(early.number + 1, bool(verify))
+            await self._predecessor(found, buckets)
         async with self._session.turn:
             ended = self._session.past.of(found.get("push"))
             if ended is not None and ended.answer is not None:

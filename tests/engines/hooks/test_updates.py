@@ -419,3 +419,109 @@ def test_a_request_that_breaks_off_in_its_body_changes_nothing() -> None:
         await server.abort()
 
     run(test())
+
+
+# --- the last bucket and the end in one question --------------------------------------------------
+
+
+async def together(server: Server, version: str = "B", *, early: bool = True) -> tuple[int, Any]:
+    """Push all in one bucket, with an END that is there before it; return the last answer."""
+    await server.begin(version)
+    server.workers.messages.clear()
+    ending = asyncio.ensure_future(server.end(1, version)) if early else None
+    await asyncio.sleep(0.01)
+    status, told = await server.bucket(0, NAMES, version)
+    if status != 200:
+        return status, told
+    return await (server.end(1, version) if ending is None else ending)
+
+
+def test_ranks_tell_with_the_last_bucket_what_an_end_wants_that_is_there() -> None:
+    async def test() -> None:
+        server = Server()
+        assert (await together(server))[1]["verified"] == len(NAMES)
+        assert server.workers.messages == ["receive", "resume"]
+        assert server.workers.flushed == 1
+        assert (await together(server, "C", early=False))[1]["verified"] == len(NAMES)
+        assert server.workers.messages == ["receive", "settle", "resume"]
+        assert server.workers.flushed == 2
+
+    run(test())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_end_that_comes_again_and_wants_something_else_asks_again(verify: bool) -> None:
+    """What the ranks told is of the last one that came, and the first one is worked off."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        first = asyncio.ensure_future(server.end(1, verify=verify))
+        await asyncio.sleep(0.01)
+        again = asyncio.ensure_future(server.end(1, verify=not verify))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES))[0] == 200
+        told = [await first, await again]
+        assert told[0] == told[1]
+        assert told[0][1]["verified"] == (len(NAMES) if verify else None)
+
+    run(test())
+
+
+def test_what_is_not_what_was_sent_is_seen_with_the_last_bucket_too() -> None:
+    async def test() -> None:
+        server = Server()
+        workers: Any = server.workers
+        kept = workers._receive
+
+        def flip(rank: int, **details: Any) -> dict[str, Any]:
+            told: dict[str, Any] = kept(rank, **details)
+            if rank:
+                server.workers.held[1][NAMES[0]] = "f" * 16
+            return told
+
+        workers._receive = flip
+        answer = await together(server)
+        assert error(answer) == (500, "FP8-UNEQUAL", "failed")
+        assert answer[1]["error"]["data"]["names"] == [NAMES[0]]
+        assert server.workers.messages == ["receive", "forget", "flush", "resume"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("what", ["progress", "digests", "flush"])
+def test_ranks_that_fail_behind_the_last_bucket_fail_the_update(what: str) -> None:
+    async def test() -> None:
+        server = Server()
+
+        async def once() -> None:
+            del server.workers.faults[what]
+            raise RuntimeError("no memory")
+
+        server.workers.faults[what] = once
+        answer = await together(server)
+        assert error(answer) == (500, "FP8-ENGINE", "failed")
+        assert "no memory" in answer[1]["error"]["message"]
+        assert (await server.push("C"))[1]["verified"] == len(NAMES)
+
+    run(test())
+
+
+def test_what_was_told_with_a_bucket_that_is_not_the_last_does_not_count() -> None:
+    """A client that said how many there are, and sends one more."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        one_more = asyncio.ensure_future(server.bucket(1, NAMES[2:]))
+        await asyncio.sleep(0.01)
+        early = asyncio.ensure_future(server.end(1))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES[:2]))[0] == 200
+        assert (await one_more)[0] == 200
+        assert error(await early)[:2] == (409, "FP8-ORDER")
+        assert server.workers.messages.count("settle") == 0
+        assert (await server.end(2))[1]["verified"] == len(NAMES)
+        assert server.workers.messages.count("settle") == 1
+
+    run(test())
