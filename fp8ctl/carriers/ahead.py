@@ -129,7 +129,8 @@ class Ahead:
             self._changed.notify_all()
             if error is not None:
                 self._say_failed(error)
-        self._line.end()
+        # Who lends its memory hears of the end when nothing of it is read any more.
+        self._line.end(quietly=self._backend.pulled)
         self._thread.join(_LEAVING)
 
     # --- in the thread ----------------------------------------------------------------------

@@ -48,7 +48,7 @@ class _Bucket:
         sent: for who asked for it.
         asked: when it was.
         over: says whether the device has given it.
-        launched: set when it is on its way, or failed.
+        launched: set when this thread has done for it what it can, or it failed.
         left: the device has; where ranks pull, they have it.
         without: ranks that have not said that they have it.
     """
@@ -189,6 +189,7 @@ class Giver:
         if bucket is None:
             return False
         if self._backend.pulled and bucket.after is not None and not bucket.after.query():
+            bucket.launched.set()  # it is the device that is waited for
             return False
         for has in self._room.values():
             has.discard(bucket.slot)

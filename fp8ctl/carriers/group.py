@@ -187,7 +187,10 @@ class GroupSender:
         self.alive = False
         backend, self._backend = self._backend, None
         # The ranks first: who waits in the same broadcast is told why, who pulls is to stop.
-        self._hub.close(why, _LEAVING if backend is not None and backend.pulled else 0.0)
+        pulled = backend is not None and backend.pulled
+        left = self._hub.close(why, _LEAVING if pulled else 0.0)
+        if pulled and not left and self._lender is not None:
+            self._lender.keep()
         if backend is not None:
             backend.close()
 

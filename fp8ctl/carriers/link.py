@@ -112,10 +112,14 @@ class Line:
                     raise TimeoutError(f"{self.who} did not answer in time")
         return message
 
-    def end(self) -> None:
-        """End the connection; whoever waits for a message in another thread hears of it."""
+    def end(self, *, quietly: bool = False) -> None:
+        """End the connection; whoever waits for a message in another thread hears of it.
+
+        Args:
+            quietly: the other end does not, until `close`.
+        """
         with contextlib.suppress(OSError):  # the other end was faster
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(socket.SHUT_RD if quietly else socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""

@@ -24,12 +24,18 @@ from fp8ctl.errors import CarrierError, ConflictError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-#: "1" in the trainer's environment: by NCCL, also where a rank could pull.
+#: "1" in the environment of either: by NCCL, also where a rank could pull.
 NCCL_ONLY = "FP8CTL_PUSH_NCCL"
+#: "1" on either side: NCCL's own word for hosts whose GPUs do not reach each other as they say.
+NO_PEERS = "NCCL_P2P_DISABLE"
 #: What the trainer says where it would say how an NCCL group is called.
 GO = "peer"
 #: Seconds that copies may take to end.
 _LEAVING = 10.0
+
+
+#: What may be read until this process ends.
+_KEPT: list[list[torch.Tensor]] = []
 
 
 class Lender:
@@ -60,6 +66,10 @@ class Lender:
     ) -> Callable[[], bool]:
         """Do nothing: the rank was told."""
         return _over
+
+    def keep(self) -> None:
+        """Never give the memory back: a rank that did not leave in time may still read it."""
+        _KEPT.append([*self.slots])
 
     def close(self) -> None:
         """Do nothing: the rank copies nothing more when its connection has ended."""
@@ -137,7 +147,7 @@ def lender(nbytes: int, count: int, device: torch.device, world: int) -> Lender 
         device: of the trainer.
         world: how many are in the group, the trainer included.
     """
-    if device.type != "cuda" or world != 2 or os.environ.get(NCCL_ONLY) == "1":
+    if device.type != "cuda" or world != 2 or _unwanted():
         return None
     try:
         return Lender(nbytes, count, device)
@@ -160,7 +170,7 @@ def puller(
     Raises:
         WireError: what is lent is not said as it should be.
     """
-    if "peer" not in offer or device.type != "cuda":
+    if "peer" not in offer or device.type != "cuda" or _unwanted():
         return None
     lent, device = offers.take(offer, "peer", dict), exported.with_index(device)
 
@@ -205,6 +215,10 @@ def worth_trying(
     if offers.take(lent, "boot_id", str) != boot_id or visible[own] == uuid:
         return False
     return uuid not in visible or reaches(list(visible).index(uuid))
+
+
+def _unwanted() -> bool:
+    return any(os.environ.get(name) == "1" for name in (NCCL_ONLY, NO_PEERS))
 
 
 def _over() -> bool:

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from fp8ctl.carriers import ends, exported, nccl, offers, peer
+from fp8ctl.carriers import group as carriers_group
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
@@ -204,8 +205,8 @@ def test_a_copy_waits_for_who_reads_the_slot_and_the_trainers_slot_for_the_copy(
 
 def spoiled(name: str, played: Devices, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Put something in the way of a rank that pulls; return how the offer changes by it."""
-    if name == "the user":
-        monkeypatch.setenv(peer.NCCL_ONLY, "1")
+    if name in (peer.NCCL_ONLY, peer.NO_PEERS):
+        monkeypatch.setenv(name, "1")
     elif name in ("allocate", "export", "open", "read"):
         played.refused.add(name)
     elif name == "no peers":
@@ -220,11 +221,15 @@ def spoiled(name: str, played: Devices, monkeypatch: pytest.MonkeyPatch) -> dict
     return changes.get(name, {})
 
 
+#: Why a trainer lends nothing.
+UNLENT = (peer.NCCL_ONLY, peer.NO_PEERS, "allocate", "export", "boot_id")
+
+
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize(
     "why",
     [
-        *("the user", "allocate", "export", "boot_id"),
+        *UNLENT,
         *("open", "read", "no peers", "another host", "another version", "one process", "nonce"),
     ],
 )
@@ -235,7 +240,7 @@ def test_what_stands_in_the_way_leaves_it_to_nccl(
     if why == "nonce":
         monkeypatch.setattr(devices.Driver, "read", lambda *_: bytes(exported.NONCE))
     with group(**changes) as (sender, rank):
-        lends = why not in ("the user", "allocate", "export", "boot_id")
+        lends = why not in UNLENT
         assert ("peer" in sender.offer()) is lends
         assert not isinstance(sender._backend, peer.Lender)
         gc.collect()
@@ -340,6 +345,51 @@ def test_a_trainer_that_gives_up_frees_nothing_that_is_being_read(played: Device
         assert ended == ["close"] * 3 + ["free"] * 3
         with pytest.raises(ConflictError):
             rank.bucket(2, NBYTES)
+
+
+@pytest.mark.usefixtures("without_nccl")
+def test_a_rank_that_leaves_is_heard_of_when_it_reads_nothing_any_more(played: Devices) -> None:
+    """It could not load what came before, or another client came."""
+    with group() as (sender, rank), ThreadPoolExecutor(1) as threads:
+        played.copies = False
+        sent = [give(sender, slot, seed=slot) for slot in range(2)]
+        becomes(lambda: played.calls.count("copy"), 2)
+        leaving = threads.submit(rank.close)
+        time.sleep(WHILE)
+        assert not any(one.arrived.done() for one in sent)
+        assert len(played.opened) == 3
+        played.copies = True
+        leaving.result(PATIENCE)
+        for one in sent:
+            one.arrived.exception(PATIENCE)
+        assert not alive(sender)
+        sender.close()
+        gc.collect()
+        ended = [call for call in played.calls if call in ("close", "free")]
+        assert ended == ["close"] * 3 + ["free"] * 3
+
+
+@pytest.mark.usefixtures("without_nccl")
+def test_memory_that_a_rank_may_still_read_is_not_given_back(
+    played: Devices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still, or what comes before its copies does."""
+    monkeypatch.setattr(carriers_group, "_LEAVING", 0.1)
+    kept: list[Any] = []
+    monkeypatch.setattr(peer, "_KEPT", kept)
+    with group() as (sender, _), ThreadPoolExecutor(1) as threads:
+        played.copies = False
+        give(sender, 0, seed=1)
+        becomes(lambda: played.calls.count("copy"), 1)
+        threads.submit(sender.close).result(PATIENCE)
+        gc.collect()
+        assert len(played.memory) == len(played.opened) == 3
+        assert len(kept) == 1
+        played.copies = True
+        becomes(lambda: len(played.opened), 0)
+    kept.clear()
+    gc.collect()
+    assert not played.memory
 
 
 @pytest.mark.usefixtures("without_nccl")
