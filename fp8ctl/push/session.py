@@ -102,20 +102,37 @@ class Session:
                 for server, future in zip(self._fleet.servers, self._ending, strict=True)
                 if future.exception() is None  # it waits, so that the message is true
             ]
-            if done:
-                e.data["applied"] = done
-                e.message += f"; {', '.join(done)} serve version {self._version} already"
-                e.args = (e.message,)
+            self._say_applied(e, done)
             raise
 
-    def abort(self, reason: str) -> list[str]:
-        """End what is under way; return, in words, who could not be told."""
-        begun = bool(self._asked)
+    def abort(self, reason: str, error: BaseException) -> None:
+        """End what is under way.
+
+        Args:
+            reason: why, for the servers.
+            error: gets, in its data, who could not be told, and who serves the update all the same:
+                one may have ended it, and nobody have heard.
+        """
+        begun, applied = bool(self._asked), list[str]()
         if begun:
             self._link.served = None
-        return self._fleet.give_up(
-            lambda server: server.abort(self._push, reason) if begun else None
-        )
+
+        def one(server: Server) -> None:
+            if begun and server.abort(self._push, reason).get("outcome") == "applied":
+                applied.append(server.url)
+
+        lost = self._fleet.give_up(one)
+        if isinstance(error, Fp8ctlError):
+            if lost:
+                error.data["not told"] = lost
+            if "applied" not in error.data:
+                self._say_applied(error, applied)
+
+    def _say_applied(self, error: Fp8ctlError, urls: list[str]) -> None:
+        if urls:
+            error.data["applied"] = urls
+            error.message += f"; {', '.join(urls)} serve version {self._version} already"
+            error.args = (error.message,)
 
     def _begin_first(self, i: int, server: Server) -> dict[str, Any]:
         if self._link.kind == "group":

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.errors import Fp8ctlError
 from fp8ctl.forms import tied_head
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from fp8ctl.errors import Fp8ctlError
     from fp8ctl.manifest import Plan
     from fp8ctl.push.client import Server
     from fp8ctl.push.delivery import Delivery
@@ -343,9 +343,7 @@ class Work:
         if not self._company.gives:
             return
         self._company.deafen()  # or what it hears would cut what tells the servers
-        lost = self._session.abort(reason)
-        if isinstance(error, Fp8ctlError) and lost:
-            error.data["not told"] = lost
+        self._session.abort(reason, error)
         if self._recorder is not None:
             self._recorder.end(self._told(), "failed", reason)
 

@@ -338,6 +338,26 @@ def test_an_answer_that_is_lost_for_good_ends_it_before_the_end_is_asked(server:
         assert serves_again(server, rollout)
 
 
+def test_an_update_that_is_done_all_the_same_is_told_with_the_error(server: Server) -> None:
+    """The last answer is lost, again and again, when END is on its way already."""
+    with Rollout(server.url, PLAN) as rollout:
+        last = Last(server, rollout)
+
+        async def lost(found: Any) -> None:
+            await server.updates.bucket(found)
+            while server.gate.about["version"] != "new":
+                await asyncio.sleep(0.01)
+            raise CutOffError
+
+        last.meets(lost)
+        with pytest.raises(EngineFailedError, match="does not answer") as e:
+            rollout.update(CHANGED.items(), "new")
+        assert e.value.message.endswith(f"; {server.url} serve version new already")
+        assert e.value.data["applied"] == [server.url]
+        assert holds(server, quantised(CHANGED))
+        assert serves_again(server, rollout)
+
+
 @pytest.mark.parametrize("size", SIZES[:2])
 def test_a_cancellation_while_the_end_waits_for_its_bucket_is_heard_at_once(
     size: int, server: Server
