@@ -6,7 +6,9 @@ since the update began (`rectangles`), nothing has touched a tensor after its ow
 is begun then, while the next bucket is on its way, and the end reads what is left.
 
 Loaders are an engine's code and may write anywhere: after one, nothing here counts. Nor does it
-for tensors that share memory with one of another name, since a later copy may write it. Standard
+for tensors that share memory with one of another name, since a later copy may write it. And to find
+out how a list of tensors is cut takes Python longer than a GPU to read it: only buckets that bring
+what they brought the last time are read early, so that every list is one that is known. Standard
 library and torch; runs in an engine's worker.
 """
 
@@ -39,25 +41,34 @@ class Behind:
         for number, shard in enumerate(listed):
             if number not in shared:
                 self._of.setdefault(shard.name, []).append(number)
+        #: What the buckets of this update brought, and those of the last that ended.
+        self._now: list[list[int]] = []
+        self._before: list[list[int]] = []
         self._begun: list[tuple[Sequence[int], Callable[[], list[int]]]] = []
 
     def again(self) -> Behind:
         """Return itself, with nothing read: another update begins."""
-        self._begun.clear()
+        self._now, self._begun = [], []
         return self
 
     def copied(self, names: Iterable[str]) -> None:
-        """Begin with the digests of tensors whose copies are launched, on the current stream."""
+        """Begin with the digests of tensors whose copies are launched, on the current stream.
+
+        Where the bucket brings something else than the last time, the end reads it all.
+        """
         numbers = [number for name in names for number in self._of.get(name, ())]
-        if numbers:
+        self._now.append(numbers)
+        if numbers and self._now == self._before[: len(self._now)]:
             self._begin(numbers)
 
     def end(self) -> Callable[[], list[int]]:
         """Begin with all others; return what waits, and returns the digests in order."""
-        there = {number for numbers, _ in self._begun for number in numbers}
+        there = {number for numbers in self._now for number in numbers}
+        if self._now != self._before:
+            self._before, self._begun, there = self._now, [], set()
         if rest := [number for number in range(len(self.listed)) if number not in there]:
             self._begin(rest)
-        begun, self._begun = self._begun, []
+        begun, self._now, self._begun = self._begun, [], []
 
         def ended() -> list[int]:
             sums = [0] * len(self.listed)

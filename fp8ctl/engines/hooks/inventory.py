@@ -66,7 +66,7 @@ class Inventory:
         """
         kept = self._known.kept
         if kept is None or not self._known.same:
-            self.doubt()
+            self._behind = self._following = None
             return
         if self._behind is None or self._behind.listed is not kept:
             self._behind = Behind(kept)

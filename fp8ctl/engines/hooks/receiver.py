@@ -279,7 +279,9 @@ class Receiver:
             self._engine.settle(self.model)
             self._inventory.doubt()
         reading = None
-        if layouts is not None and not broken:
+        if layouts is None:
+            self._inventory.doubt()
+        elif not broken:
             reading = self._inventory.end(layouts[self.rank] if layouts else "")
         # A GPU reads the weights meanwhile.
         missing = [name for name in expected if name not in self.arrived]

@@ -56,11 +56,13 @@ def unequal(told: list[dict[str, Any]], whole: Whole) -> set[str]:
 
 
 def copying(servers: list[Server], whole: Whole, tp: int = 1) -> Server:
-    """Return a server that copies all of a checkpoint, and has told once what it holds."""
+    """Return a server that copies all of a checkpoint, and knows what the buckets bring."""
     server = serve(servers, whole, tp)
     server.push(whole)
     assert unequal(ended(server), whole) == set()
     assert server.trust(whole) == len(whole)
+    server.push(whole)
+    assert unequal(ended(server), whole) == set()
     return server
 
 
@@ -88,10 +90,11 @@ def test_what_is_told_is_what_a_rank_tells_that_reads_it_all(
     server.push(first)
     ended(server)
     server.trust(first)
-    server.push(second)
-    told = ended(server)
-    fresh = [rank.answer("digests", {}) for rank in server.ranks]
-    assert [one["tensors"] for one in told] == [one["tensors"] for one in fresh]
+    for whole in (second, first, second):
+        server.push(whole)
+        told = ended(server)
+        fresh = [rank.answer("digests", {}) for rank in server.ranks]
+        assert [one["tensors"] for one in told] == [one["tensors"] for one in fresh]
 
 
 def test_a_part_is_read_behind_its_copies_and_the_rest_at_the_end(
@@ -99,11 +102,44 @@ def test_a_part_is_read_behind_its_copies_and_the_rest_at_the_end(
 ) -> None:
     whole = checkpoint("block")
     server = copying(servers, whole)
+    server.push({NORM: whole[NORM]})
+    ended(server)
     read.clear()
     server.push({NORM: whole[NORM] + 1})
     assert read == [[NORM]]
     assert unequal(ended(server), whole) == {NORM}
     assert NORM not in read[1]
+
+
+def test_buckets_that_bring_something_else_are_read_at_the_end_with_all_others(
+    servers: list[Server], read: list[list[str]]
+) -> None:
+    """What is left out differs from step to step: every list would be cut anew, and remembered."""
+    whole = checkpoint("block")
+    server = copying(servers, whole)
+    everything = [shard["name"] for shard in ended(server)[0]["tensors"]]
+    for left_out in (1, 3, 5):
+        read.clear()
+        server.push(dict([*whole.items()][left_out:]))
+        assert unequal(ended(server), whole) == set()
+        assert read == [everything]
+    for lists in (1, len(whole) // 20 + 1):
+        read.clear()
+        server.push(whole)
+        assert unequal(ended(server), whole) == set()
+        assert len(read) == lists
+
+
+def test_who_wants_no_digests_has_none_read_and_leaves_none(
+    servers: list[Server], read: list[list[str]]
+) -> None:
+    whole = checkpoint("block")
+    server = copying(servers, whole)
+    server.push(whole)
+    server.ranks[0].answer("progress", {"expected": []})
+    with torch.no_grad():
+        server.loading[0].model.get_parameter(NORM).add_(1)
+    assert unequal(ended(server), whole) == {NORM}
 
 
 def test_after_a_loader_all_is_read_at_the_end(servers: list[Server]) -> None:
@@ -112,7 +148,12 @@ def test_after_a_loader_all_is_read_at_the_end(servers: list[Server]) -> None:
     server = serve(servers, whole)
     server.push(whole)
     ended(server)
-    server.trust(set(whole) - {list(whole)[-1]})
+    last = list(whole)[-1]
+    server.trust(set(whole) - {last})
+    copied = {name: whole[name] for name in [NORM, *whole] if name != last}
+    for _ in range(2):
+        assert server.push(copied)["loaders"] == 0
+        ended(server)
     model = server.loading[0].model
     load = server.ranks[0]._load_weights
 
@@ -122,8 +163,7 @@ def test_after_a_loader_all_is_read_at_the_end(servers: list[Server]) -> None:
             model.get_parameter(NORM).add_(1)
 
     server.ranks[0]._load_weights = astray
-    order = [NORM, *(name for name in whole if name != NORM)]
-    assert server.push({name: whole[name] for name in order})["loaders"] == 1
+    assert server.push({**copied, last: whole[last]})["loaders"] == 1
     assert unequal(ended(server), whole) == {NORM}
 
 
@@ -199,14 +239,16 @@ def test_tensors_of_two_names_in_one_memory_are_read_at_the_end(read: list[list[
         Shard("inside", memory.t()[1:2], 0, 0, True),
     ]
     behind = Behind(listed)
-    behind.copied(["embedding", "own"])
-    assert read == [["own"]]
-    memory[:6] += 1
+    for turn in range(3):
+        read.clear()
+        behind.again().copied(["embedding", "own"])
+        memory[:6] += 1
+        behind.copied(["head", "inside", "unknown"])
+        assert read == ([["own"]] if turn else [])
+        assert behind.end()() == [digest(shard.tensor) for shard in listed]
+    behind.again().copied(["embedding", "own"])
     behind.copied(["head", "inside", "unknown"])
-    assert read == [["own"]]
-    assert behind.end()() == [digest(shard.tensor) for shard in listed]
-    behind.copied(["own"])
-    own += 1
+    own += 1  # it was given up, and another one ends
     assert behind.again().end()() == [digest(shard.tensor) for shard in listed]
 
 
@@ -216,8 +258,9 @@ def test_parts_of_one_memory_that_share_nothing_are_read_behind_their_copies(
     fused = torch.arange(32.0).view(8, 4)
     listed = [Shard(name, fused[i : i + 4], 0, 0, True) for name, i in (("q", 0), ("k", 4))]
     behind = Behind(listed)
-    behind.copied(["k"])
-    behind.copied(["q"])
-    assert read == [["k"], ["q"]]
-    assert behind.end()() == [digest(shard.tensor) for shard in listed]
-    assert len(read) == 2
+    for turn in range(2):
+        read.clear()
+        behind.copied(["k"])
+        behind.copied(["q"])
+        assert behind.end()() == [digest(shard.tensor) for shard in listed]
+        assert read == ([["k"], ["q"]] if turn else [["q", "k"]])
