@@ -11,13 +11,16 @@ import functools
 import math
 import struct
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     #: Number of a shard among those of all ranks, its rank, and what that told of it.
     _Part = tuple[int, int, Mapping[str, Any]]
+    #: Name of a tensor, all but its digest, the sums that add up to that, and pairs that are alike.
+    _Tensor = tuple[str, "Held", list[int], list[tuple[int, int]]]
 
 _MASK = (1 << 64) - 1
 
@@ -51,6 +54,43 @@ def gather(ranks: Iterable[Mapping[str, Any]]) -> dict[str, Held]:
     return _Layout(told).add_up([one for rank in told for one in _sums(rank)])
 
 
+class Gathered(Mapping[str, Held]):
+    """What all ranks told of what they hold; added up when somebody looks."""
+
+    def __init__(self, layout: _Layout, sums: Sequence[int]) -> None:
+        """Take the sums of one layout, one rank's behind the other's.
+
+        Raises:
+            ValueError: there are more of them, or fewer, than shards.
+        """
+        layout.check(sums)
+        self._layout, self._sums = layout, sums
+
+    @functools.cached_property
+    def _held(self) -> dict[str, Held]:
+        return self._layout.add_up(self._sums)
+
+    def __getitem__(self, name: str) -> Held:
+        """Return what is held of a tensor."""
+        return self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of all tensors."""
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._held)
+
+    def are(self, wanted: Mapping[str, tuple[str, str]]) -> bool:
+        """Say at once whether tensors are held as they should be, and alike wherever they are.
+
+        Args:
+            wanted: by name, dtype and digest, as `to_text` writes it.
+        """
+        return self._layout.are(self._sums, wanted)
+
+
 class Layouts:
     """Which tensors lie where on the ranks of one server.
 
@@ -69,7 +109,7 @@ class Layouts:
         names: list[str] = [rank.get("layout", "") for rank in self._told]
         return names if all(names) else []
 
-    def gather(self, ranks: Sequence[Mapping[str, Any]]) -> dict[str, Held]:
+    def gather(self, ranks: Sequence[Mapping[str, Any]]) -> Gathered:
         """Add up, as `gather` does, what ranks answered that were told which ones are `known`.
 
         Raises:
@@ -82,7 +122,7 @@ class Layouts:
                 if "sums" in rank and rank["layout"] != name:
                     told = f"rank {rank['rank']} gave sums of another layout, {rank['layout']!r}"
                     raise ValueError(told)
-            return self._layout.add_up([one for rank in ranks for one in _sums(rank)])
+            return Gathered(self._layout, [one for rank in ranks for one in _sums(rank)])
         except ValueError:
             self._told = []  # the next time they are asked for all of it
             raise
@@ -116,7 +156,39 @@ class _Layout:
             at = (int(shard["row"]), int(shard["column"]))
             parts.setdefault(shard["name"], defaultdict(list))[at].append((number, rank, shard))
         self._count = sum(len(rank["tensors"]) for rank in ranks)
-        self._tensors = [(name, *_sorted(rectangles)) for name, rectangles in parts.items()]
+        self._tensors: list[_Tensor] = [
+            (name, *_sorted(rectangles)) for name, rectangles in parts.items()
+        ]
+        self._compared: _Compared | None = None
+
+    def check(self, sums: Sequence[int]) -> None:
+        """Refuse digests that are not one for each shard.
+
+        Raises:
+            ValueError: there are more of them, or fewer.
+        """
+        if len(sums) != self._count:
+            raise ValueError(f"{len(sums)} digests of {self._count} parts of tensors")
+
+    def are(self, sums: Sequence[int], wanted: Mapping[str, tuple[str, str]]) -> bool:
+        """Say whether these names have these dtypes and digests, and copies of them are alike."""
+        names, dtypes = [*wanted], [dtype for dtype, _ in wanted.values()]
+        texts = [text for _, text in wanted.values()]
+        compared = self._compared
+        if compared is None or compared.names != names:  # most updates bring the same
+            compared = self._compared = _Compared(names, self._tensors)
+        if compared.dtypes != dtypes or not {16}.issuperset(map(len, texts)):
+            return False
+        if any(sums[i] != sums[j] for i, j in compared.copies):
+            return False
+        totals = [
+            sums[those[0]] if len(those) == 1 else sum([sums[i] for i in those]) & _MASK
+            for those in compared.counting
+        ]
+        try:
+            return totals == [*unpacked("".join(texts))]
+        except ValueError:
+            return False
 
     def add_up(self, sums: Sequence[int]) -> dict[str, Held]:
         """Add up the digests of all shards of all ranks, one rank's behind the other's.
@@ -124,8 +196,7 @@ class _Layout:
         Raises:
             ValueError: there are more of them, or fewer, than shards.
         """
-        if len(sums) != self._count:
-            raise ValueError(f"{len(sums)} digests of {self._count} parts of tensors")
+        self.check(sums)
         found = {}
         for name, blank, counting, copies in self._tensors:
             if len(counting) == 1:
@@ -135,6 +206,30 @@ class _Layout:
             agree = blank.replicas_agree and all(sums[i] == sums[j] for i, j in copies)
             found[name] = Held(blank.dtype, total, agree, blank.ranks, blank.shape)
         return found
+
+
+class _Compared:
+    """Where the digests of some tensors are among all.
+
+    Attributes:
+        names: of them.
+        dtypes: of each; None of one that is not held, or not alike on all ranks.
+        counting: the sums that add up to each.
+        copies: pairs of sums that have to be alike.
+    """
+
+    def __init__(self, names: list[str], tensors: Iterable[_Tensor]) -> None:
+        held = {one[0]: one[1:] for one in tensors}
+        nowhere: tuple[Held, list[int], list[tuple[int, int]]] = (Held("", 0, False, ()), [], [])
+        self.names = names
+        self.dtypes: list[str | None] = []
+        self.counting: list[list[int]] = []
+        self.copies: list[tuple[int, int]] = []
+        for name in names:
+            blank, counting, copies = held.get(name, nowhere)
+            self.dtypes.append(blank.dtype if blank.replicas_agree else None)
+            self.counting.append(counting)
+            self.copies += copies
 
 
 def _sorted(

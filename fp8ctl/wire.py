@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-#: Both ends must have the same one; it changes when what is said changes.
-PROTOCOL = 3
+#: Both ends must have the same one; it changes with what is said, and with when it may be.
+PROTOCOL = 4
 #: Where every tensor of a bucket begins, in bytes: what CUDA's widest loads want, and more.
 ALIGN = 256
 

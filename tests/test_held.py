@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from fp8ctl.held import Held, Layouts, constant_digest, gather, packed, unpacked
 from fp8ctl.kernels.digest import digest, to_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def shard(name: str, value: int, **changes: object) -> dict[str, object]:
@@ -147,3 +150,33 @@ def test_ranks_without_a_name_for_their_layout_are_asked_for_all_of_it() -> None
     held = layouts.gather([told("x", [shard("a", 1)]), rank([shard("a", 2, row=1)], 1)])
     assert held["a"].digest == 3
     assert layouts.known == []
+
+
+def right(values: Mapping[str, tuple[str, int]]) -> dict[str, tuple[str, str]]:
+    return {name: (dtype, to_text(value)) for name, (dtype, value) in values.items()}
+
+
+def test_what_is_held_as_it_should_be_is_seen_without_adding_all_up() -> None:
+    """By the same law as by name: dtype, digest over all parts, copies alike."""
+    most = (1 << 64) - 1
+    layouts = Layouts()
+    parts = [shard("a", most), shard("b", 2), shard("c", 3, dtype="float32")]
+    more = [shard("a", 5, row=2), shard("b", 2, primary=False), shard("d", 9, primary=False)]
+    held = layouts.gather([told("x", parts), told("y", more, 1)])
+    good = {"c": ("float32", 3), "a": ("bfloat16", 4), "b": ("bfloat16", 2)}
+    for _ in range(2):
+        assert held.are(right(good))
+        assert held.are(right({"b": good["b"]}))
+        assert held.are({})
+    bad = [("c", ("bfloat16", 3)), ("a", ("bfloat16", 5)), ("b", ("bfloat16", 3))]
+    bad += [("d", ("bfloat16", 9)), ("e", ("bfloat16", 0)), ("d", ("bfloat16", 0))]
+    for name, wrong in bad:
+        assert not held.are(right({**good, name: wrong})), (name, wrong)
+    for text in ("", "3", "000000000000000g", "00000000000000003"):
+        assert not held.are({**right(good), "c": ("float32", text)}), text
+    a, b = to_text(4), to_text(2)
+    assert not held.are({"a": ("bfloat16", a[:15]), "b": ("bfloat16", a[15:] + b)})
+    again = layouts.gather([only_sums("x", 1, 2, 3), only_sums("y", 3, 7, 9, number=1)])
+    assert again.are(right({"a": good["a"]}))
+    assert not again.are(right(good)), "a copy is another one"
+    assert not again["b"].replicas_agree

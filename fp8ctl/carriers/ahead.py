@@ -28,7 +28,14 @@ _LEAVING = 15.0
 
 
 class Backend(Protocol):
-    """What carries the bytes."""
+    """What carries the bytes.
+
+    Attributes:
+        pulled: ranks take them out of the trainer's slot themselves. Its device has to have
+            written it before they are told, and it is in use until all of them have the bucket.
+    """
+
+    pulled: bool
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
@@ -122,7 +129,8 @@ class Ahead:
             self._changed.notify_all()
             if error is not None:
                 self._say_failed(error)
-        self._line.end()
+        # Who lends its memory hears of the end when nothing of it is read any more.
+        self._line.end(quietly=self._backend.pulled)
         self._thread.join(_LEAVING)
 
     # --- in the thread ----------------------------------------------------------------------
@@ -143,8 +151,9 @@ class Ahead:
                 self._why = self._why or f"{kind}{e}"
                 self._changed.notify_all()
         finally:
-            self._line.close()
-            self._backend.close()
+            # Its end tells the trainer that nothing of its memory is read any more.
+            with contextlib.closing(self._line):
+                self._backend.close()
             self._flying.clear()
             self._slots.clear()
 

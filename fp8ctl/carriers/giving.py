@@ -3,6 +3,9 @@
 The next broadcast is launched while one runs, so that on the device it follows at once: between
 two of them no rank's answer is waited for, only its room. What is under way is looked at in
 short naps; with nothing to do the thread sleeps until a rank says something.
+
+Where ranks pull, no stream reaches from this device into theirs: they are told of a bucket when it
+is written, and its slot is free when they have said that they have it.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Broadcasts that are launched and not over: one that runs, one that follows it.
 IN_FLIGHT = 2
+#: Seconds that who gives the first bucket leaves to this thread, to launch it.
+_FIRST = 0.005
 #: Seconds that the ranks get to say why a broadcast failed.
 _WHOSE = 1.0
 
@@ -43,7 +48,8 @@ class _Bucket:
         sent: for who asked for it.
         asked: when it was.
         over: says whether the device has given it.
-        left: the device has.
+        launched: set when this thread has done for it what it can, or it failed.
+        left: the device has; where ranks pull, they have it.
         without: ranks that have not said that they have it.
     """
 
@@ -54,6 +60,7 @@ class _Bucket:
             future.set_running_or_notify_cancel()  # who waits for it cannot take it back
         self.asked = time.monotonic()
         self.over: Callable[[], bool] | None = None
+        self.launched = threading.Event()
         self.left = False
         self.without: set[int] = set()
 
@@ -62,6 +69,7 @@ class _Bucket:
         for future in self.sent:
             if not future.done():
                 future.set_exception(kind(why))
+        self.launched.set()
 
 
 class Giver:
@@ -107,13 +115,16 @@ class Giver:
         """Put a bucket at the end of the queue; return what tells how far it is."""
         bucket = _Bucket(slot, nbytes, after)
         with self._one_at_a_time:
-            why = self._why
+            why, idle = self._why, not (self._queue or self._given)
             if not why:
                 self._queue.append(bucket)
         if why:
             bucket.fail(ConflictError, f"the group has ended: {why}")
-        else:
-            self._hub.wake()
+            return bucket.sent
+        self._hub.wake()
+        if idle:
+            # Whatever the caller does next would take turns with the thread that launches it.
+            bucket.launched.wait(_FIRST)
         return bucket.sent
 
     def join(self) -> None:
@@ -152,7 +163,9 @@ class Giver:
             self._arrived = time.monotonic()
 
     def _take(self, bucket: _Bucket) -> bool:
-        """End the future of a bucket if the device has given it."""
+        """End the future of a bucket if the device has given it, or the ranks have pulled it."""
+        if self._backend.pulled and bucket.without:
+            return False
         if bucket.over is None or not bucket.over():
             return False
         bucket.left, bucket.over = True, None
@@ -163,18 +176,25 @@ class Giver:
     def _flying(self) -> list[_Bucket]:
         return [bucket for bucket in self._given if not bucket.left]
 
-    def _launch(self) -> bool:
-        """Give the next bucket, if there is one, all have room for it, and it is its turn."""
-        flying = self._flying()
-        if not self._queue or len(flying) >= IN_FLIGHT:
-            return False
+    def _next(self) -> _Bucket | None:
+        """Return the next bucket, if there is one, all have room for it, and it is its turn."""
+        if not self._queue or len(self._flying()) >= IN_FLIGHT:
+            return None
         bucket = self._queue[0]
-        if self._crowded(bucket.slot):
+        return None if self._crowded(bucket.slot) else bucket
+
+    def _launch(self) -> bool:
+        """Give the next bucket, if it can be."""
+        bucket = self._next()
+        if bucket is None:
+            return False
+        if self._backend.pulled and bucket.after is not None and not bucket.after.query():
+            bucket.launched.set()  # it is the device that is waited for
             return False
         for has in self._room.values():
             has.discard(bucket.slot)
         bucket.without = {*self._room}
-        if not flying:
+        if not self._flying():
             self._looked = time.monotonic()
         with self._one_at_a_time:
             self._given.append(self._queue.popleft())
@@ -183,6 +203,7 @@ class Giver:
         try:
             self._hub.tell(go=[bucket.slot, bucket.nbytes])
             bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear)
+            bucket.launched.set()
         except (TimeoutError, ConflictError) as e:
             raise self._whose(e, bucket) from None
         return True
@@ -201,10 +222,18 @@ class Giver:
         left = deadline - time.monotonic()
         if left <= 0:
             raise self._late(oldest)
-        if self._flying():
-            turns.nap(self._looked)
+        since = self._looks()
+        if since is not None:
+            turns.nap(since)
             left = 0.0
         self._hub.listen(self._note, left)
+
+    def _looks(self) -> float | None:
+        """Return since when this device is looked at, which wakes nobody; None: it need not be."""
+        if not self._backend.pulled:
+            return self._looked if self._flying() else None
+        bucket = self._next()  # it is still written
+        return None if bucket is None else max(self._looked, bucket.asked)
 
     def _hear(self) -> None:
         """Take what the ranks have said until now, while a broadcast is launched."""
@@ -228,7 +257,9 @@ class Giver:
     def _late(self, bucket: _Bucket) -> TimeoutError:
         """Return who keeps a bucket waiting."""
         if bucket not in self._given:
-            return self._hub.late(self._crowded(bucket.slot), "had no room for a bucket in time")
+            if crowded := self._crowded(bucket.slot):
+                return self._hub.late(crowded, "had no room for a bucket in time")
+            return TimeoutError("this device did not write a bucket in time")
         if bucket.without:
             return self._hub.late(bucket.without, "did not get a bucket in time")
         return TimeoutError("all ranks have the bucket, and this device did not end in time")

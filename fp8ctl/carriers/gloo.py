@@ -63,6 +63,8 @@ class Gloo:
     Making it waits for all other ranks.
     """
 
+    pulled = False
+
     def __init__(
         self,
         store: Any,

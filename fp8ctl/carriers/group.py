@@ -1,5 +1,7 @@
 """Buckets by a broadcast: a trainer and all ranks of all servers, over NCCL or gloo.
 
+Where a trainer has one rank, on another GPU of its host, that one pulls them instead (`peer`).
+
 The trainer is rank 0 and holds a connection to each rank (`hub`). A broadcast begins when every
 rank has said that it has room for the bucket, so that nobody is left in one that another never
 enters, and who is missing has a name. A thread of the trainer gives the buckets (`giving`), one
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.carriers import gloo, link, nccl, offers
+from fp8ctl.carriers import gloo, link, nccl, offers, peer
 from fp8ctl.carriers.ahead import Ahead
 from fp8ctl.carriers.giving import Giver
 from fp8ctl.carriers.hub import Hub
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 
 _LATER = 5.0
+#: Seconds that a rank gets to stop reading the trainer's slots.
+_LEAVING = 2.0
 
 
 class GroupSender:
@@ -56,7 +60,12 @@ class GroupSender:
         self._first = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         self._world = 1 + sum(ranks)
         self._nbytes = nbytes
-        self._slots = offers.allocate([nbytes] * offers.fitting([nbytes] * slots, device), device)
+        count = offers.fitting([nbytes] * slots, device)
+        self._lender = peer.lender(nbytes, count, device, self._world)
+        if self._lender is None:
+            self._slots = offers.allocate([nbytes] * count, device)
+        else:
+            self._slots = self._lender.slots
         self.slots = len(self._slots)
         #: What the device does before a slot may be read.
         self._written: list[Any] = [None] * self.slots
@@ -84,6 +93,8 @@ class GroupSender:
             # Longer than here: who has waited too long for others names them to all.
             "timeout": self._timeout + _LATER,
             "slots": [{"nbytes": self._nbytes}] * self.slots,
+            # Who does not know it takes what NCCL brings.
+            **({} if self._lender is None else {"peer": self._lender.offer()}),
         }
 
     def join(self) -> None:
@@ -118,6 +129,9 @@ class GroupSender:
             self._hub.tell(go=port, slots=self.slots)
             left = max(0.001, deadline - time.monotonic())
             return gloo.Gloo(store, 0, self._world, self._host, left, self._hub.check)
+        if self._lender is not None and told[1].get("peer") is True:
+            self._hub.tell(go=peer.GO, slots=self.slots)
+            return self._lender
         ours = nccl.about(self._device)
         for rank, message in told.items():
             nccl.refuse_unlike(ours, message, self._hub.name(rank))
@@ -171,11 +185,14 @@ class GroupSender:
 
     def _break(self, why: str) -> None:
         self.alive = False
-        # The ranks first: who waits in the same broadcast is told why.
-        self._hub.close(why)
-        if self._backend is not None:
-            self._backend.close()
-        self._backend = None
+        backend, self._backend = self._backend, None
+        # The ranks first: who waits in the same broadcast is told why, who pulls is to stop.
+        pulled = backend is not None and backend.pulled
+        left = self._hub.close(why, _LEAVING if pulled else 0.0)
+        if pulled and not left and self._lender is not None:
+            self._lender.keep()
+        if backend is not None:
+            backend.close()
 
 
 class GroupReceiver:
@@ -201,17 +218,11 @@ class GroupReceiver:
         mine = offers.take(offer, "first_rank", int) + rank
         deadline = time.monotonic() + timeout
         host, key = offers.take(offer, "host", str), offers.take(offer, "key", str)
-        line = link.join(
-            host,
-            offers.take(offer, "port", int),
-            key,
-            mine,
-            {"slots": len(self._slots), **(nccl.about(device) if backend == "nccl" else {})},
-            deadline,
-        )
-        world = offers.take(offer, "world", int)
+        world, port = offers.take(offer, "world", int), offers.take(offer, "port", int)
+        puller = peer.puller(offer, self._slots, device)
+        line = link.join(host, port, key, mine, self._about(backend, puller), deadline)
         check = functools.partial(link.expect_nothing, line)
-        joined: Backend | None = None
+        joined: Backend | None = puller
         try:
             agreed = link.agree(line, deadline)
             go = agreed["go"]
@@ -221,20 +232,33 @@ class GroupReceiver:
                 store = gloo.reach_store(host, int(go), key, left)
                 address = gloo.address_of(line.connection)
                 joined = gloo.Gloo(store, mine, world, address, left, check)
-            else:
-                unique = bytes.fromhex(go)
-                joined = nccl.Nccl(unique, mine, world, device, deadline, check)
+            elif puller is None or go != peer.GO:  # the trainer has the last word
+                if puller is not None:
+                    puller.close()
+                joined = nccl.Nccl(bytes.fromhex(go), mine, world, device, deadline, check)
+            assert joined is not None
             line.say(there=mine)
         except BaseException as e:
             with contextlib.suppress(ConflictError):  # it knows
                 line.say(failed=f"{type(e).__name__}: {e}")
-            line.close()
             if joined is not None:
                 joined.close()
+            line.close()
             self._slots.clear()
             raise
         # The memory may have been another tensor's, which something on this stream still uses.
         self._ahead = Ahead(line, joined, self._slots, _reached(self._device), timeout)
+
+    def _about(self, backend: str, puller: peer.Puller | None) -> dict[str, object]:
+        """Return what the trainer is told, to choose what carries the bytes."""
+        about: dict[str, object] = {"slots": len(self._slots)}
+        if backend == "gloo":
+            return about
+        if puller is None:
+            return about | nccl.about(self._device)
+        with contextlib.suppress(CarrierError):  # it needs no NCCL
+            about |= nccl.about(self._device)
+        return about | {"peer": True}
 
     def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
         """Wait for the bucket, which may be there."""

@@ -230,17 +230,29 @@ class Hub:
         with contextlib.suppress(OSError):  # full of earlier ones, or closed
             self._waker.send(b"!")
 
-    def close(self, why: str = "") -> None:
-        """Tell all that this is the end, and close every connection."""
+    def close(self, why: str = "", patience: float = 0.0) -> bool:
+        """Tell all that this is the end, and close every connection.
+
+        Args:
+            why: what is told; "": what `cancel` was.
+            patience: seconds that the ranks get to leave by themselves.
+
+        Returns:
+            Whether all of them have.
+        """
         for line in self._lines.values():
             with contextlib.suppress(ConflictError):
                 line.say(no=why or self._why or "the trainer has closed the group")
+        end = time.monotonic() + patience
+        left = [line.leaves(max(0.0, end - time.monotonic())) for line in self._lines.values()]
+        for line in self._lines.values():
             line.close()
         self._lines.clear()
         for one in (self._selector, self._listener, self._woken, self._waker):
             if one is not None:
                 one.close()
         self._listener = self._selector = None
+        return all(left)
 
 
 def _refuse_failed(line: Line, message: Message | None) -> None:

@@ -45,12 +45,16 @@ class Line:
     @property
     def gone(self) -> bool:
         """Whether the other end has left, even if what it said before is still to be heard."""
+        return self.leaves(0.0)
+
+    def leaves(self, within: float) -> bool:
+        """Wait so many seconds for the other end to leave; return whether it has."""
         look = select.poll()
         try:
             look.register(self.connection, select.POLLRDHUP)
         except ValueError:
             return True  # this end has closed it
-        return bool(look.poll(0))
+        return bool(look.poll(within * 1000))
 
     def say(self, **message: object) -> None:
         """Send a message; they are short, so that a full buffer is a peer that does not read.
@@ -108,10 +112,14 @@ class Line:
                     raise TimeoutError(f"{self.who} did not answer in time")
         return message
 
-    def end(self) -> None:
-        """End the connection; whoever waits for a message in another thread hears of it."""
+    def end(self, *, quietly: bool = False) -> None:
+        """End the connection; whoever waits for a message in another thread hears of it.
+
+        Args:
+            quietly: the other end does not, until `close`.
+        """
         with contextlib.suppress(OSError):  # the other end was faster
-            self.connection.shutdown(socket.SHUT_RDWR)
+            self.connection.shutdown(socket.SHUT_RD if quietly else socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""

@@ -33,7 +33,6 @@ ELSEWHERE = 'via="disk" or via="nccl" reach servers of other hosts, containers a
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class MemorySender:
@@ -74,7 +73,7 @@ class MemorySender:
         return {
             "kind": self.kind,
             "pid": os.getpid(),
-            "boot_id": _boot_id(),
+            "boot_id": offers.boot_id(),
             "slots": [
                 {"fd": file, "nbytes": len(slot), "nonce": nonce.hex()}
                 for file, slot, nonce in zip(self._files, self._slots, self._nonces, strict=True)
@@ -120,7 +119,7 @@ class MemoryReceiver:
     def __init__(self, offer: Mapping[str, Any]) -> None:
         pid = offers.take(offer, "pid", int)
         boot_id = offers.take(offer, "boot_id", str)
-        if boot_id != _boot_id():
+        if boot_id != offers.boot_id():
             raise CarrierError(
                 f"the trainer (process {pid}) runs on another host, or before a reboot of this one",
                 hint=ELSEWHERE,
@@ -175,10 +174,6 @@ def _reason(e: OSError) -> str:
     if e.errno in (errno.EACCES, errno.EPERM):
         return f"not to be read by user {os.geteuid()}; it is another user's process"
     return e.strerror or str(e)
-
-
-def _boot_id() -> str:
-    return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 def _map(file: int, nbytes: int, protection: int) -> torch.Tensor:

@@ -130,6 +130,8 @@ def unique_id() -> bytes:
 class Nccl:
     """One rank of a group; rank 0 is who gives. Making it waits for all other ranks."""
 
+    pulled = False
+
     def __init__(
         self,
         unique: bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 #: What is allocated without a look at what is free.
 LEAST = 2
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def take(offer: Mapping[str, Any], key: str, kind: type[T]) -> T:
@@ -55,6 +58,18 @@ def count_in(message: Mapping[str, Any]) -> int:
     if count < 1:
         raise WireError(f"carrier: {count} slots")
     return count
+
+
+def boot_id() -> str:
+    """Return what tells this host, since it was started, from all others.
+
+    Raises:
+        CarrierError: it does not say.
+    """
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip()
+    except OSError as e:
+        raise CarrierError(f"{_BOOT_ID}: {e.strerror or e}", hint='via="disk"') from e
 
 
 def part(slots: list[torch.Tensor], slot: int, nbytes: int) -> torch.Tensor:

@@ -12,8 +12,9 @@ class Sent(NamedTuple):
     """Two ends of one bucket's way, in this order; either raises why it is not reached.
 
     Attributes:
-        left: the trainer's device has given it: its slot may be written again. NCCL may have it in
-            memory of its own then, and a rank that has died meanwhile not at all.
+        left: its slot may be written again. The trainer's device has given it: NCCL may have it
+            in memory of its own then, and a rank that has died meanwhile not at all. Or, where
+            the rank pulls it, it has.
         arrived: every rank has it.
     """
 

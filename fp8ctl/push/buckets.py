@@ -185,6 +185,8 @@ class Filler:
             assert self._delivery is not None
             self._delivery.give(slot, nbytes, entries)
             self._next_slot()
+        if self._delivery is not None:
+            self._delivery.begin()  # behind the first bucket: it goes before they are asked
         with self.stage("digest"):
             look = self._looker.begin(entries, tensors, scales, check)
         self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)
@@ -221,7 +223,7 @@ class Filler:
             self._settle(batch)
 
     def finish(self) -> None:
-        """Send what is left, and wait until all buckets are where they should be.
+        """Look at what is left and have it loaded; returns before it is where it should be.
 
         Raises:
             ConflictError: an output head came that is not its embedding.
@@ -229,9 +231,21 @@ class Filler:
         self._look_at_last()
         self._check_tie(last=True)
         self._deliver()
-        if self._delivery is not None:
-            self._delivery.drain()
-        self._tell()
+
+    def tell(self) -> None:
+        """Say how much was sent, to whoever wants to know."""
+        if self._on_progress is None:
+            return
+        tensors, nbytes = self._totals or (None, None)
+        self._on_progress(
+            Progress(
+                self.sent + len(self.skipped),
+                self.bytes_sent + self.bytes_skipped,
+                tensors,
+                nbytes,
+                self.buckets,
+            )
+        )
 
     @property
     def buckets(self) -> int:
@@ -271,7 +285,7 @@ class Filler:
         assert self._delivery is not None
         if batch.slot is not None:
             self._delivery.deliver(batch.slot, batch.nbytes, found)
-            self._tell()
+            self.tell()
             return
         if all(wanted):
             self._entries += found
@@ -322,26 +336,12 @@ class Filler:
             self._delivery.deliver(self._slot, self._used, self._entries)
             self._next_slot()
         self._entries, self._used = [], 0
-        self._tell()
+        self.tell()
 
     def _next_slot(self) -> None:
         assert self._delivery is not None
         self._slot = (self._slot + 1) % self._delivery.slots
         self._memory, self._used = None, 0
-
-    def _tell(self) -> None:
-        if self._on_progress is None:
-            return
-        tensors, nbytes = self._totals or (None, None)
-        self._on_progress(
-            Progress(
-                self.sent + len(self.skipped),
-                self.bytes_sent + self.bytes_skipped,
-                tensors,
-                nbytes,
-                self.buckets,
-            )
-        )
 
     def _check_tie(self, last: bool = False) -> None:
         """Refuse an output head that is not the embedding which stands for it."""

@@ -2,7 +2,8 @@
 
 http.client of the standard library: a trainer's interpreter has nothing else for certain, and
 it takes no proxy from the environment. Two connections are kept, each used by one thread at a
-time: every other bucket goes by the second. Every request ends within a time-out. What fails on
+time: every other bucket goes by the second, and END by the one that the last bucket does not
+use: it may be asked before that is answered. Every request ends within a time-out. What fails on
 the way is asked once more: the routes answer a repeated request as they answered the first.
 """
 
@@ -74,7 +75,7 @@ class Server:
         self._connection: http.client.HTTPConnection | None = None
         self._cut = threading.Event()
         self._why: Fp8ctlError | None = None
-        #: The same server by a connection of its own, for every other bucket; cut together.
+        #: The same server by a connection of its own, for every other request; cut together.
         self._odd: Server | None = None
         self._odd = copy.copy(self)
 
@@ -137,9 +138,7 @@ class Server:
     ) -> dict[str, Any]:
         """Have a bucket loaded; may be asked while the one before is on its way."""
         body = {"push": push, "number": number, "slot": slot, "nbytes": nbytes}
-        line = (self._odd if number % 2 else None) or self
-        line.backend = self.backend
-        return line._post(wire.BUCKET, _with_entries(body, entries))
+        return self._line(number)._post(wire.BUCKET, _with_entries(body, entries))
 
     def folder(self, push: str, path: str, entries: Sequence[Entry]) -> dict[str, Any]:
         """Have a folder loaded: the only bucket of its update."""
@@ -147,9 +146,9 @@ class Server:
         return self._post(wire.BUCKET, _with_entries(body, entries))
 
     def end(self, push: str, buckets: int, skipped: Sequence[str], verify: bool) -> dict[str, Any]:
-        """Have the update take force."""
+        """Have the update take force; may be asked while the last bucket is on its way."""
         body = {"push": push, "buckets": buckets, "skipped": list(skipped), "verify": verify}
-        return self._post(wire.END, body)
+        return self._line(buckets)._post(wire.END, body)
 
     def abort(self, push: str, reason: str) -> dict[str, Any]:
         """Give the update up; also after `cut`, by a connection of its own."""
@@ -161,6 +160,12 @@ class Server:
         return self._asked(*self._exchange("GET", f"{wire.LOG}?after={after}", None, KNOCK))
 
     # ---- how ----
+
+    def _line(self, number: int) -> Server:
+        """Return the connection of a bucket of this number; END has that of the next one."""
+        line = (self._odd if number % 2 else None) or self
+        line.backend = self.backend
+        return line
 
     def cut(self, why: Fp8ctlError | None = None) -> None:
         """End requests that wait in other threads, and refuse others until `mend`.

@@ -96,6 +96,9 @@ class Delivery(Protocol):
     def buffer(self, slot: int) -> torch.Tensor:
         """Return a slot's memory, when nobody reads it any more."""
 
+    def begin(self) -> None:
+        """Hear, again and again, that something is on its way: servers may begin."""
+
     def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Hear that all which writes a bucket is queued: its bytes may go.
 
@@ -114,6 +117,16 @@ class Delivery(Protocol):
 
     def close(self) -> None:
         """Give back what it took; also after a failure."""
+
+
+class Beginning(Protocol):
+    """An update as all servers have it."""
+
+    def begin(self) -> None:
+        """Ask all servers to begin, once; returns before they have."""
+
+    def begun(self) -> object:
+        """Have all begin, and wait until they have."""
 
 
 @dataclass
@@ -157,7 +170,7 @@ class ByCarrier:
     """Has the servers load each bucket from a carrier; a `Delivery`."""
 
     def __init__(
-        self, link: Link, fleet: Fleet, push: str, begun: Callable[[], object], clock: Clock
+        self, link: Link, fleet: Fleet, push: str, session: Beginning, clock: Clock
     ) -> None:
         """Deliver over an open link.
 
@@ -165,12 +178,12 @@ class ByCarrier:
             link: has its carrier.
             fleet: the servers.
             push: name of the update.
-            begun: waits until all servers have begun it.
+            session: has all servers begin it.
             clock: for the stage "wait".
         """
         assert link.sender is not None
         self._sender, self._fleet, self._push = link.sender, fleet, push
-        self._begun, self._clock = begun, clock
+        self._session, self._clock = session, clock
         self.places = link.places
         self.capacity, self.slots = self._sender.buffer(0).numel(), self._sender.slots
         self.device = self._sender.buffer(0).device
@@ -189,6 +202,10 @@ class ByCarrier:
         self._wait(lambda bucket: bucket.left if bucket.slot == slot else ())
         return self._sender.buffer(slot)
 
+    def begin(self) -> None:
+        """Have the servers begin, if they were not asked to before."""
+        self._session.begin()
+
     def give(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Send a slot's bytes, where they are sent; a rank takes them when it has room."""
         self._sender.ready(slot)
@@ -198,7 +215,7 @@ class ByCarrier:
     def deliver(self, slot: int, nbytes: int, entries: Sequence[Entry]) -> None:
         """Ask all servers to load a slot."""
         with self._clock.stage("wait"):
-            self._begun()
+            self._session.begun()
             self._sender.settle(slot)
         number, listed = self.number, [*entries]
         before = self._last
@@ -225,6 +242,10 @@ class ByCarrier:
         """Wait until all servers have loaded all buckets."""
         self._wait(lambda bucket: bucket.all)
 
+    def failed(self) -> bool:
+        """Say, in any thread, whether something is known to have gone wrong with a bucket."""
+        return any(bucket.error() is not None for bucket in self._under_way)
+
     def cancel(self, why: str) -> None:
         """End what waits for the carrier."""
         self._sender.cancel(why)
@@ -250,6 +271,10 @@ class ByCarrier:
         Raises:
             BaseException: what went wrong with the oldest that failed.
         """
+        # Before errors are looked for: one that fails meanwhile must not be forgotten.
+        left = [
+            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
+        ]
         if any(bucket.error() for bucket in self._under_way):
             # The oldest, by a second look: what follows a failure does not say why, and may have
             # failed after its cause was looked at and went well.
@@ -257,9 +282,7 @@ class ByCarrier:
             error = first.error()
             assert error is not None
             raise _named(error, first.entries)
-        self._under_way = [
-            one for one in self._under_way if not one.asked or not all(f.done() for f in one.all)
-        ]
+        self._under_way = left
 
 
 def _failed(future: Future[Any]) -> bool:

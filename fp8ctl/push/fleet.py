@@ -22,7 +22,7 @@ class Fleet:
     """The servers, while an update runs.
 
     What is asked of one server is asked in order, but for every other bucket, which is asked beside
-    the one before; servers do not wait for each other.
+    the one before, as END is beside the last; servers do not wait for each other.
 
     Attributes:
         servers: in the order in which they were given.
@@ -37,7 +37,8 @@ class Fleet:
             ]
             for which in ("", "-beside")
         )
-        self._last: list[Future[Any] | None] = [None] * len(servers)
+        #: Of each server, what was asked last of either thread.
+        self._last: list[dict[bool, Future[Any]]] = [{} for _ in servers]
         self._hearts: list[Heart] = []
 
     def start(
@@ -58,7 +59,7 @@ class Fleet:
         futures = []
         for i in range(len(self.servers)) if those is None else those:
             future = pools[i].submit(ask, i, self.servers[i])
-            self._last[i] = future
+            self._last[i][beside] = future
             futures.append(future)
         return futures
 
@@ -68,10 +69,9 @@ class Fleet:
 
     def idle(self, ask: Callable[[Server], object]) -> None:
         """Ask something of the servers that have nothing to do; answers are not looked at."""
-        for i, (pool, server) in enumerate(zip(self._pools, self.servers, strict=True)):
-            last = self._last[i]
-            if last is not None and last.done():
-                self._last[i] = pool.submit(_quietly, ask, server)
+        for last, pool, server in zip(self._last, self._pools, self.servers, strict=True):
+            if last and all(future.done() for future in last.values()):
+                last[False] = pool.submit(_quietly, ask, server)
 
     def keep_alive(self, ask: Callable[[Server], object], every: float) -> None:
         """Ask this of idle servers again and again, until the update ends."""
@@ -105,10 +105,13 @@ class Fleet:
         return failed
 
     def close(self) -> None:
-        """End the threads; connections stay for the next update."""
+        """End the threads; connections stay for the next update, and no thread uses one then."""
         self._rest()
-        for pool in (*self._pools, *self._beside):
-            pool.shutdown(wait=True, cancel_futures=True)
+        for last, *pools in zip(self._last, self._pools, self._beside, strict=True):
+            # A sign of life may be on its way; for what was given up `wait` waits for ever.
+            concurrent.futures.wait([future for future in last.values() if not future.done()])
+            for pool in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
         for server in self.servers:
             if server.is_cut:
                 server.mend()

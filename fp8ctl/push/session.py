@@ -5,12 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 from typing import TYPE_CHECKING, Any
 
-from fp8ctl.errors import Fp8ctlError
+from fp8ctl.errors import AbortedError, Fp8ctlError
 from fp8ctl.push.fleet import answers
 from fp8ctl.wire import Begin
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from fp8ctl.push.client import Server
@@ -34,16 +34,20 @@ class Session:
         self._complete = complete
         self._asked: list[Future[dict[str, Any]]] = []
         self._told: list[dict[str, Any]] = []
+        self._ending: list[Future[dict[str, Any]]] = []
 
     def begin(self) -> None:
-        """Ask all servers to begin; returns before they have, and keeps them from giving up."""
+        """Ask all servers to begin, once, and keep them from giving up; returns at once."""
+        if self._asked:
+            return
         numbers = {server: i for i, server in enumerate(self._fleet.servers)}
         self._asked = self._fleet.start(self._begin_first)
         self._fleet.keep_alive(lambda server: self._begin_one(numbers[server], server), LEASE / 4)
 
     def begun(self) -> list[dict[str, Any]]:
-        """Wait until all have begun; return what each answered."""
+        """Have all begin, and wait until they have; return what each answered."""
         if not self._told:
+            self.begin()
             try:
                 self._told = answers(self._asked)
             except Fp8ctlError as e:
@@ -61,39 +65,74 @@ class Session:
         answers(self._fleet.start(lambda _, server: server.folder(self._push, path, entries)))
         return 1
 
-    def end(self, buckets: int, skipped: Sequence[str]) -> list[dict[str, Any]]:
-        """Have the update take force; return what each server answered.
+    def end(
+        self, buckets: int, skipped: Sequence[str], failed: Callable[[], bool] | None = None
+    ) -> None:
+        """Ask all servers to have the update take force; returns before they have.
+
+        Args:
+            buckets: that were asked for; the last may be on its way.
+            skipped: names that the servers hold already.
+            failed: says, in any thread, whether one is known to have failed.
+        """
+        self.begun()
+        verify = self._wish.verify
+
+        def one(_: int, server: Server) -> dict[str, Any]:
+            # A server may have taken a bucket whose answer was lost: it must not serve what is
+            # given up here.
+            if failed is not None and failed():
+                raise AbortedError(f"{server.url} did not take all buckets")
+            return server.end(self._push, buckets, skipped, verify)
+
+        # As the bucket that would be next: beside the last, and behind the one before that.
+        self._ending = self._fleet.start(one, beside=bool(buckets % 2))
+
+    def ended(self) -> list[dict[str, Any]]:
+        """Wait until the update has taken force; return what each server answered.
 
         Raises:
             Fp8ctlError: a server could not; the message says which others serve it already.
         """
-        self.begun()
-        verify = self._wish.verify
-        futures = self._fleet.start(
-            lambda _, server: server.end(self._push, buckets, skipped, verify)
-        )
         try:
-            return answers(futures)
+            return answers(self._ending)
         except Fp8ctlError as e:
             done = [
                 server.url
-                for server, future in zip(self._fleet.servers, futures, strict=True)
+                for server, future in zip(self._fleet.servers, self._ending, strict=True)
                 if future.exception() is None  # it waits, so that the message is true
             ]
-            if done:
-                e.data["applied"] = done
-                e.message += f"; {', '.join(done)} serve version {self._version} already"
-                e.args = (e.message,)
+            self._say_applied(e, done)
             raise
 
-    def abort(self, reason: str) -> list[str]:
-        """End what is under way; return, in words, who could not be told."""
-        begun = bool(self._asked)
+    def abort(self, reason: str, error: BaseException) -> None:
+        """End what is under way.
+
+        Args:
+            reason: why, for the servers.
+            error: gets, in its data, who could not be told, and who serves the update all the same:
+                one may have ended it, and nobody have heard.
+        """
+        begun, applied = bool(self._asked), list[str]()
         if begun:
             self._link.served = None
-        return self._fleet.give_up(
-            lambda server: server.abort(self._push, reason) if begun else None
-        )
+
+        def one(server: Server) -> None:
+            if begun and server.abort(self._push, reason).get("outcome") == "applied":
+                applied.append(server.url)
+
+        lost = self._fleet.give_up(one)
+        if isinstance(error, Fp8ctlError):
+            if lost:
+                error.data["not told"] = lost
+            if "applied" not in error.data:
+                self._say_applied(error, applied)
+
+    def _say_applied(self, error: Fp8ctlError, urls: list[str]) -> None:
+        if urls:
+            error.data["applied"] = urls
+            error.message += f"; {', '.join(urls)} serve version {self._version} already"
+            error.args = (error.message,)
 
     def _begin_first(self, i: int, server: Server) -> dict[str, Any]:
         if self._link.kind == "group":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import uuid
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.errors import Fp8ctlError
 from fp8ctl.forms import tied_head
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
+    from fp8ctl.errors import Fp8ctlError
     from fp8ctl.manifest import Plan
     from fp8ctl.push.client import Server
     from fp8ctl.push.delivery import Delivery
@@ -61,6 +62,11 @@ class Wish:
     dtype: torch.dtype | None
     record: Path | None
     folder: Path | None
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, tuple[int, int] | None]:
+        """What the plan's largest tensor needs with its scales, and tensors and bytes of all."""
+        return _sizes(self.plan)
 
 
 class Work:
@@ -92,7 +98,7 @@ class Work:
         self._delivery: Delivery | None = None
         self._recorder: Recorder | None = None
         self._read: Stream | None = None
-        largest, totals = _sizes(wish.plan)
+        largest, totals = wish.sizes
         if totals is None:
             self._slot = wish.bucket_bytes
         else:
@@ -200,17 +206,14 @@ class Work:
                 warm(plan, self._wish.dtype, device)
 
     def _deliver_by(self, nbytes: int) -> Delivery:
-        """Return what takes the buckets; the servers begin while the first is written."""
+        """Return what takes the buckets; it has the servers begin while the first is written."""
         link, wish = self._link, self._wish
         self._slot = max(self._slot, nbytes)
         if link.kind == "disk":
             self._delivery = ByFolder(wish.folder, wish.plan, self._slot, link.device, self._clock)
         else:
             link.open(self._fleet, self._slot)
-            self._session.begin()
-            self._delivery = ByCarrier(
-                link, self._fleet, self.push, self._session.begun, self._clock
-            )
+            self._delivery = ByCarrier(link, self._fleet, self.push, self._session, self._clock)
         return self._delivery
 
     def _conclude(self) -> Update:
@@ -229,18 +232,22 @@ class Work:
         return done
 
     def _finish(self) -> Update:
-        filler, session = self._filler, self._session
+        filler = self._filler
         filler.finish()
         delivery = self._delivery or self._deliver_by(0)  # an update may be of nothing
-        if isinstance(delivery, ByFolder):
-            session.begin()
-            with self._clock.stage("wait"):
-                buckets = session.load_folder(delivery)
+        if isinstance(delivery, ByCarrier) and len(self._fleet.servers) == 1:
+            # The one server need not wait for a request when it has its last bucket. Of several
+            # none is asked before all have all: one that has ended serves the new weights, and
+            # another may still fail to load them.
+            filler.tell()  # what raises there is in time to end it
+            self._end(delivery)
+            delivery.drain()  # why a bucket failed comes before what its end makes of that
         else:
-            buckets = filler.buckets
-        self._company.require_all()
+            delivery.drain()
+            filler.tell()
+            self._end(delivery)
         with self._clock.stage("end"):
-            ended = session.end(buckets, filler.skipped)
+            ended = self._session.ended()
         link = self._link
         kept = link.served.digests if link.served is not None and not self._complete else {}
         link.served = Served(self._version, {**kept, **filler.digests})
@@ -255,6 +262,19 @@ class Work:
         if self._recorder is not None:
             self._recorder.end(done, "applied")
         return done
+
+    def _end(self, delivery: Delivery) -> None:
+        """Ask the servers to end; from here on it is too late for other ranks to call it off."""
+        filler, session = self._filler, self._session
+        buckets = filler.buckets
+        if isinstance(delivery, ByFolder):
+            session.begin()
+            with self._clock.stage("wait"):
+                buckets = session.load_folder(delivery)
+        self._company.require_all()
+        with self._clock.stage("end"):
+            failed = delivery.failed if isinstance(delivery, ByCarrier) else None
+            session.end(buckets, filler.skipped, failed)
 
     def _told(self, **more: Any) -> Update:
         filler = self._filler
@@ -323,9 +343,7 @@ class Work:
         if not self._company.gives:
             return
         self._company.deafen()  # or what it hears would cut what tells the servers
-        lost = self._session.abort(reason)
-        if isinstance(error, Fp8ctlError) and lost:
-            error.data["not told"] = lost
+        self._session.abort(reason, error)
         if self._recorder is not None:
             self._recorder.end(self._told(), "failed", reason)
 

@@ -20,9 +20,10 @@ SCRIPT = Path(__file__).with_name("rank.py")
 class Process:
     """One of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         environment = {
             **os.environ,
+            **environment,
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8ctl.carriers import cuda, driver, ends
+from fp8ctl.carriers import cuda, driver, ends, exported
 from fp8ctl.carriers.driver import HANDLE
 from fp8ctl.errors import CarrierError
 from fp8ctl.wire import WireError
@@ -41,17 +41,12 @@ def offer(**changes: object) -> dict[str, Any]:
 # --- what an offer says ---------------------------------------------------------------------------
 
 
-def test_an_offer_names_each_slot_by_its_handle() -> None:
-    handle = bytes.fromhex("ab" * HANDLE)
-    assert cuda.offered(offer()) == [(handle, 1000, "00" * 32), (handle, 2000, "00" * 32)]
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         ({"version": 2}, CarrierError, "in version 2, this server reads 1"),
         ({"version": "1"}, WireError, "version is '1'"),
-        ({"process": cuda._PROCESS}, CarrierError, "trainer and server are one"),
+        ({"process": exported.PROCESS}, CarrierError, "trainer and server are one"),
         ({"device": None}, WireError, "device is None"),
         ({"slots": []}, WireError, "slots"),
         ({"slots": [{"handle": "ab" * HANDLE, "nbytes": 0, "nonce": ""}]}, WireError, "0 bytes"),

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, gloo, link, offers, turns
+from fp8ctl.carriers import ends, giving, gloo, link, offers, turns
+from fp8ctl.carriers import group as carrier
 from fp8ctl.carriers.hub import Hub
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
@@ -55,6 +56,8 @@ class Transport:
         self.meanwhile: dict[int, Callable[[], None]] = {}
         self.closed: list[int] = []
         self.looks = 0
+        #: Whether ranks take the bytes out of the trainer's slots.
+        self.pulled = False
 
     def count(self, rank: int) -> int:
         return len(self.launched[rank])
@@ -68,6 +71,7 @@ class Backend:
 
     def __init__(self, transport: Transport, rank: int) -> None:
         self.transport, self.rank = transport, rank
+        self.pulled = transport.pulled
 
     def broadcast(
         self, tensor: torch.Tensor, _after: Any, _deadline: float, check: Callable[[], None]
@@ -216,6 +220,30 @@ def test_two_are_launched_before_the_first_is_over(transport: Transport) -> None
         assert taken.result(PATIENCE).tolist() == [2] * NBYTES
         assert rank.bucket(2, NBYTES).tolist() == [3] * NBYTES
         assert errors(futures) == [None] * 3
+
+
+def test_who_gives_the_first_has_the_thread_launch_it_alone(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that follow are launched behind it: nothing is idle until then."""
+    monkeypatch.setattr(giving, "_FIRST", PATIENCE)
+    launch = Backend.broadcast
+
+    def slowly(self: Backend, *more: Any) -> Callable[[], bool]:
+        if self.rank == 0:
+            time.sleep(WHILE)
+        return launch(self, *more)
+
+    monkeypatch.setattr(Backend, "broadcast", slowly)
+    with group(0) as (sender, _):
+        give(sender, 0)
+        assert transport.count(0) == 1
+        give(sender, 1)
+        assert transport.count(0) == 1
+        becomes(lambda: transport.count(0), 2)
+    transport.unlaunched[0, 0] = ConflictError("no way")
+    with group(0) as (sender, _):
+        assert "no way" in str(give(sender, 0).exception(PATIENCE))
 
 
 def test_many_buckets_come_in_their_order(transport: Transport) -> None:
@@ -542,6 +570,195 @@ def test_futures_that_failed_keep_no_slot(
         assert len(freed) == 2 * ends.GROUP_SLOTS
     finally:
         gc.enable()
+
+
+# --- where ranks pull -----------------------------------------------------------------------------
+
+
+class Event:
+    """Of the trainer's device."""
+
+    def __init__(self) -> None:
+        self.reached = False
+        self.looks = 0
+
+    def query(self) -> bool:
+        self.looks += 1
+        return self.reached
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    """Return the events of what fills slots, as `ready` makes them."""
+    events: list[Event] = []
+
+    def reached(_: torch.device) -> Event:
+        events.append(Event())
+        return events[-1]
+
+    monkeypatch.setattr(carrier, "_reached", reached)
+    return events
+
+
+@pytest.fixture
+def pulling(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> Transport:
+    """Have a rank pull; what the trainer's own device has to do for it is over at once."""
+    # A played rank does not leave when it is told the end.
+    monkeypatch.setattr(carrier, "_LEAVING", 0.05)
+    transport.pulled = True
+    transport.done[0] = 99
+    return transport
+
+
+def heard(rank: Rank) -> link.Message | None:
+    """Return what the rank has been told until now."""
+    time.sleep(WHILE)
+    return rank.line.heard()
+
+
+def test_a_rank_that_pulls_is_told_when_the_bucket_is_written(
+    pulling: Transport, written: list[Event]
+) -> None:
+    with played() as (sender, rank):
+        futures = [give(sender, slot) for slot in range(2)]
+        assert heard(rank) is None
+        written[1].reached = True
+        assert heard(rank) is None, "they go in order"
+        written[0].reached = True
+        assert [rank.hear(), rank.hear()] == [{"go": [0, NBYTES]}, {"go": [1, NBYTES]}]
+        assert not any(one.done() for one in futures)
+
+
+def test_who_takes_part_in_a_broadcast_is_told_before_the_bucket_is_written(
+    transport: Transport, written: list[Event]
+) -> None:
+    """Its device waits for the trainer's by itself."""
+    with played() as (sender, rank):
+        give(sender, 0)
+        assert rank.hear() == {"go": [0, NBYTES]}
+        assert [(one.reached, one.looks) for one in written] == [(False, 0)]
+
+
+def test_a_slot_is_in_use_until_the_rank_has_pulled(
+    pulling: Transport, written: list[Event]
+) -> None:
+    with played() as (sender, rank):
+        found = [sent(sender, slot) for slot in range(3)]
+        for one in written:
+            one.reached = True
+        assert [rank.hear(), rank.hear()] == [{"go": [0, NBYTES]}, {"go": [1, NBYTES]}]
+        assert heard(rank) is None, "two at a time"
+        assert not any(one.left.done() for one in found)
+        rank.line.say(got=0)
+        assert errors(found[0]) == [None, None]
+        assert rank.hear() == {"go": [2, NBYTES]}
+        assert not any(future.done() for one in found[1:] for future in one)
+        rank.line.say(got=1)
+        rank.line.say(got=2)
+        assert errors([*found[1], *found[2]]) == [None] * 4
+        assert alive(sender)
+
+
+@pytest.mark.parametrize("how", ["dies", "says why"])
+def test_ranks_are_heard_while_a_bucket_is_written(
+    how: str, pulling: Transport, written: list[Event]
+) -> None:
+    with played() as (sender, rank):
+        futures = [give(sender, slot) for slot in range(2)]
+        becomes(lambda: written[0].looks > 5, True)
+        if how == "says why":
+            rank.line.say(failed="CarrierError: no room")
+        else:
+            rank.line.close()
+        reason = "is gone" if how == "dies" else "CarrierError: no room"
+        for e in errors(futures):
+            assert str(e).startswith("rank 0 of server 0 (process ")
+            assert reason in str(e)
+        assert not alive(sender)
+
+
+def test_a_bucket_comes_whole_while_the_next_is_written(
+    pulling: Transport, written: list[Event]
+) -> None:
+    with played() as (sender, rank):
+        first, second = sent(sender, 0), sent(sender, 1)
+        written[0].reached = True
+        assert rank.hear() == {"go": [0, NBYTES]}
+        becomes(lambda: written[1].looks > 5, True)
+        rank.line.say(got=0)
+        assert errors(first) == [None, None]
+        assert not second.left.done()
+
+
+@pytest.mark.parametrize("how", ["dies", "is late"])
+def test_a_rank_that_does_not_pull_is_named(
+    how: str, pulling: Transport, written: list[Event]
+) -> None:
+    with played(timeout=1.0) as (sender, rank):
+        found = sent(sender, 0)
+        written[0].reached = True
+        assert rank.hear() == {"go": [0, NBYTES]}
+        if how == "dies":
+            rank.line.close()
+        kind = ConflictError if how == "dies" else TimeoutError
+        for e in errors(found):
+            assert type(e) is kind
+            assert "rank 0 of server 0 (process " in str(e)
+        assert not alive(sender)
+
+
+def test_a_bucket_that_is_never_written_is_no_ranks_fault(
+    pulling: Transport, written: list[Event]
+) -> None:
+    with played(timeout=0.5) as (sender, rank):
+        [e] = errors([give(sender, 0)])
+        assert isinstance(e, TimeoutError)
+        assert str(e) == "this device did not write a bucket in time"
+        assert rank.hear() == {"no": str(e)}
+
+
+def test_nobody_looks_while_a_rank_pulls(
+    pulling: Transport, written: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is waited for is what the rank says, and that wakes the thread."""
+    naps: list[float] = []
+    real = turns.nap
+
+    def nap(since: float) -> bool:
+        naps.append(since)
+        return real(since)
+
+    monkeypatch.setattr(turns, "nap", nap)
+    with played() as (sender, rank):
+        futures = [give(sender, slot) for slot in range(3)]
+        becomes(lambda: len(naps) > 10, True)
+        for one in written:
+            one.reached = True
+        assert [rank.hear(), rank.hear()] == [{"go": [0, NBYTES]}, {"go": [1, NBYTES]}]
+        before = len(naps), [one.looks for one in written]
+        time.sleep(WHILE)
+        assert (len(naps), [one.looks for one in written]) == before
+        for slot in range(3):
+            rank.line.say(got=slot)
+            futures[slot].result(PATIENCE)
+
+
+def test_who_pulls_may_leave_before_the_group_is_over(
+    pulling: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the trainer's memory open; a rank that does not leave is not waited for for ever."""
+    monkeypatch.setattr(carrier, "_LEAVING", 1.0)
+    with played() as (sender, rank), ThreadPoolExecutor(1) as threads:
+        closing = threads.submit(sender.close)
+        assert rank.hear() == {"no": "the trainer has closed the group"}
+        time.sleep(WHILE)
+        assert not closing.done()
+        rank.line.close()
+        closing.result(0.5)
+    with played() as (sender, rank):
+        began = time.monotonic()
+        sender.close()
+        assert 0.9 < time.monotonic() - began < PATIENCE / 2
 
 
 # --- how many slots -------------------------------------------------------------------------------

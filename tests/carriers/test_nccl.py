@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, nccl
+from fp8ctl.carriers import ends, nccl, peer
 from fp8ctl.carriers.group import GroupSender
 from fp8ctl.errors import CarrierError, ConflictError
 from tests.carriers.processes import alive
@@ -136,6 +136,12 @@ def test_nccls_own_error_is_heard_while_the_device_works(monkeypatch: pytest.Mon
 
 
 # --- on two GPUs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def by_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it in a group of two, which would do without."""
+    monkeypatch.setenv(peer.NCCL_ONLY, "1")
 
 
 def start(timeout: float = 120.0) -> ends.Sender:

@@ -158,3 +158,22 @@ def test_every_client_of_a_request_that_is_aborted_has_an_answer(run: Run) -> No
 
 def test_keys_and_values_in_use_are_not_said_to_be_forgotten(run: Run) -> None:
     assert "cannot be forgotten" in run("in-use")["answer"]
+
+
+@pytest.mark.parametrize("how", ["pause", "abort", "finish"])
+def test_a_core_forgets_as_it_comes_to_rest_and_has_nothing_to_forget_later(
+    how: str, run: Run
+) -> None:
+    """At an update's end all wait for it, and to go through all blocks takes milliseconds."""
+    found = run("forgotten", steps=6, how=how, used=False)
+    assert found["cached"] > 0
+    assert [one > 0 for one in found["held"]] == [True]
+    assert found["flushed"] == {}
+    assert found["again"] == []
+    assert found["hashes"] == 0
+
+
+def test_keys_and_values_that_are_in_use_are_no_clean_end(run: Run) -> None:
+    found = run("forgotten", steps=6, how="abort", used=True)
+    assert "in use and cannot be forgotten" in str(found["flushed"])
+    assert len(found["again"]) == 1

@@ -610,6 +610,8 @@ def test_the_core_is_told_to_forget_its_caches_while_the_ranks_still_answer() ->
         engine.collective_rpc = late  # type: ignore[method-assign]
         for doing, order in (
             (of(engine).settle(expected=[]), ["progress", "fp8ctl_flush"]),
+            (of(engine).receive({"slot": 0}, {"expected": []}), ["receive", "fp8ctl_flush"]),
+            (of(engine).receive({"slot": 0}), ["receive"]),
             (of(engine).resume(["a"]), ["trust", "fp8ctl_resume"]),
         ):
             engine.calls.clear()

@@ -425,6 +425,31 @@ def pause(steps: int, **options: Any) -> dict[str, Any]:
     }
 
 
+def forgotten(steps: int, how: str, used: bool) -> dict[str, Any]:
+    """Count how often all blocks are gone through, and those that have a hash, at each question."""
+    core = _started(steps)
+    if how == "finish":
+        core.loop(100)
+    pool = core.scheduler.kv_cache_manager.block_pool
+    resets: list[int] = []
+    reset = pool.reset_prefix_cache
+
+    def counted() -> bool:
+        resets.append(sum(block.block_hash is not None for block in pool.blocks))
+        return bool(reset())
+
+    pool.reset_prefix_cache = counted
+    told: dict[str, Any] = {"cached": len(pool.cached_block_hash_to_block)}
+    core.ask("fp8ctl_hold", how)
+    told["held"] = [*resets]
+    if used:
+        pool.get_new_blocks(1)
+    told["flushed"] = core.ask("fp8ctl_flush")
+    told["again"] = resets[len(told["held"]) :]
+    told["hashes"] = sum(block.block_hash is not None for block in pool.blocks)
+    return told
+
+
 def without_a_step(steps: int) -> dict[str, Any]:
     """What becomes of a pause whose workers keep the requests in their batch."""
     from fp8ctl.engines.hooks import vllm_holding
@@ -600,6 +625,7 @@ def tell() -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
     "pause": pause,
+    "forgotten": forgotten,
     "without-a-step": without_a_step,
     "abort": abort,
     "abort-paused": abort_paused,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -113,6 +114,14 @@ class Table:
             self.held[rank][entry["name"]] = raw.view(dtype).view(entry["shape"]).clone()
         self.receivers[rank].loaded()
         return {"loaded": len(entries), "broken": False, "error": "", "seconds": {"load": 0.001}}
+
+    async def receive(self, details: Any, then: Any = None) -> list[dict[str, Any]]:
+        answers = await self.ask("receive", **details)
+        behind = await self.settle(**then) if then is not None else []
+        return [
+            {**one, "then": progress} if progress else one
+            for one, progress in itertools.zip_longest(answers, behind)
+        ]
 
     async def settle(self, **details: Any) -> list[dict[str, Any]]:
         return await self.ask("progress", **details)

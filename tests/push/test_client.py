@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import http.client
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from fp8ctl import wire
-from fp8ctl.errors import EngineFailedError, UsageError
+from fp8ctl.errors import ConflictError, EngineFailedError, UsageError
 from fp8ctl.push import client, replies
 from fp8ctl.push.link import _here
 from tests.push.serving import serving
 from tests.test_stream import PLAN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture
@@ -86,6 +87,21 @@ def test_a_connection_is_kept_and_a_cut_one_refuses_until_it_is_mended(one: clie
         one.state()
     one.mend()
     assert one.state()["state"] == "ready"
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_what_follows_a_bucket_goes_by_the_connection_that_the_bucket_does_not_use(
+    one: client.Server, number: int
+) -> None:
+    def by(ask: Callable[[], object]) -> list[bool]:
+        one.close()
+        with pytest.raises(ConflictError, match="no open update"):
+            ask()
+        return [line is not None and line._connection is not None for line in (one, one._odd)]
+
+    before, following = (by(partial(one.bucket, "a", n, 0, 0, [])) for n in (number - 1, number))
+    assert following == [not used for used in before]
+    assert by(partial(one.end, "a", number, [], True)) == following
 
 
 def test_the_log_is_read_from_where_one_is(one: client.Server) -> None:

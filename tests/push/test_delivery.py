@@ -14,6 +14,7 @@ from fp8ctl.errors import AbortedError, BusyError, ConflictError, Fp8ctlError
 from fp8ctl.push.delivery import ByCarrier, Clock
 from fp8ctl.wire import Entry
 
+BEGUN: Any = SimpleNamespace(begin=lambda: None, begun=lambda: None)
 ENTRY = Entry("a.weight", "uint8", (4,), 0)
 
 
@@ -49,7 +50,7 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
         send=lambda *_: None,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         for slot in range(2):
             entries = [ENTRY._replace(name=f"{slot}.weight")]
@@ -58,6 +59,44 @@ def test_the_cause_is_told_also_where_it_comes_between_two_looks() -> None:
         with ThreadPoolExecutor(1) as threads, pytest.raises(Fp8ctlError) as e:
             threads.submit(delivery.drain).result(20)
         assert e.value.message == "the server's own reason (bucket of 0.weight to 0.weight)"
+    finally:
+        delivery.close()
+
+
+class Looked(Future[Any]):
+    """Fails at one of the looks at whether it is done."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._looks, self._at = 0, at
+
+    def done(self) -> bool:
+        if self._looks == self._at:
+            self.set_exception(BusyError("the server's own reason", hint="fp8ctl ps"))
+        self._looks += 1
+        return super().done()
+
+
+@pytest.mark.parametrize("look", range(4))
+def test_a_bucket_that_fails_between_two_looks_is_not_taken_for_one_that_arrived(look: int) -> None:
+    asked = Looked(look)
+    fleet: Any = SimpleNamespace(start=lambda *_, **__: [asked])
+    memory = torch.zeros(4, dtype=torch.uint8)
+    sender = SimpleNamespace(
+        slots=2,
+        buffer=lambda _: memory,
+        ready=lambda _: None,
+        settle=lambda _: None,
+        send=lambda *_: None,
+    )
+    link: Any = SimpleNamespace(sender=sender, places={}, kind="memory")
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
+    try:
+        delivery.give(0, 4, [ENTRY])
+        delivery.deliver(0, 4, [ENTRY])
+        with ThreadPoolExecutor(1) as threads, pytest.raises(Fp8ctlError, match="own reason"):
+            threads.submit(delivery.drain).result(20)
+        assert delivery.failed()
     finally:
         delivery.close()
 
@@ -77,7 +116,7 @@ def test_a_slot_is_free_when_it_is_sent_and_not_when_it_is_loaded() -> None:
         slots=3,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         assert delivery.slots == 3
         with ThreadPoolExecutor(1) as threads:
@@ -110,7 +149,7 @@ def test_who_has_not_got_what_has_left_ends_the_wait_for_servers() -> None:
         slots=2,
     )
     link: Any = SimpleNamespace(sender=sender, places={}, kind="group")
-    delivery = ByCarrier(link, fleet, "push", lambda: None, Clock())
+    delivery = ByCarrier(link, fleet, "push", BEGUN, Clock())
     try:
         delivery.give(0, 4, [ENTRY])
         delivery.deliver(0, 4, [ENTRY])

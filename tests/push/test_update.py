@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import os
 import signal
@@ -520,9 +521,11 @@ def test_a_server_that_hangs_is_given_up_after_the_time_out(
         assert time.monotonic() - start < AT_ONCE
         assert source.closed == (path != wire.CONNECT)  # it was not begun
         server.faults.clear()
-        rollout._wish = rollout._wish.__class__(**{**vars(rollout._wish), "timeout": 60.0})
+        rollout._wish = dataclasses.replace(rollout._wish, timeout=60.0)
         for one in rollout._servers:
-            one._timeout = 60.0
+            for line in (one, one._odd):
+                assert line is not None
+                line._timeout = 60.0
         assert serves_again(server, rollout)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fp8ctl.engines.hooks.openpush import Taken
+
 if TYPE_CHECKING:
     from fp8ctl.engines.hooks.gate import Outcome
     from fp8ctl.engines.hooks.openpush import OpenPush
@@ -20,11 +22,14 @@ class Ended:
 
     Attributes:
         begun: whether its BEGIN succeeded.
+        taken: what its last buckets were answered; of the last update alone, the client of an
+            earlier one has gone on.
         answer: to its END; None where it ended otherwise.
     """
 
     outcome: Outcome
     begun: bool
+    taken: Taken
     answer: dict[str, Any] | RefusedError | None = None
 
     @property
@@ -46,7 +51,9 @@ class Past:
     def add(self, push: OpenPush, outcome: Outcome) -> None:
         """Remember one; a name that comes again is that of the last."""
         self._ended.pop(push.begin.push, None)
-        self._ended[push.begin.push] = Ended(outcome, begun=push.begun is not None)
+        for one in self._ended.values():
+            one.taken = Taken()
+        self._ended[push.begin.push] = Ended(outcome, push.begun is not None, push.taken)
         while len(self._ended) > REMEMBERED:
             del self._ended[next(iter(self._ended))]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.expected import Expected
     from fp8ctl.engines.hooks.openpush import OpenPush
     from fp8ctl.engines.hooks.workers import Workers
-    from fp8ctl.held import Held
+    from fp8ctl.held import Gathered, Held
 
 _HEAD = "lm_head.weight"
 #: What a client sends that no parameter has the name of: a tied head, a table that is computed.
@@ -30,11 +30,11 @@ class Digests(NamedTuple):
         plain: all ranks show it as the checkpoint has it.
     """
 
-    held: dict[str, Held]
+    held: Gathered
     plain: bool
 
     @property
-    def checkpoint(self) -> dict[str, Held] | None:
+    def checkpoint(self) -> Gathered | None:
         """What is held; None where a rank holds it in a kernel's own form."""
         return self.held if self.plain else None
 
@@ -61,7 +61,7 @@ class Evidence:
         self._expected = expected
         self._layouts = Layouts()
 
-    async def held(self) -> dict[str, Held] | None:
+    async def held(self) -> Gathered | None:
         """Return what all ranks hold; None where they hold it in a kernel's own form."""
         return (await self._digests()).checkpoint
 
@@ -93,17 +93,29 @@ class Evidence:
         if stray:
             told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
             raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
+        if push.seen is not None and digests == (push.seen.digests is not None):
+            return push.seen
         if not push.touched:
             return Seen(0, [], await self._digests() if digests else None)
+        return self.seen(await self._workers.settle(**self.asked(push, digests=digests)))
+
+    def asked(self, push: OpenPush, *, digests: bool) -> dict[str, Any]:
+        """Return what ranks are asked with the last bucket of an update, or after it."""
         # Whoever has all weights in place may send a part; a complete update says it itself.
         needed = push.settled != "ready" and not push.begin.complete
         expected = self._expected.missing(()) if needed else []
-        wanted = {"layouts": self._layouts.known} if digests else {}
-        answers = await self._workers.settle(expected=expected, **wanted)
+        return {"expected": expected, **({"layouts": self._layouts.known} if digests else {})}
+
+    def seen(self, answers: Sequence[Mapping[str, Any]]) -> Seen:
+        """Return what all ranks answered to that.
+
+        Raises:
+            RefusedError: a rank broke off.
+        """
         if any(a["broken"] for a in answers):
             raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
-        held = self._gathered([a["digests"] for a in answers]) if digests else None
-        return Seen(*worst(answers), held)
+        told = [a["digests"] for a in answers if "digests" in a]
+        return Seen(*worst(answers), self._gathered(told) if told else None)
 
     async def missing(self, push: OpenPush, seen: Seen, *, folder: bool = False) -> tuple[int, str]:
         """Return how much is missing after an update that is not said to be complete, and what.
@@ -189,6 +201,8 @@ class Evidence:
         for name in push.skipped:
             one = (push.held or {})[name]
             wanted[name] = (one.dtype, one.text)
+        if held.are(wanted):
+            return [*wanted]
         found = compare(wanted, self._expected, held)
         if found is None:
             return None

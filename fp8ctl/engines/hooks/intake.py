@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks.refused import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fp8ctl.engines.hooks.openpush import OpenPush
     from fp8ctl.engines.hooks.workers import Workers
@@ -51,9 +51,27 @@ def read(found: Mapping[str, Any], *, disk: bool) -> list[wire.Entry]:
     return read
 
 
+class Loaded(NamedTuple):
+    """What became of a bucket.
+
+    Attributes:
+        told: loaded: how many tensors went in; seconds: of each stage on the slowest rank; ways:
+            how many went through loaders and how many were copied, most on any rank, where it is
+            told.
+        then: what each rank answered to what it was asked behind it.
+    """
+
+    told: dict[str, Any]
+    then: Sequence[Mapping[str, Any]]
+
+
 async def load(
-    workers: Workers, push: OpenPush, found: Mapping[str, Any], listed: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    workers: Workers,
+    push: OpenPush,
+    found: Mapping[str, Any],
+    listed: Mapping[str, Any] | None,
+    then: Mapping[str, Any] | None = None,
+) -> Loaded:
     """Have every rank load a bucket; marks the push as touched where a weight may be written.
 
     Args:
@@ -61,10 +79,7 @@ async def load(
         push: that it is of.
         found: the request.
         listed: what they are told of what lies in it; None where it is a folder.
-
-    Returns:
-        loaded: how many tensors went in; seconds: of each stage on the slowest rank; ways: how
-        many went through loaders and how many were copied, most on any rank, where it is told.
+        then: what they are asked behind it, where the update ends with it.
 
     Raises:
         RefusedError: a rank failed; `push.touched` says whether any weight may have changed.
@@ -72,10 +87,10 @@ async def load(
     """
     if listed is None:
         seconds = await folder(workers, push, found["path"])
-        return {"loaded": len(found["entries"]), "seconds": seconds}
+        return Loaded({"loaded": len(found["entries"]), "seconds": seconds}, ())
     before, push.touched = push.touched, True  # until the ranks say otherwise
     details = {name: found[name] for name in ("number", "slot", "nbytes")}
-    answers = await workers.ask("receive", **details, **listed)
+    answers = await workers.receive({**details, **listed}, then)
     errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(answers) if a["error"]]
     if errors:
         untouched = all(a["error"] and not a["loaded"] and not a["broken"] for a in answers)
@@ -84,7 +99,8 @@ async def load(
     loaded: dict[str, Any] = {"loaded": min(int(a["loaded"]) for a in answers)}
     loaded["seconds"] = _most(a.get("seconds", {}) for a in answers)
     ways = _most(a.get("ways", {}) for a in answers)
-    return {**loaded, "ways": ways} if ways else loaded
+    behind = [a["then"] for a in answers if "then" in a]
+    return Loaded({**loaded, "ways": ways} if ways else loaded, behind)
 
 
 def _most(told: Iterable[Mapping[str, float]]) -> dict[str, float]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from fp8ctl import held
 from fp8ctl.engines.hooks import inspection, manifest, shards
+from fp8ctl.engines.hooks.behind import Behind
 from fp8ctl.engines.hooks.shards import Walk
 from fp8ctl.engines.hooks.walk import Known
 from fp8ctl.kernels.digest import to_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
 
@@ -47,11 +48,38 @@ class Inventory:
         self._listed: list[Shard] | None = None
         self._places: list[dict[str, object]] = []
         self._layout = ""
+        #: Made for the list that it has; and the same while an update goes by copies alone.
+        self._behind: Behind | None = None
+        self._following: Behind | None = None
 
     def forget(self) -> None:
         """Look at every module again: parameters may be elsewhere."""
         self._known.forget()
         self._listed = None
+        self._behind = self._following = None
+
+    def follow(self) -> None:
+        """Begin to read what an update copies, right behind its copies.
+
+        Not where a list of all that is held is still to be made, or is made anew every time. That
+        nothing has moved is seen now: until `doubt` nothing runs that could move it.
+        """
+        kept = self._known.kept
+        if kept is None or not self._known.same:
+            self._behind = self._following = None
+            return
+        if self._behind is None or self._behind.listed is not kept:
+            self._behind = Behind(kept)
+        self._following = self._behind.again()
+
+    def copied(self, names: Iterable[str]) -> None:
+        """Hear that copies of these are launched, which write nothing else."""
+        if self._following is not None:
+            self._following.copied(names)
+
+    def doubt(self) -> None:
+        """Hear that something else may have written: all is read at the end."""
+        self._following = None
 
     def digests(self, layout: str = "") -> dict[str, Any]:
         """Return place, type and digest of all that this rank holds.
@@ -66,6 +94,14 @@ class Inventory:
             unscaled guard saw nobody load, next and seconds, as of a slice.
         """
         return self.begin(layout)()
+
+    def end(self, layout: str = "") -> Callable[[], dict[str, Any]]:
+        """As `begin`, at an update's end: what was read behind its copies is not read again."""
+        following, self._following = self._following, None
+        if following is None:
+            return self.begin(layout)
+        began, reading = time.perf_counter(), following.end()
+        return lambda: self._tell(layout, began, following.listed, reading())
 
     def begin(self, layout: str = "") -> Callable[[], dict[str, Any]]:
         """Have a GPU begin with `digests`; return what waits for them."""

@@ -6,14 +6,46 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from fp8ctl.engines.hooks.evidence import Seen
     from fp8ctl.engines.hooks.gate import Outcome
     from fp8ctl.held import Held
     from fp8ctl.wire import Begin, Entry
+
+
+class Taken:
+    """The last two buckets that were taken: the client may ask again for both."""
+
+    def __init__(self) -> None:
+        self._answers: dict[int, tuple[object, dict[str, Any]]] = {}
+
+    def add(self, number: int, request: object, answer: dict[str, Any]) -> None:
+        """Remember what a bucket was answered, and forget the one before the last."""
+        self._answers.pop(number - 2, None)
+        self._answers[number] = request, answer
+
+    def again(self, number: object, request: object) -> dict[str, Any] | None:
+        """Return what this very bucket was answered; None where it is not one of the two."""
+        before = self._answers.get(number) if type(number) is int else None
+        if before is None or request != before[0]:
+            return None
+        return {**before[1], "repeated": True}
+
+
+class Ending(NamedTuple):
+    """An END that waits for the last bucket.
+
+    Attributes:
+        buckets: how many the update has.
+        digests: of what the ranks hold are wanted.
+    """
+
+    buckets: int
+    digests: bool
 
 
 @dataclass
@@ -29,8 +61,10 @@ class OpenPush:
         touched: True from when a weight may have been written.
         entries: what was loaded, by name.
         skipped: what the client left out because it is there.
-        taken: by number, request and answer of the last two buckets.
+        taken: what the last two buckets were answered.
         number: of the bucket that is expected next.
+        ending: its END, where that has come before the last bucket was taken.
+        seen: what the ranks told with the last bucket; None where they were not asked.
         moved: set when that is another, or the update is over.
         serving: requests of the client that are being worked off.
         heard: when the client was last heard of, on the monotonic clock.
@@ -44,8 +78,10 @@ class OpenPush:
     touched: bool = False
     entries: dict[str, Entry] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
-    taken: dict[int, tuple[object, dict[str, Any]]] = field(default_factory=dict)
+    taken: Taken = field(default_factory=Taken)
     number: int = 0
+    ending: Ending | None = None
+    seen: Seen | None = None
     moved: asyncio.Event = field(default_factory=asyncio.Event)
     serving: int = 0
     heard: float = field(default_factory=time.monotonic)
@@ -58,9 +94,8 @@ class OpenPush:
         return not self.serving and time.monotonic() > self.heard + self.begin.lease
 
     def has_taken(self, request: object, answer: dict[str, Any]) -> None:
-        """Expect the next bucket; both may be asked for again, the client has two on their way."""
-        self.taken.pop(self.number - 2, None)
-        self.taken[self.number] = request, answer
+        """Expect the next bucket, or END."""
+        self.taken.add(self.number, request, answer)
         self.number += 1
         self.moves()
 

@@ -76,6 +76,11 @@ class Receiver:
         self._rectangles = Rectangles(model, tp_rank, engine.copies)
         self._inventory = Inventory(model, rank, tp_rank, engine)
         self._settled = True
+        #: Copies alone have written since the update began: nothing is derived from what they
+        #: write, and nothing counts it.
+        self._by_copies = False
+        #: What the unscaled guard said last, while that still holds.
+        self._unfilled: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -103,7 +108,8 @@ class Receiver:
         if what == "receive":
             slot, nbytes, number = (details[name] for name in ("slot", "nbytes", "number"))
             name, entries = details.get("list", ""), details.get("entries")
-            return self.receive(slot, nbytes, number, name, entries)
+            told = self.receive(slot, nbytes, number, name, entries)
+            return self._and_then(told, details.get("then"))
         if what == "progress":
             return self.progress(details["expected"], details.get("layouts"))
         if what == "forget":
@@ -186,19 +192,21 @@ class Receiver:
         names: list[str] = []
         try:
             if number == 0:
-                self._rectangles.look_anew()  # while the bucket is on its way
+                self._begin()  # while the bucket is on its way
             held = self._slots.views(slot, nbytes, self._read(number, name, nbytes, entries))
             parts = self._rectangles.part(held)
             clock.lap("bucket")
             touched = True
             self._settled = False
             if parts.others:
+                self._doubt()
                 self._load(parts.others)
             clock.lap("loaders")
             copy(parts.moves)
             clock.lap("copies")
             self._slots.loaded()
             clock.lap("device")
+            self._inventory.copied(parts.copied)
             ways = {"loaders": len(parts.others), "copies": len(parts.copied)}
             names = [name for name, _ in held]
             self.arrived.update(names)
@@ -206,6 +214,7 @@ class Receiver:
         except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}"
+            self._doubt()
             self._let_go()
             if "weight_loader" in error:
                 error += " (is the patch `refit` applied?)"
@@ -217,6 +226,26 @@ class Receiver:
             "seconds": clock.laps,
             "ways": ways,
         }
+
+    def _and_then(self, told: dict[str, Any], then: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the answer to a bucket; behind the last one, with the answer to "progress"."""
+        if then is None or told["error"]:
+            return told
+        clock = _Clock()
+        progress = self.progress(then["expected"], then.get("layouts"))
+        clock.lap("settle")
+        return {**told, "then": progress, "seconds": {**told["seconds"], **clock.laps}}
+
+    def _begin(self) -> None:
+        """Look where everything is: an update begins."""
+        self._rectangles.look_anew()
+        self._inventory.follow()
+        self._by_copies = self._settled  # or something is still to be derived
+
+    def _doubt(self) -> None:
+        """Take nothing for known: an engine's own code writes weights."""
+        self._inventory.doubt()
+        self._by_copies, self._unfilled = False, None
 
     def _read(
         self, number: int, name: str, nbytes: int, entries: Sequence[Mapping[str, Any]] | None
@@ -246,16 +275,21 @@ class Receiver:
         broken = self.broken
         if broken:
             self.forget()
-        elif not self._settled:
+        elif not self._settled and not self._by_copies:
             self._engine.settle(self.model)
+            self._inventory.doubt()
         reading = None
-        if layouts is not None and not broken:
-            reading = self._inventory.begin(layouts[self.rank] if layouts else "")
+        if layouts is None:
+            self._inventory.doubt()
+        elif not broken:
+            reading = self._inventory.end(layouts[self.rank] if layouts else "")
         # A GPU reads the weights meanwhile.
         missing = [name for name in expected if name not in self.arrived]
+        if self._unfilled is None:
+            self._unfilled = self._engine.guard("fp8ctl_unfilled", self.model)
         told: dict[str, Any] = {
             "broken": broken,
-            "unfilled": self._engine.guard("fp8ctl_unfilled", self.model),
+            "unfilled": self._unfilled,
             "missing": missing[:20],
             "missing_count": len(missing),
         }
@@ -264,6 +298,7 @@ class Receiver:
         if not broken and not self._settled:
             wait_for(self.device)
             self._settled = True
+        self._by_copies = False
         return told
 
     def forget(self) -> dict[str, Any]:
@@ -272,6 +307,7 @@ class Receiver:
         self._by_loader.clear()
         self._rectangles.distrust()
         self.broken = False
+        self._doubt()
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
 
@@ -307,6 +343,7 @@ class Receiver:
     def load(self, named: Iterable[Named], *args: Any, **kwargs: Any) -> Any:
         """Load by a route of the engine's own; remember what was taken or that it raised."""
         self._rectangles.distrust()
+        self._doubt()
         # It may put parameters elsewhere: nothing here may keep the old ones alive.
         self._inventory.forget()
         self._rectangles.forget()

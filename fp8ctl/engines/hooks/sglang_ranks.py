@@ -18,7 +18,7 @@ from fp8ctl.engines.hooks import ranklog, sglang_worker
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from fp8ctl.wire import InFlight
@@ -177,6 +177,13 @@ class Workers:
         answers = await self.ask("resume", **({"trust": list(trust)} if trust else {}))
         wrong = [f"rank {a['rank']}: {a['distrusts']}" for a in answers if a.get("distrusts")]
         return "; ".join(wrong)
+
+    async def receive(
+        self, details: Mapping[str, Any], then: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Ask "receive", and with the last bucket what `settle` asks."""
+        last = {} if then is None else {"then": then, "flush": True}
+        return await self.ask("receive", **details, **last)
 
     async def settle(self, **details: Any) -> list[dict[str, Any]]:
         """Ask "progress"; a scheduler forgets its keys and values as it is asked."""

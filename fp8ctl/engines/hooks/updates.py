@@ -12,8 +12,8 @@ key. A route of the engine's own that writes weights, or gives them up, runs ins
 which raises `RefusedError` (409) while a push is open, and keeps pushes out meanwhile.
 
 One request at a time has its turn; a BEGIN of a second client is refused at once. Buckets are
-numbered from 0; a client may send one while the one before is on its way. Every request is a sign
-of life, a repeated BEGIN too. No request may be
+numbered from 0; a client may send one while the one before is on its way, and END while the last
+one is. Every request is a sign of life, a repeated BEGIN too. No request may be
 cancelled half-way: `routes` works each off to its end, so that one that is repeated finds the
 first one's answer and never half of its work.
 """
@@ -34,6 +34,7 @@ from fp8ctl.engines.hooks.expected import Expected
 from fp8ctl.engines.hooks.gate import Outcome
 from fp8ctl.engines.hooks.lists import Lists
 from fp8ctl.engines.hooks.memory import Memory
+from fp8ctl.engines.hooks.openpush import Ending
 from fp8ctl.engines.hooks.pushlog import PushLog
 from fp8ctl.engines.hooks.refused import RefusedError
 from fp8ctl.engines.hooks.session import Session, broken
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     Body = dict[str, Any]
 
-#: Seconds that a bucket waits for the one before it, before it counts as out of order.
+#: Seconds that a bucket, or END, waits for the bucket before it, before it is out of order.
 PREDECESSOR = 60.0
 
 
@@ -223,16 +224,22 @@ class Updates:
 
     async def bucket(self, found: Body) -> Body:
         """Load one bucket, after all of it was compared with the plan."""
-        await self._predecessor(found)
+        number = found.get("number")
+        await self._predecessor(found, number)
+        request = {k: v for k, v in found.items() if k != "push"}
         async with self._session.turn:
+            ended = self._session.past.of(found.get("push"))
+            if ended is not None and ended.answer is not None:
+                # END may overtake the answer to the last bucket, and that may be lost.
+                again = ended.taken.again(number, request)
+                if again is not None:
+                    return again
             push = await self._mine(found)
-            number = found.get("number")
             if type(number) is not int:
                 raise RefusedError(409, "FP8-ORDER", f"bucket {number!r:.40}; expected a number")
-            request = {k: v for k, v in found.items() if k != "push"}
-            before = push.taken.get(number)
-            if before is not None and request == before[0]:
-                return {**before[1], "repeated": True}
+            again = push.taken.again(number, request)
+            if again is not None:
+                return again
             if number != push.number:
                 raise RefusedError(
                     409,
@@ -248,31 +255,49 @@ class Updates:
                     loaded = await intake.load(self._workers, push, found, None)
                 else:
                     entries = self._lists.read(found, push.entries)
+                    then = None
+                    if push.ending is not None and push.ending.buckets == number + 1:
+                        then = self._evidence.asked(push, digests=push.ending.digests)
                     with self._lists.telling(number) as listed:
-                        loaded = await intake.load(self._workers, push, found, listed)
+                        loaded = await intake.load(self._workers, push, found, listed, then)
+                push.seen = self._evidence.seen(loaded.then) if loaded.then else None
                 push.entries.update((entry.name, entry) for entry in entries)
-                answer = {"number": number, **loaded}
+                answer = {"number": number, **loaded.told}
                 push.has_taken(request, answer)
-                push.took(loaded["seconds"])
+                push.took(loaded.told["seconds"])
             return answer
 
-    async def _predecessor(self, found: Body) -> None:
-        """Wait until the bucket before this one has been taken, where that is yet to come.
+    async def _predecessor(self, found: Body, number: object) -> None:
+        """Wait until the bucket before this request has been taken, where that is yet to come.
 
         They come by two connections, so that the ranks need not wait for the client's next.
+
+        Args:
+            found: the request.
+            number: of its bucket; of END that of the bucket that would be next.
         """
-        push, number = self._session.push, found.get("number")
-        if push is None or push.begin.push != found.get("push") or type(number) is not int:
-            return
-        if number == push.number + 1:
+        push = self._early(found, number)
+        if push is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
+
+    def _early(self, found: Body, number: object) -> OpenPush | None:
+        """Return the update of a request that comes before the bucket before it was taken."""
+        push = self._session.push
+        if push is None or push.begin.push != found.get("push") or type(number) is not int:
+            return None
+        return push if number == push.number + 1 else None
 
     async def end(self, found: Body) -> Body:
         """Take an update as complete, prove what the ranks hold, open the gate."""
         skipped, verify = found.get("skipped", []), found.get("verify", True)
         if not isinstance(skipped, list) or not all(isinstance(n, str) for n in skipped):
             raise wire.WireError("skipped: expected a list of names")
+        buckets = found.get("buckets")
+        early = self._early(found, buckets)
+        if early is not None:  # ranks are asked for what its end wants with their last bucket
+            early.ending = Ending(early.number + 1, bool(verify))
+            await self._predecessor(found, buckets)
         async with self._session.turn:
             ended = self._session.past.of(found.get("push"))
             if ended is not None and ended.answer is not None:

@@ -78,6 +78,7 @@ def hold(core: Any, how: str) -> dict[str, Any]:
         _preempt(core)
     # Found by `_process_input_queue` and `step` before the class's own.
     scheduler.has_requests = _nothing_to_do
+    _forget(core)  # what is in use all the same, `flush` tells
     return {"held": True, "begun": len(begun)}
 
 
@@ -93,9 +94,23 @@ def flush(core: Any) -> dict[str, Any]:
     Raises:
         RuntimeError: some are in use.
     """
-    if not core.scheduler.reset_prefix_cache():
+    if not _forget(core):
         raise RuntimeError("keys and values of the old weights are in use and cannot be forgotten")
     return {}
+
+
+def _forget(core: Any) -> bool:
+    """Forget all keys and values; say whether none is in use.
+
+    VLLM goes through all blocks of its cache for that, tens of thousands in 4 ms. So a core does it
+    as it comes to rest, beside the first bucket, and at an update's end there is nothing to forget:
+    a block has a hash as long as the pool finds it by that.
+    """
+    pool = core.scheduler.kv_cache_manager.block_pool
+    in_use = pool.num_gpu_blocks - pool.get_num_free_blocks() - 1  # the null block is no request's
+    if not in_use and not pool.cached_block_hash_to_block:
+        return True
+    return bool(core.scheduler.reset_prefix_cache())
 
 
 def _nothing_to_do() -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fp8ctl.engines.hooks.workers import Reloaded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from fp8ctl.wire import InFlight
 
@@ -126,9 +126,22 @@ class Workers:
             raise resumed
         return "".join(f"{type(e).__name__}: {e}" for e in told if isinstance(e, BaseException))
 
+    async def receive(
+        self, details: Mapping[str, Any], then: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Ask "receive", and with the last bucket what `settle` asks."""
+        if then is None:
+            return await self.ask("receive", **details)
+        return await self._and_flush(self.ask("receive", **details, then=then))
+
     async def settle(self, **details: Any) -> list[dict[str, Any]]:
         """Ask "progress"; the core is told to forget keys and values behind it, without a wait."""
-        asking = asyncio.ensure_future(self.ask("progress", **details))
+        return await self._and_flush(self.ask("progress", **details))
+
+    async def _and_flush(
+        self, question: Coroutine[Any, Any, list[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        asking = asyncio.ensure_future(question)
         flushing = asyncio.ensure_future(self.flush())
         await asyncio.wait({asking, flushing})
         stuck = flushing.exception()

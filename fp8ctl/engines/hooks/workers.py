@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from fp8ctl.wire import InFlight
 
@@ -52,7 +52,8 @@ class Workers(Protocol):
           without entries where the rank was told them under this name: `loaded` (how many
           tensors), `broken` (True where weights were written and it then failed), `error`
           ("" or why; this question never raises for it), `seconds` {stage: seconds}. When
-          it answers, the client may write where the bucket lies.
+          it answers, the client may write where the bucket lies. With {then: details of
+          "progress"} also `then`, the answer to that, unless there is an error.
         - "progress" {expected: names}, as `settle`: the rank brings up to date what it derives from
           weights and waits for its device, then answers `broken` (an update raised half-way since
           the last `forget`), `unfilled` {name: which part} of the unscaled guard, `missing` (the
@@ -105,6 +106,20 @@ class Workers(Protocol):
 
         Raises:
             RuntimeError: the engine could not be brought back.
+        """
+        ...
+
+    async def receive(
+        self, details: Mapping[str, Any], then: Mapping[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Ask "receive"; and what `settle` asks as well, where the update ends with this bucket.
+
+        Args:
+            details: of "receive".
+            then: of "progress"; None: more is to come, as far as anybody knows.
+
+        Raises:
+            RuntimeError: of either.
         """
         ...
 

@@ -153,9 +153,19 @@ class Ranks:
         seconds = {"load": 0.5 + rank}
         return {"loaded": loaded, "broken": self.broken, "error": error, "seconds": seconds}
 
+    async def receive(self, details: Any, then: Any = None) -> list[dict[str, Any]]:
+        answers = await self.ask("receive", **details)
+        if then is None or any(answer["error"] for answer in answers):
+            return answers
+        behind = await self._settle(**then)
+        return [{**one, "then": told} for one, told in zip(answers, behind, strict=True)]
+
     async def settle(self, **details: Any) -> list[dict[str, Any]]:
         """As SGLang's ranks: what is asked together is worked off one after the other."""
         self.messages.append("settle")
+        return await self._settle(**details)
+
+    async def _settle(self, **details: Any) -> list[dict[str, Any]]:
         if "layouts" in details:
             await self._maybe("digests")
         answers = await self._ask("progress", **details)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fp8ctl.engines.hooks import ranklog, sglang_holding, sglang_ranks, sglang_worker
+from fp8ctl.engines.hooks.receiver import Receiver
 from fp8ctl.kernels.digest import digest, to_text
 from tests.engines.hooks.sglang_app import EXPECTED
 from tests.engines.hooks.sglang_engine import workers
@@ -166,6 +167,25 @@ def test_the_end_of_an_update_is_one_question_and_the_way_back_another(
         receiver._by_loader.add("a")
     assert asyncio.run(asked.resume(["a"])) == ""
     assert (len(engine.requests), holding[4:]) == (3, ["resume"] * 2)
+
+
+def test_the_last_bucket_and_the_end_of_its_update_are_one_question(
+    run_dir: Path, engine: Engine, holding: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = workers(engine)
+    told: dict[str, Any] = {"error": "", "broken": False, "loaded": 3, "seconds": {"copies": 0.1}}
+    monkeypatch.setattr(Receiver, "receive", lambda *_: told)
+    bucket = {"slot": 0, "nbytes": 8, "number": 0}
+    assert not any("then" in a for a in asyncio.run(asked.receive(bucket)))
+    assert holding == []
+    answers = asyncio.run(asked.receive(bucket, {"expected": EXPECTED, "layouts": []}))
+    assert [a["then"]["missing_count"] for a in answers] == [len(EXPECTED)] * 2
+    assert all(a["then"]["digests"]["tensors"] for a in answers)
+    assert [sorted(a["seconds"]) for a in answers] == [["copies", "settle"]] * 2
+    assert (len(engine.requests), holding) == (2, ["flush"] * 2)
+    told["error"] = "no carrier"
+    answers = asyncio.run(asked.receive(bucket, {"expected": []}))
+    assert not any("then" in a for a in answers)
 
 
 def test_ranks_that_cannot_trust_what_was_proven_compute_all_the_same(

@@ -14,7 +14,7 @@ import pytest
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks import updates
-from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run
+from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -177,7 +177,8 @@ def test_a_bucket_whose_predecessor_never_arrives_does_not_wait_for_it(how: str)
         lambda s: s.bucket(-1, NAMES[2:]),
         lambda s: s.bucket(1.0, NAMES[2:]),
         lambda s: s.bucket(True, NAMES[2:]),
-        lambda s: s.end(2),
+        lambda s: s.end(2),  # the last never comes
+        lambda s: s.end(3),
         lambda s: s.end(0),
         lambda s: s.bucket(1, NAMES[2:], push="another"),
         lambda s: s.end(1, push="another"),
@@ -198,6 +199,116 @@ def test_what_comes_out_of_order_is_refused_and_the_update_goes_on(
         assert error(answer) == (409, "FP8-ORDER", "updating")
         assert (await server.bucket(1, NAMES[2:]))[0] == 200
         assert (await server.end(2))[1]["state"] == "ready"
+
+    run(test())
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_an_end_may_come_while_the_last_bucket_is_on_its_way(before: int) -> None:
+    """By the connection that this bucket does not use; all of it may be said again."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        names = NAMES
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+            names = NAMES[2:]
+        # Its connection was cut, and the client asks by another.
+        ends = [asyncio.ensure_future(server.end(before + 1)) for _ in range(2)]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(end.done() for end in ends)
+        # One that more than a bucket is missing of waits for nothing.
+        early = await asyncio.wait_for(server.end(before + 2), 5)
+        assert error(early) == (409, "FP8-ORDER", "updating")
+        last = await server.bucket(before, names)
+        assert last[1]["number"] == before
+        ended = await asyncio.wait_for(ends[0], 5)
+        assert (ended[0], ended[1]["state"], ended[1]["verified"]) == (200, "ready", len(NAMES))
+        assert await ends[1] == await server.end(before + 1) == ended
+        # The answer to the last bucket may be lost, and END be worked off by then.
+        assert await server.bucket(before, names) == (200, {**last[1], "repeated": True})
+        assert error(await server.bucket(before, NAMES[:1]))[:2] == (409, "FP8-ORDER")
+        assert server.workers.calls.count("receive") == before + 1
+        assert server.workers.flushed == 1
+        # Who asks for another update has heard it.
+        assert (await server.push("C"))[0] == 200
+        assert error(await server.bucket(before, names))[:2] == (409, "FP8-ORDER")
+        assert server.workers.versions == {"C"}
+
+    run(test())
+
+
+def test_an_end_waits_as_long_as_the_last_bucket_is_being_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.05)
+
+    async def test() -> None:
+        server = Server()
+
+        async def slow() -> None:
+            await asyncio.sleep(0.3)
+
+        server.workers.faults["receive"] = slow
+        await server.begin()
+        bucket = asyncio.ensure_future(server.bucket(0, NAMES))
+        await until(lambda: "receive" in server.workers.calls)
+        assert (await server.end(1))[1]["verified"] == len(NAMES)
+        assert (await bucket)[0] == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("how", ["fails", "is refused", "abort"])
+def test_an_end_whose_last_bucket_is_not_taken_does_not_wait_for_it(how: str, before: int) -> None:
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+        end = asyncio.ensure_future(server.end(before + 1))
+        await asyncio.sleep(0.01)
+        if how == "fails":
+            server.workers.faults["rank 1"] = "no carrier"
+            assert error(await server.bucket(before, NAMES[2:]))[1] == "FP8-LOAD"
+        elif how == "is refused":
+            answer = await server.bucket(before, NAMES[2:], name="x.weight")
+            assert error(answer)[1] == "FP8-TENSOR"
+        else:
+            assert (await server.abort())[0] == 200
+        status, told = await asyncio.wait_for(end, 5)
+        assert (status, told["error"]["id"]) == (409, "FP8-ORDER")
+        assert "it has ended" in told["error"]["message"]
+        assert "progress" not in server.workers.calls
+        assert server.state == ("failed" if before or how == "fails" else "ready")
+        server.workers.faults.clear()
+        assert (await server.push("C"))[0] == 200
+
+    run(test())
+
+
+@pytest.mark.parametrize(("before", "state"), [(0, "ready"), (1, "failed")])
+def test_a_client_that_is_gone_with_its_end_asked_and_its_last_bucket_not_is_seen(
+    before: int, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(updates, "PREDECESSOR", 0.2)
+
+    async def test() -> None:
+        server = Server()
+        await server.begin(lease=0.1)
+        for number in range(before):
+            assert (await server.bucket(number, NAMES[:2]))[0] == 200
+        answer = await server.end(before + 1)
+        assert error(answer) == (409, "FP8-ORDER", "updating")
+        told = f"{before + 1} buckets were sent; {before} arrived"
+        assert answer[1]["error"]["message"] == told
+        await until(lambda: not server.updates.open)
+        assert server.state == state
+        assert "progress" not in server.workers.calls
+        assert (await server.push("C"))[0] == 200
 
     run(test())
 
@@ -306,5 +417,111 @@ def test_a_request_that_breaks_off_in_its_body_changes_nothing() -> None:
         assert await server.http("POST", wire.ABORT, gone=True) == (0, None)
         assert server.updates.open
         await server.abort()
+
+    run(test())
+
+
+# --- the last bucket and the end in one question --------------------------------------------------
+
+
+async def together(server: Server, version: str = "B", *, early: bool = True) -> tuple[int, Any]:
+    """Push all in one bucket, with an END that is there before it; return the last answer."""
+    await server.begin(version)
+    server.workers.messages.clear()
+    ending = asyncio.ensure_future(server.end(1, version)) if early else None
+    await asyncio.sleep(0.01)
+    status, told = await server.bucket(0, NAMES, version)
+    if status != 200:
+        return status, told
+    return await (server.end(1, version) if ending is None else ending)
+
+
+def test_ranks_tell_with_the_last_bucket_what_an_end_wants_that_is_there() -> None:
+    async def test() -> None:
+        server = Server()
+        assert (await together(server))[1]["verified"] == len(NAMES)
+        assert server.workers.messages == ["receive", "resume"]
+        assert server.workers.flushed == 1
+        assert (await together(server, "C", early=False))[1]["verified"] == len(NAMES)
+        assert server.workers.messages == ["receive", "settle", "resume"]
+        assert server.workers.flushed == 2
+
+    run(test())
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_end_that_comes_again_and_wants_something_else_asks_again(verify: bool) -> None:
+    """What the ranks told is of the last one that came, and the first one is worked off."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        first = asyncio.ensure_future(server.end(1, verify=verify))
+        await asyncio.sleep(0.01)
+        again = asyncio.ensure_future(server.end(1, verify=not verify))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES))[0] == 200
+        told = [await first, await again]
+        assert told[0] == told[1]
+        assert told[0][1]["verified"] == (len(NAMES) if verify else None)
+
+    run(test())
+
+
+def test_what_is_not_what_was_sent_is_seen_with_the_last_bucket_too() -> None:
+    async def test() -> None:
+        server = Server()
+        workers: Any = server.workers
+        kept = workers._receive
+
+        def flip(rank: int, **details: Any) -> dict[str, Any]:
+            told: dict[str, Any] = kept(rank, **details)
+            if rank:
+                server.workers.held[1][NAMES[0]] = "f" * 16
+            return told
+
+        workers._receive = flip
+        answer = await together(server)
+        assert error(answer) == (500, "FP8-UNEQUAL", "failed")
+        assert answer[1]["error"]["data"]["names"] == [NAMES[0]]
+        assert server.workers.messages == ["receive", "forget", "flush", "resume"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("what", ["progress", "digests", "flush"])
+def test_ranks_that_fail_behind_the_last_bucket_fail_the_update(what: str) -> None:
+    async def test() -> None:
+        server = Server()
+
+        async def once() -> None:
+            del server.workers.faults[what]
+            raise RuntimeError("no memory")
+
+        server.workers.faults[what] = once
+        answer = await together(server)
+        assert error(answer) == (500, "FP8-ENGINE", "failed")
+        assert "no memory" in answer[1]["error"]["message"]
+        assert (await server.push("C"))[1]["verified"] == len(NAMES)
+
+    run(test())
+
+
+def test_what_was_told_with_a_bucket_that_is_not_the_last_does_not_count() -> None:
+    """A client that said how many there are, and sends one more."""
+
+    async def test() -> None:
+        server = Server()
+        await server.begin()
+        one_more = asyncio.ensure_future(server.bucket(1, NAMES[2:]))
+        await asyncio.sleep(0.01)
+        early = asyncio.ensure_future(server.end(1))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES[:2]))[0] == 200
+        assert (await one_more)[0] == 200
+        assert error(await early)[:2] == (409, "FP8-ORDER")
+        assert server.workers.messages.count("settle") == 0
+        assert (await server.end(2))[1]["verified"] == len(NAMES)
+        assert server.workers.messages.count("settle") == 1
 
     run(test())
