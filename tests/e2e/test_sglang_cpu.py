@@ -54,10 +54,11 @@ def test_serve_check_refit_and_find_a_flipped_bit(
         _see_the_code(found["code"])
         assert found["weights"]["counts"]["different"] == 0
         assert found["weights"]["counts"]["equal"] >= 420  # 210 codes, 210 scales
-        question = {"role": "user", "content": "What is the capital of France?"}
-        chat = {"model": "demo", "messages": [question], "temperature": 0, "max_tokens": 12}
-        answer = post(url, "/v1/chat/completions", chat).json()
-        assert "Paris" in answer["choices"][0]["message"]["content"]
+        # No question: "The" and "L'Alma, la France" are as likely an answer of this model in FP8,
+        # and the processor decides.
+        prompt = {"model": "demo", "prompt": "The capital of France is", "temperature": 0}
+        answer = post(url, "/v1/completions", {**prompt, "max_tokens": 8}).json()
+        assert "Paris" in answer["choices"][0]["text"]
 
         # An independent forward of the dequantised weights agrees with what is served.
         ids, before = logprobs(url, TEXT)
