@@ -181,12 +181,11 @@ class Filler:
         entries, tensors = self._placed, self._tensors
         self._placed, self._tensors, self._written = [], [], 0
         alone, slot, nbytes = self._is_bucket(entries), self._slot, self._used
+        assert self._delivery is not None  # these have their places from it
         if alone:
-            assert self._delivery is not None
             self._delivery.give(slot, nbytes, entries)
             self._next_slot()
-        if self._delivery is not None:
-            self._delivery.begin()  # behind the first bucket: it goes before they are asked
+        self._delivery.begin()  # behind the first bucket: it goes before they are asked
         with self.stage("digest"):
             look = self._looker.begin(entries, tensors, scales, check)
         self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)

@@ -112,6 +112,9 @@ class Delivery(Protocol):
     def drain(self) -> None:
         """Wait until all buckets are there."""
 
+    def failed(self) -> bool:
+        """Say, in any thread, whether something is known to have gone wrong with a bucket."""
+
     def cancel(self, why: str) -> None:
         """End what waits, from any thread."""
 
@@ -243,7 +246,7 @@ class ByCarrier:
         self._wait(lambda bucket: bucket.all)
 
     def failed(self) -> bool:
-        """Say, in any thread, whether something is known to have gone wrong with a bucket."""
+        """Say whether one on its way has failed."""
         return any(bucket.error() is not None for bucket in self._under_way)
 
     def cancel(self, why: str) -> None:

@@ -135,6 +135,10 @@ class ByFolder:
         except OSError as e:
             raise _refused(self.path, e) from e
 
+    def failed(self) -> bool:
+        """Return False: `drain` raises what went wrong, and nothing is on its way after it."""
+        return False
+
     def cancel(self, why: str) -> None:
         """Do nothing: writing ends by itself."""
 

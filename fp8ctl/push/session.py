@@ -65,9 +65,7 @@ class Session:
         answers(self._fleet.start(lambda _, server: server.folder(self._push, path, entries)))
         return 1
 
-    def end(
-        self, buckets: int, skipped: Sequence[str], failed: Callable[[], bool] | None = None
-    ) -> None:
+    def end(self, buckets: int, skipped: Sequence[str], failed: Callable[[], bool]) -> None:
         """Ask all servers to have the update take force; returns before they have.
 
         Args:
@@ -81,7 +79,7 @@ class Session:
         def one(_: int, server: Server) -> dict[str, Any]:
             # A server may have taken a bucket whose answer was lost: it must not serve what is
             # given up here.
-            if failed is not None and failed():
+            if failed():
                 raise AbortedError(f"{server.url} did not take all buckets")
             return server.end(self._push, buckets, skipped, verify)
 

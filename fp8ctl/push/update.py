@@ -273,8 +273,7 @@ class Work:
                 buckets = session.load_folder(delivery)
         self._company.require_all()
         with self._clock.stage("end"):
-            failed = delivery.failed if isinstance(delivery, ByCarrier) else None
-            session.end(buckets, filler.skipped, failed)
+            session.end(buckets, filler.skipped, delivery.failed)
 
     def _told(self, **more: Any) -> Update:
         filler = self._filler

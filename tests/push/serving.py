@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from fp8ctl.kernels.digest import digest, to_text
 from tests.listed import Listed
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 
     from fp8ctl.manifest import Plan
 
@@ -315,3 +316,15 @@ def serving(plan: Plan | None, **how: Any) -> Iterator[Server]:
         yield server
     finally:
         server.close()
+
+
+async def cancelled(update: Coroutine[Any, Any, object], reached: threading.Event) -> float:
+    """Cancel an update when something is reached; return the seconds until it has ended."""
+    task = asyncio.create_task(update)
+    assert await asyncio.to_thread(reached.wait, 20)
+    start = time.monotonic()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+        raise AssertionError("it was not cancelled")
+    return time.monotonic() - start

@@ -33,7 +33,7 @@ from fp8ctl.kernels import quantize as kernels
 from fp8ctl.push import Rollout
 from fp8ctl.push.delivery import ByCarrier
 from fp8ctl.wire import Slot, place
-from tests.push.serving import CutOffError, Server, serving
+from tests.push.serving import CutOffError, Server, cancelled, serving
 from tests.push.test_rollout import CHANGED, HOW, holds, update
 from tests.test_stream import PLAN, WEIGHTS, Source, planned, wanted
 
@@ -554,20 +554,11 @@ def test_a_cancelled_update_is_aborted_at_once(when: str, server: Server) -> Non
                     await inner.aclose()  # type: ignore[attr-defined]
             yield item
 
-    async def run(rollout: Rollout) -> float:
-        task = asyncio.create_task(rollout.aupdate(named(), "new"))
-        assert await asyncio.to_thread(reached.wait, 20)
-        start = time.monotonic()
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        return time.monotonic() - start
-
     with Rollout(server.url, PLAN, bucket_bytes=9000) as rollout:
         if when != "source":
             path = "/fp8ctl/state" if when == "state" else f"/fp8ctl/push/{when}"
             server.faults[path] = hang
-        assert asyncio.run(run(rollout)) < AT_ONCE
+        assert asyncio.run(cancelled(rollout.aupdate(named(), "new"), reached)) < AT_ONCE
         if when != "state" and when != "connect":
             assert wire.ABORT in server.asked
         if source.came:

@@ -225,7 +225,7 @@ class Updates:
     async def bucket(self, found: Body) -> Body:
         """Load one bucket, after all of it was compared with the plan."""
         number = found.get("number")
-        await self._predecessor(found, number)
+        await _predecessor(self._early(found, number))
         request = {k: v for k, v in found.items() if k != "push"}
         async with self._session.turn:
             ended = self._session.past.of(found.get("push"))
@@ -267,22 +267,13 @@ class Updates:
                 push.took(loaded.told["seconds"])
             return answer
 
-    async def _predecessor(self, found: Body, number: object) -> None:
-        """Wait until the bucket before this request has been taken, where that is yet to come.
-
-        They come by two connections, so that the ranks need not wait for the client's next.
+    def _early(self, found: Body, number: object) -> OpenPush | None:
+        """Return the update of a request that comes before the bucket before it was taken.
 
         Args:
             found: the request.
             number: of its bucket; of END that of the bucket that would be next.
         """
-        push = self._early(found, number)
-        if push is not None:
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
-
-    def _early(self, found: Body, number: object) -> OpenPush | None:
-        """Return the update of a request that comes before the bucket before it was taken."""
         push = self._session.push
         if push is None or push.begin.push != found.get("push") or type(number) is not int:
             return None
@@ -293,11 +284,10 @@ class Updates:
         skipped, verify = found.get("skipped", []), found.get("verify", True)
         if not isinstance(skipped, list) or not all(isinstance(n, str) for n in skipped):
             raise wire.WireError("skipped: expected a list of names")
-        buckets = found.get("buckets")
-        early = self._early(found, buckets)
+        early = self._early(found, found.get("buckets"))
         if early is not None:  # ranks are asked for what its end wants with their last bucket
             early.ending = Ending(early.number + 1, bool(verify))
-            await self._predecessor(found, buckets)
+        await _predecessor(early)
         async with self._session.turn:
             ended = self._session.past.of(found.get("push"))
             if ended is not None and ended.answer is not None:
@@ -365,6 +355,16 @@ class Updates:
         ended = self._session.past.of(name)
         how = f"it has ended: {ended.told}" if ended else "it was not begun"
         raise RefusedError(409, "FP8-ORDER", f"{name!r:.80} is no open update: {how}")
+
+
+async def _predecessor(push: OpenPush | None) -> None:
+    """Wait until the bucket before a request that is `early` has been taken.
+
+    They come by two connections, so that the ranks need not wait for the client's next.
+    """
+    if push is not None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(push.moved.wait(), PREDECESSOR)
 
 
 def _brief(plan: Mapping[str, Any]) -> dict[str, object] | None:
