@@ -31,8 +31,9 @@ from fp8ctl.layout import header
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from fp8ctl.course import Places
     from fp8ctl.manifest import Plan
-    from fp8ctl.push.delivery import Clock, Places
+    from fp8ctl.push.delivery import Clock
     from fp8ctl.wire import Entry
 
 PREFIX = "fp8ctl-push-"
