@@ -312,7 +312,8 @@ class _Whole:
 
     def request(self, *what: Any, **more: Any) -> None:
         """Send a request, whose body is bytes or none."""
-        self._parts = parts = []
+        parts: list[bytes] = []
+        self._parts = parts
         try:
             super().request(*what, **more)  # type: ignore[misc]
         finally:

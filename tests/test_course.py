@@ -1,0 +1,222 @@
+"""What is like the update before is not looked at again; what is not, is as if it came first."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from fp8ctl import forms
+from fp8ctl.course import Placed
+from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
+from fp8ctl.formats import Mode
+from fp8ctl.push import Rollout
+from tests.push.serving import Server, serving
+from tests.push.test_rollout import CHANGED, holds, quantised
+from tests.test_stream import PLAN, WEIGHTS, planned, wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Named = tuple[str, torch.Tensor]
+#: Two or three tensors each.
+BUCKET = 9000
+SAME, OTHER = [*WEIGHTS.items()], [*CHANGED.items()]
+GATE = "model.layers.1.mlp.gate_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names that a push's form was asked about."""
+    names: list[str] = []
+    of_push = forms.of_push
+
+    def noting(*of: Any) -> forms.Form:
+        form = of_push(*of)
+
+        def quantized(name: str, shape: torch.Size) -> bool:
+            names.append(name)
+            return form.quantized(name, shape)
+
+        return dataclasses.replace(form, quantized=quantized)
+
+    monkeypatch.setattr(forms, "of_push", noting)
+    return names
+
+
+def without(name: str, pairs: list[Named] = OTHER) -> list[Named]:
+    return [pair for pair in pairs if pair[0] != name]
+
+
+def instead(name: str, tensor: torch.Tensor, pairs: list[Named] = OTHER) -> list[Named]:
+    return [(n, tensor if n == name else t) for n, t in pairs]
+
+
+@pytest.mark.parametrize("bucket", [1, BUCKET, 1 << 30])
+def test_the_same_names_and_shapes_are_asked_about_once(bucket: int, asked: list[str]) -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=bucket) as rollout:
+        rollout.update(SAME, 1)
+        assert asked == [*WEIGHTS]
+        asked.clear()
+        for pairs in (OTHER, SAME, OTHER):
+            rollout.update(iter(pairs), 2)
+            assert holds(server, quantised(dict(pairs)))
+        assert not asked
+
+
+def test_from_the_first_that_is_another_all_is_asked_again(asked: list[str]) -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        rollout.update(SAME, 1)
+        asked.clear()
+        rollout.update([*OTHER[:5], *reversed(OTHER[5:])], 2)
+        assert asked == [name for name, _ in reversed(OTHER[5:])]
+        assert holds(server, quantised(CHANGED))
+
+
+REFUSED: dict[str, tuple[list[Named], type[Exception], str]] = {
+    "one twice": ([*OTHER, OTHER[0]], ConflictError, "comes a second time"),
+    "one twice in a row": ([*OTHER[:3], *OTHER[2:]], ConflictError, "comes a second time"),
+    "one too few": (OTHER[:-1], ConflictError, "1 tensors of the plan did not come"),
+    "one left out": (without(NORM), ConflictError, "1 tensors of the plan did not come"),
+    "a stranger": ([*OTHER, ("x", OTHER[0][1])], ConflictError, "not in the plan"),
+    "another shape": (instead(NORM, torch.zeros(65)), PlanDoesNotFitError, "planned [64]"),
+    "NaN kept": (instead(NORM, torch.full((64,), torch.nan)), PlanDoesNotFitError, NORM),
+    "NaN quantised": (instead(GATE, CHANGED[GATE] * torch.nan), PlanDoesNotFitError, GATE),
+    "no pair": ([*OTHER[:3], 3], TypeError, "int where"),  # type: ignore[list-item]
+    "no tensor": ([*OTHER[:3], (OTHER[3][0], 3)], TypeError, "(str, int)"),  # type: ignore[list-item]
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_the_first_time_is_refused_the_second(case: str) -> None:
+    pairs, kind, told = REFUSED[case]
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        rollout.update(SAME, 1)
+        with pytest.raises(kind) as e:
+            rollout.update(pairs, 2)
+        assert told in str(e.value)
+        rollout.update(OTHER, 3)
+        assert holds(server, quantised(CHANGED))
+
+
+def test_a_part_that_came_as_such_is_not_all_when_it_comes_as_that() -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        rollout.update(SAME, 1)
+        for _ in range(2):
+            rollout.update(without(NORM), 2, complete=False)
+        with pytest.raises(ConflictError, match=f"such as {NORM}"):
+            rollout.update(without(NORM), 3)
+
+
+def test_another_dtype_is_another_tensor() -> None:
+    rounded = [(name, tensor.double()) for name, tensor in OTHER]
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        for pairs in (SAME, rounded, SAME, rounded):
+            rollout.update(pairs, 1)
+            assert holds(server, quantised(CHANGED if pairs is rounded else WEIGHTS))
+
+
+def test_what_is_in_fp8_already_follows_no_course_of_what_is_not() -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        for _ in range(2):
+            rollout.update(SAME, 1)
+            assert holds(server, wanted())
+            rollout.update(quantised(CHANGED), 2, quantized=True)
+            assert holds(server, quantised(CHANGED))
+
+
+SOURCES: list[Callable[[list[Named]], Any]] = [
+    list,
+    iter,
+    lambda pairs: dict(pairs).items(),
+    lambda pairs: [(n, torch.nn.Parameter(t)) for n, t in pairs],
+]
+
+
+def _some_update(chance: random.Random) -> tuple[Any, dict[str, Any]]:
+    """Return a source, and how it is pushed."""
+    pairs: list[Any] = [*chance.choice([SAME, OTHER])]
+    kind = chance.randrange(8)
+    if kind == 1:
+        chance.shuffle(pairs)
+    elif kind == 2:
+        at = chance.randrange(len(pairs))
+        pairs[at:] = reversed(pairs[at:])
+    elif kind == 3:
+        pairs.insert(chance.randrange(len(pairs)), chance.choice(pairs))
+    elif kind == 4:
+        del pairs[chance.randrange(len(pairs))]
+    elif kind == 5:
+        at = chance.randrange(len(pairs))
+        pairs[at] = pairs[at][0], chance.choice(pairs)[1]
+    elif kind == 6:
+        at = chance.randrange(len(pairs))
+        pairs[at] = pairs[at][0], pairs[at][1].float() * chance.choice([1, torch.inf])
+    source = chance.choice(SOURCES)
+    complete = chance.random() < 0.6
+    return source(pairs), {"complete": complete}
+
+
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_course_makes_a_difference(seed: int, delta: bool) -> None:
+    """One rollout gives and refuses what a new one for every update does."""
+    chance, bucket = random.Random(seed), random.Random(seed).choice([1, BUCKET, 1 << 30])
+
+    def outcome(server: Server, rollout: Rollout, given: tuple[Any, dict[str, Any]]) -> object:
+        source, how = given
+        try:
+            done = rollout.update(source, 1, **how)
+        except (Fp8ctlError, TypeError) as e:
+            return type(e), str(e).replace(server.url, ""), server.state
+        return done.sent + done.skipped, done.bytes_sent + done.bytes_skipped, server.state
+
+    with (
+        serving(PLAN) as server,
+        serving(PLAN) as other,
+        Rollout(server.url, PLAN, bucket_bytes=bucket, delta=delta) as rollout,
+    ):
+        for _ in range(12):
+            state = chance.getstate()
+            found = outcome(server, rollout, _some_update(chance))
+            chance.setstate(state)
+            with Rollout(other.url, PLAN, bucket_bytes=bucket, delta=delta) as new:
+                assert found == outcome(other, new, _some_update(chance))
+            if server.state == "ready":
+                assert holds(server, other.table.held[0].items())
+
+
+@pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
+def test_no_memory_of_a_connection_outlives_it(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[weakref.ref[Placed]] = []
+    begin = Placed.__init__
+
+    def noted(self: Placed, *of: Any) -> None:
+        begin(self, *of)
+        cut.append(weakref.ref(self))
+
+    monkeypatch.setattr(Placed, "__init__", noted)
+    plan = planned(WEIGHTS, mode)
+    with serving(plan) as server, Rollout(server.url, plan, bucket_bytes=BUCKET) as rollout:
+        for _ in range(3):
+            rollout.update(SAME, 1)
+        # Each bucket in the slots that it came to lie in; the second round is the first's.
+        assert len(cut) <= 2 * len({id(one().parcel) for one in cut})  # type: ignore[union-attr]
+        rollout.close()
+        gc.collect()
+        assert not any(one() for one in cut)
+        rollout.update(OTHER, 2)
+        assert holds(server, quantised(CHANGED) if mode is Mode.BLOCK else _per_tensor(CHANGED))
+
+
+def _per_tensor(weights: dict[str, torch.Tensor]) -> list[Named]:
+    from fp8ctl.stream import quantize_weights
+
+    pairs = quantize_weights(weights.items(), planned(WEIGHTS, Mode.PER_TENSOR))
+    return [(name, t.contiguous()) for name, t in pairs]
