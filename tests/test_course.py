@@ -110,7 +110,7 @@ def test_a_part_that_came_as_such_is_not_all_when_it_comes_as_that() -> None:
         rollout.update(SAME, 1)
         for _ in range(2):
             rollout.update(without(NORM), 2, complete=False)
-        with pytest.raises(ConflictError, match=f"such as {NORM}"):
+        with pytest.raises(ConflictError, match=f"of the plan did not come, such as {NORM}"):
             rollout.update(without(NORM), 3)
 
 
@@ -122,6 +122,14 @@ def test_another_dtype_is_another_tensor() -> None:
             assert holds(server, quantised(CHANGED if pairs is rounded else WEIGHTS))
 
 
+def test_without_a_plan_another_dtype_is_sent_as_it_is() -> None:
+    rounded = [(name, tensor.double().contiguous()) for name, tensor in OTHER]
+    with serving(None) as server, Rollout(server.url, None, bucket_bytes=1 << 20) as rollout:
+        for pairs in (SAME, rounded, SAME):
+            rollout.update(pairs, 1)
+            assert holds(server, [(name, t.contiguous()) for name, t in pairs])
+
+
 def test_what_is_in_fp8_already_follows_no_course_of_what_is_not() -> None:
     with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
         for _ in range(2):
@@ -129,6 +137,9 @@ def test_what_is_in_fp8_already_follows_no_course_of_what_is_not() -> None:
             assert holds(server, wanted())
             rollout.update(quantised(CHANGED), 2, quantized=True)
             assert holds(server, quantised(CHANGED))
+        rollout.update(SAME, 3)
+        with pytest.raises(ConflictError, match="tensors of the plan did not come"):
+            rollout.update(SAME, 4, quantized=True)
 
 
 SOURCES: list[Callable[[list[Named]], Any]] = [

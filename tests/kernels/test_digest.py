@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,7 +277,8 @@ def test_a_gpu_gives_the_same() -> None:
                 held.append((a, b))
     assert digests((b, 3, 5) for _, b in held) == digests((a, 3, 5) for a, _ in held)
     prepared = module.Prepared([b for _, b in held])
-    for stream in (torch.cuda.Stream(), torch.cuda.current_stream()):
+    streams: list[Any] = [torch.cuda.Stream(), torch.cuda.current_stream()]  # type: ignore[no-untyped-call]
+    for stream in streams:
         with torch.cuda.stream(stream):
             assert prepared.start()() == digests((a, 0, 0) for a, _ in held)
 
