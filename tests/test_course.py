@@ -130,16 +130,21 @@ def test_without_a_plan_another_dtype_is_sent_as_it_is() -> None:
             assert holds(server, [(name, t.contiguous()) for name, t in pairs])
 
 
-def test_what_is_in_fp8_already_follows_no_course_of_what_is_not() -> None:
-    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+@pytest.mark.parametrize("bucket", [BUCKET, 1 << 30])
+def test_what_is_in_fp8_already_follows_no_course_of_what_is_not(bucket: int) -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=bucket) as rollout:
         for _ in range(2):
             rollout.update(SAME, 1)
             assert holds(server, wanted())
             rollout.update(quantised(CHANGED), 2, quantized=True)
             assert holds(server, quantised(CHANGED))
-        rollout.update(SAME, 3)
+
+
+def test_what_should_be_fp8_already_is_not_made_fp8_since_it_was_before() -> None:
+    with serving(PLAN) as server, Rollout(server.url, PLAN) as rollout:
+        rollout.update(SAME, 1)
         with pytest.raises(ConflictError, match="tensors of the plan did not come"):
-            rollout.update(SAME, 4, quantized=True)
+            rollout.update(SAME, 2, quantized=True)
 
 
 SOURCES: list[Callable[[list[Named]], Any]] = [
