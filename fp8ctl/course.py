@@ -26,12 +26,7 @@ if TYPE_CHECKING:
 
     from fp8ctl.forms import Form
 
-    #: Where parcels lie: address of the memory, bytes of it before them, and which one.
-    Places = dict[tuple[int, int, "Parcel"], "Placed"]
-
 _FLOATS = {"bfloat16", "float16", "float32", "float64"}
-#: As many as the buckets of a large model in each of their slots; others come in delta updates.
-_MOST_PLACES = 1 << 10
 
 
 class Step(NamedTuple):
@@ -93,6 +88,7 @@ class Placed:
 
     Attributes:
         parcel: which one.
+        start: bytes of the bucket before it.
         entries: as in the bucket that this memory is.
         tensors: of each entry, in the memory.
         pairs: codes and scales of each tensor that becomes FP8.
@@ -107,7 +103,7 @@ class Placed:
             memory: uint8 of a whole bucket.
             start: bytes of the bucket before it.
         """
-        self.parcel = parcel
+        self.parcel, self.start = parcel, start
         self.entries = parcel.entries
         if start:
             self.entries = [one._replace(offset=start + one.offset) for one in parcel.entries]
@@ -120,17 +116,6 @@ class Placed:
     def digests(self) -> Prepared:
         """What computes the digests of all of them, again and again."""
         return Prepared(self.tensors)
-
-
-def placed(places: Places, parcel: Parcel, memory: torch.Tensor, start: int) -> Placed:
-    """Return a parcel in memory, which is `places`' own: it was there before, or is cut now."""
-    key = memory.data_ptr(), start, parcel
-    found = places.get(key)
-    if found is None:
-        if len(places) > _MOST_PLACES:
-            places.clear()
-        found = places[key] = Placed(parcel, memory, start)
-    return found
 
 
 @dataclass(frozen=True)
@@ -148,6 +133,31 @@ class Course:
     steps: Sequence[Step]
     parcels: Mapping[tuple[int, int], Parcel]
     complete: bool
+
+
+class Places:
+    """What lies in the memory of a carrier, from update to update."""
+
+    def __init__(self) -> None:
+        #: By the address of a bucket's memory, and the parcel.
+        self._placed: dict[tuple[int, Parcel], Placed] = {}
+
+    def at(self, parcel: Parcel, memory: torch.Tensor, start: int) -> Placed:
+        """Return a parcel where it lies: it did before, or is cut now; see `Placed`."""
+        key = memory.data_ptr(), parcel
+        found = self._placed.get(key)
+        if found is None or found.start != start:
+            found = self._placed[key] = Placed(parcel, memory, start)
+        return found
+
+    def keep(self, course: Course | None) -> None:
+        """Forget parcels that are not of this course: nobody asks for them any more."""
+        those = set() if course is None else {*course.parcels.values()}
+        self._placed = {key: one for key, one in self._placed.items() if key[1] in those}
+
+    def clear(self) -> None:
+        """Forget all: no tensor is left that uses the memory."""
+        self._placed.clear()
 
 
 class Follower:

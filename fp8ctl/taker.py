@@ -394,16 +394,22 @@ def _is_ready(tensor: torch.Tensor, step: Step, where: torch.device) -> bool:
 
 
 def _copy(places: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Copy tensors, the small ones of a device in one launch."""
-    small: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    """Copy tensors, the small ones that need not be changed in a launch for each dtype.
+
+    Torch's list of copies is trusted with nothing else: it may take one place's dtype for that of
+    all (pytorch #173383), and not every kind of tensor knows it.
+    """
+    small: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for place, tensor in zip(places, tensors, strict=True):
-        if place.nbytes > _SMALL or place.device != tensor.device:
+        alike = place.dtype == tensor.dtype and place.device == tensor.device
+        if not alike or place.nbytes > _SMALL or type(tensor) not in _PLAIN:
             place.copy_(tensor)
         elif place.nbytes:
-            small[0].append(place)
-            small[1].append(tensor)
-    if small[0]:
-        torch._foreach_copy_(*small)
+            into, those = small.setdefault(place.dtype, ([], []))
+            into.append(place)
+            those.append(tensor)
+    for into, those in small.values():
+        torch._foreach_copy_(into, those)
 
 
 def _nothing() -> None:

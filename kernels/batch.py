@@ -129,6 +129,7 @@ class Started:
         """
         self._outputs, self._xs, self._flag = outputs, xs, flag
 
+    @torch.no_grad()
     def wait(self) -> Sequence[Pair]:
         """Wait for the device, as far as it has to go for this; return the outputs.
 

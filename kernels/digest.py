@@ -149,16 +149,10 @@ class Prepared:
         self._way = _path(tensors[0].device) if tensors else None
         sums = [_sums(t.detach(), 0, 0) for t in tensors]
         self._sums = [(i, one) for i, one in enumerate(sums) if one is not None]
-        self._list: Any = None
         # What had to be copied first is another number the next time.
         self._stays = all(_begin(tensors[i]) == _begin(one.bits) for i, one in self._sums)
-        if self._stays and self._way is None and self._sums:
-            from fp8ctl.kernels import digest_triton
-
-            self._list = digest_triton.Prepared([one for _, one in self._sums])
-            # Its tables must be there, whatever stream it runs on the next time.
-            cuda: Any = torch.cuda
-            cuda.current_stream(tensors[0].device).synchronize()
+        #: On a GPU: the stream that its tables were made on, and that runs it.
+        self._list: tuple[int, digest_triton.Prepared] | None = None
 
     @torch.no_grad()
     def start(self) -> Callable[[], list[int]]:
@@ -166,12 +160,22 @@ class Prepared:
         if not self._stays:
             return start((t, 0, 0) for t in self._tensors)
         found: list[int | torch.Tensor] = [0] * len(self._tensors)
-        if self._list is not None:
-            return _ending(found, [([i for i, _ in self._sums], self._list.run())])
-        if self._way is not None:
-            for i, sums in self._sums:
-                found[i] = self._way(sums)
+        if self._way is None and self._sums:
+            return _ending(found, [([i for i, _ in self._sums], self._there().run())])
+        for i, sums in self._sums:
+            assert self._way is not None
+            found[i] = self._way(sums)
         return _ending(found, [])
+
+    def _there(self) -> digest_triton.Prepared:
+        """Return what runs on the current stream: tables are made anew for another one."""
+        from fp8ctl.kernels import digest_triton
+        from fp8ctl.kernels.launch import current_stream
+
+        stream = current_stream(self._tensors[0].device)
+        if self._list is None or self._list[0] != stream:
+            self._list = stream, digest_triton.Prepared([one for _, one in self._sums])
+        return self._list[1]
 
 
 def _ending(
@@ -301,7 +305,7 @@ class Lists:
     """Lists of tensors on GPUs, and what was found out about those that were asked for before.
 
     To find out how a tensor is cut takes Python 40 us, as long as an H100 takes to read 100 MB
-    of it; and a push asks for the same tensors at every update.
+    of it; and a rank is asked for the same tensors at every update.
     """
 
     def __init__(self, most: int = 256) -> None:

@@ -16,12 +16,14 @@ from fp8ctl.course import Placed
 from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
 from fp8ctl.formats import Mode
 from fp8ctl.push import Rollout
+from fp8ctl.stream import quantize_weights
 from tests.push.serving import Server, serving
 from tests.push.test_rollout import CHANGED, holds, quantised
 from tests.test_stream import PLAN, WEIGHTS, planned, wanted
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 Named = tuple[str, torch.Tensor]
 #: Two or three tensors each.
@@ -208,31 +210,77 @@ def test_no_course_makes_a_difference(seed: int, delta: bool) -> None:
                 assert holds(server, other.table.held[0].items())
 
 
-@pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
-def test_no_memory_of_a_connection_outlives_it(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut: list[weakref.ref[Placed]] = []
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Placed]]:
+    """Every parcel that came to lie somewhere."""
+    found: list[weakref.ref[Placed]] = []
     begin = Placed.__init__
 
     def noted(self: Placed, *of: Any) -> None:
         begin(self, *of)
-        cut.append(weakref.ref(self))
+        found.append(weakref.ref(self))
 
     monkeypatch.setattr(Placed, "__init__", noted)
+    return found
+
+
+def alive(cut: list[weakref.ref[Placed]]) -> int:
+    gc.collect()
+    return sum(one() is not None for one in cut)
+
+
+@pytest.mark.parametrize("mode", [Mode.BLOCK, Mode.PER_TENSOR])
+@pytest.mark.parametrize("via", ["ipc", "disk"])
+def test_no_memory_of_a_connection_outlives_it(
+    mode: Mode, via: Any, cut: list[weakref.ref[Placed]], tmp_path: Path
+) -> None:
     plan = planned(WEIGHTS, mode)
-    with serving(plan) as server, Rollout(server.url, plan, bucket_bytes=BUCKET) as rollout:
+    with (
+        serving(plan) as server,
+        Rollout(server.url, plan, via=via, bucket_bytes=BUCKET, folder=tmp_path) as rollout,
+    ):
         for _ in range(3):
             rollout.update(SAME, 1)
-        # Each bucket in the slots that it came to lie in; the second round is the first's.
-        assert len(cut) <= 2 * len({id(one().parcel) for one in cut})  # type: ignore[union-attr]
+        assert bool(alive(cut)) == (via == "ipc")  # a folder's memory is an update's
         rollout.close()
-        gc.collect()
-        assert not any(one() for one in cut)
+        assert not alive(cut)
         rollout.update(OTHER, 2)
-        assert holds(server, quantised(CHANGED) if mode is Mode.BLOCK else _per_tensor(CHANGED))
+        pairs = quantize_weights(CHANGED.items(), plan)
+        assert holds(server, [(name, t.contiguous()) for name, t in pairs])
 
 
-def _per_tensor(weights: dict[str, torch.Tensor]) -> list[Named]:
-    from fp8ctl.stream import quantize_weights
+@pytest.mark.parametrize("delta", [False, True])
+@pytest.mark.parametrize("bucket", [1, BUCKET])
+def test_what_lies_there_is_cut_once_for_each_slot(
+    bucket: int, delta: bool, cut: list[weakref.ref[Placed]]
+) -> None:
+    with (
+        serving(PLAN) as server,
+        Rollout(server.url, PLAN, bucket_bytes=bucket, delta=delta) as rollout,
+    ):
+        rollout.update(SAME, 1)
+        first = len(cut)
+        for i in range(9):
+            rollout.update([SAME, OTHER][i % 2], i)
+        assert alive(cut) <= 2 * first
+        before = len(cut)
+        rollout.update(OTHER, 9)
+        assert delta or len(cut) == before
 
-    pairs = quantize_weights(weights.items(), planned(WEIGHTS, Mode.PER_TENSOR))
-    return [(name, t.contiguous()) for name, t in pairs]
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_what_lay_there_for_another_course_is_forgotten(
+    failing: bool, cut: list[weakref.ref[Placed]]
+) -> None:
+    chance = random.Random(0)
+    with serving(PLAN) as server, Rollout(server.url, PLAN, bucket_bytes=BUCKET) as rollout:
+        rollout.update(SAME, 0)
+        most = 2 * len(cut)
+        for i in range(12):
+            pairs = chance.sample(OTHER, len(OTHER))
+            if failing:
+                with pytest.raises(ConflictError):
+                    rollout.update([*pairs, pairs[0]], i)
+            else:
+                rollout.update(pairs, i)
+            assert alive(cut) <= 2 * most

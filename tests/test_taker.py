@@ -27,6 +27,29 @@ def test_copies_together_are_copies_one_by_one(small: int, monkeypatch: pytest.M
     taker._copy([], [])
 
 
+def test_one_launch_copies_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch may take the first place's dtype for that of all, and write beside the others."""
+    launches: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+    copies = torch._foreach_copy_
+
+    def noted(into: list[torch.Tensor], those: list[torch.Tensor]) -> None:
+        launches.append((into, those))
+        copies(into, those)
+
+    class Other(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(torch, "_foreach_copy_", noted)
+    dtypes = [torch.bfloat16, torch.float32, torch.float16]
+    places = [torch.zeros(8, dtype=dtype) for dtype in dtypes for _ in dtypes for _ in range(2)]
+    tensors = [torch.ones(8, dtype=dtype) for _ in dtypes for dtype in dtypes for _ in range(2)]
+    taker._copy([*places, torch.zeros(8)], [*tensors, torch.ones(8).as_subclass(Other)])
+    for into, those in launches:
+        assert len({t.dtype for t in (*into, *those)}) == len({type(t) for t in those}) == 1
+    assert [len(into) for into, _ in launches] == [2, 2, 2]
+    assert all(bool((place == 1).all()) for place in places)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_copies_the_same_from_where_it_lies() -> None:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
 
-from fp8ctl.course import placed
 from fp8ctl.errors import ConflictError, UsageError
 from fp8ctl.push.looking import Looker
 from fp8ctl.push.result import Progress
 from fp8ctl.wire import ALIGN, Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     import torch
@@ -153,7 +153,7 @@ class Filler:
                 self._look_at_last()  # who waits anyway has the time, and servers the next bucket
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
-        self._placed = placed(delivery.places, parcel, self._memory, self._used)
+        self._placed = delivery.places.at(parcel, self._memory, self._used)
         self._used += nbytes
         return self._placed
 
@@ -248,7 +248,7 @@ class Filler:
         self._check_tie()
         assert self._delivery is not None
         if batch.slot is not None:
-            self._tell_of(found, [True] * len(found), took)
+            self._tell_of(found, repeat(True), took)
             self.sent += len(found)
             self.bytes_sent += batch.placed.parcel.values
             self._delivery.deliver(batch.slot, batch.nbytes, found)
@@ -266,11 +266,11 @@ class Filler:
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
 
-    def _tell_of(self, found: list[Entry], sent: list[bool], took: float) -> None:
+    def _tell_of(self, found: list[Entry], sent: Iterable[bool], took: float) -> None:
         """Have the recorder note these."""
         if self._note is not None:
             head = self._tie and self._tie[0]
-            pairs = zip(found, sent, strict=True)
+            pairs = zip(found, sent)  # noqa: B905 - that all are sent is told without an end
             self._note([(entry, yes) for entry, yes in pairs if entry.name != head], took)
 
     def _wanted(self, found: list[Entry]) -> list[bool]:

@@ -302,7 +302,7 @@ class Server:
             return response.status, None
 
 
-class _Whole:
+class _OneSend:
     """A connection that sends a request's head together with its body.
 
     http.client sends one after the other, and a server that is idle wakes for each.
@@ -328,11 +328,11 @@ class _Whole:
             self._parts.append(data)
 
 
-class _Plain(_Whole, http.client.HTTPConnection):
+class _Plain(_OneSend, http.client.HTTPConnection):
     """By HTTP."""
 
 
-class _Secure(_Whole, http.client.HTTPSConnection):
+class _Secure(_OneSend, http.client.HTTPSConnection):
     """By HTTPS."""
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fp8ctl import __version__
 from fp8ctl.carriers import ends
+from fp8ctl.course import Places
 from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.kernels import known
 from fp8ctl.push.fleet import answers
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Sender
-    from fp8ctl.course import Course, Places
+    from fp8ctl.course import Course
     from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.wire import Kind
@@ -72,7 +73,7 @@ class Link:
         self.connections: list[str] = []
         self.served: Served | None = None
         self.course: Course | None = None
-        self.places: Places = {}
+        self.places = Places()
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0

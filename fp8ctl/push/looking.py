@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,7 +66,7 @@ class Looker:
             # 0x7F, with either sign, is the one NaN of this type.
             bad = (((tensors[i].view(torch.uint8) & 0x7F) == 0x7F).any() for i in codes)
             found += [torch.where(one, math.nan, 0.0).double().view(1) for one in bad]
-            kept = kept + codes
+            kept = [*kept, *codes]
         highest = torch.cat(found) if len(found) > 1 else found[0] if found else None
         fetched = None if highest is None else Fetched(highest)
         sums = self._sums(placed)
@@ -75,7 +74,7 @@ class Looker:
         def ended() -> list[Entry]:
             check()
             # The recorder's facts, which few ask for, are waited for by themselves.
-            facts = None if self.facts is None else self.facts(batch, tensors)
+            facts = [NO_FACTS] * len(batch) if self.facts is None else self.facts(batch, tensors)
             texts = sums()
             numbers = () if fetched is None else fetched.tolist()
             for i, peak in zip(kept, numbers, strict=True):
@@ -83,23 +82,22 @@ class Looker:
                     raise _not_finite(batch[i].name, tensors[i])
             return [
                 Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)
-                for e, text, of_it in zip(batch, texts, facts or repeat(NO_FACTS))  # noqa: B905
+                for e, text, of_it in zip(batch, texts, facts, strict=True)
             ]
 
         return ended
 
     def _sums(self, placed: Placed) -> Callable[[], list[str]]:
         """Begin with the digests that are wanted; return what waits for them."""
-        names = [entry.name for entry in placed.entries]
         if self.digest:
-            start = placed.digests.start()
-            return lambda: [to_text(one) for one in start()]
-        asked = [i for i, name in enumerate(names) if name in self.always]
+            all_ = placed.digests.start()
+            return lambda: [to_text(one) for one in all_()]
+        asked = [i for i, entry in enumerate(placed.entries) if entry.name in self.always]
         some = digests.start((placed.tensors[i], 0, 0) for i in asked)
 
         def texts() -> list[str]:
             found = dict(zip(asked, some(), strict=True))
-            return [to_text(found[i]) if i in found else "" for i in range(len(names))]
+            return [to_text(found[i]) if i in found else "" for i in range(len(placed.entries))]
 
         return texts
 

@@ -109,6 +109,7 @@ class Work:
         self._complete, self._ranks, self._quantized = complete, ranks, quantized
         self._company = Company(ranks, self.push, wish.timeout)
         self._clock = Clock()
+        self._clock.add("gather", 0.0)  # there is little, where tensors are what they should be
         self._fleet = Fleet(servers)
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
@@ -237,6 +238,7 @@ class Work:
         company.conclude()
         if not company.gives:
             company.hear()
+            self._link.course = self._filler.course
             return Update(self._version)
         try:
             done = self._finish()
@@ -372,9 +374,11 @@ class Work:
             self._delivery.close()
         if self._recorder is not None:
             self._recorder.close()
-        sender = self._link.sender
+        link = self._link
+        link.places.keep(link.course)
+        sender = link.sender
         if sender is not None and not sender.alive:
-            self._link.drop()
+            link.drop()
 
 
 def _sizes(plan: Plan | None) -> tuple[int, tuple[int, int] | None]:
