@@ -194,7 +194,9 @@ def test_no_course_makes_a_difference(seed: int, delta: bool) -> None:
         try:
             done = rollout.update(source, 1, **how)
         except (Fp8ctlError, TypeError) as e:
-            return type(e), str(e).replace(server.url, ""), server.state
+            # How much was loaded before it was given up is chance.
+            rollout.update(SAME, 2)
+            return type(e), str(e).replace(server.url, "")
         return done.sent + done.skipped, done.bytes_sent + done.bytes_skipped, server.state
 
     with (
@@ -208,8 +210,7 @@ def test_no_course_makes_a_difference(seed: int, delta: bool) -> None:
             chance.setstate(state)
             with Rollout(other.url, PLAN, bucket_bytes=bucket, delta=delta) as new:
                 assert found == outcome(other, new, _some_update(chance))
-            if server.state == "ready":
-                assert holds(server, other.table.held[0].items())
+            assert holds(server, other.table.held[0].items())
 
 
 @pytest.fixture
