@@ -129,7 +129,6 @@ class Started:
         """
         self._outputs, self._xs, self._flag = outputs, xs, flag
 
-    @torch.no_grad()
     def wait(self) -> Sequence[Pair]:
         """Wait for the device, as far as it has to go for this; return the outputs.
 
@@ -419,7 +418,7 @@ class Prepared:
 def _error(xs: Sequence[torch.Tensor], place: tuple[int, int]) -> NonFiniteError:
     x = xs[place[0]]
     index = unravel(place[1], x.shape)
-    return NonFiniteError(index, float(x[index]), place[0])
+    return NonFiniteError(index, float(x.detach()[index]), place[0])
 
 
 class _Outputs(Sequence[Pair]):
