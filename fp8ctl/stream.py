@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         Mapping,
     )
 
+    from fp8ctl.forms import Form
     from fp8ctl.manifest import Plan
 
     Named = tuple[str, torch.Tensor]
@@ -90,16 +91,14 @@ def quantize_weights(
 
 def placed_weights(
     named_tensors: Iterable[Named] | AsyncIterable[Named],
-    plan: Plan | None,
+    form: Form,
     placing: Placing,
     *,
-    dtype: torch.dtype | None = None,
     complete: bool = True,
     ranks: Ranks | None = None,
-    quantized: bool = False,
     leaving: Callable[[BaseException], None] | None = None,
 ) -> Stream:
-    """Return the stream of a push: its tensors lie where `placing` put them.
+    """Return the stream of a push: its tensors lie where `placing` put them, and it gives none.
 
     Tensors are rounded to the dtypes of the plan first: a server's 16-bit checkpoint has these,
     and codes made of anything else would be other codes than those of its FP8 form.
@@ -107,19 +106,18 @@ def placed_weights(
     Args:
         named_tensors, complete, ranks: as in `quantize_weights`. An output head that the plan
             does not have, since it is tied, may come.
-        plan: None: all is kept.
+        form: of the push.
         placing: gives the memory.
-        dtype: what weights are rounded to before they are quantised, instead of the plan's.
-        quantized: what comes is the plan's FP8 form already: codes, each before its scale.
         leaving: is told why nothing more comes, before that waits for the other ranks.
 
     Returns:
         As `quantize_weights`; it raises what that does. A name that is neither in the plan nor a
         tied head is a ConflictError.
     """
-    form = forms.of_made(plan) if quantized and plan is not None else forms.of_push(plan, dtype)
-    taker = Taker(form, placing.limit, None, None, complete, ranks, placing, leaving)
-    return Stream(named_tensors, taker)
+    return Stream(
+        named_tensors,
+        Taker(form, placing.limit, None, None, complete, ranks, placing, leaving),
+    )
 
 
 class Stream:

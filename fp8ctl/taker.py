@@ -10,12 +10,12 @@ import math
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fp8ctl import formats
+from fp8ctl.course import Follower, Step
 from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
@@ -23,15 +23,16 @@ from fp8ctl.ranks import leave, meet, tell
 from fp8ctl.wire import ALIGN, DTYPES, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
+    from fp8ctl.course import Course, Parcel, Placed
     from fp8ctl.forms import Form
     from fp8ctl.ranks import Ranks
 
     Named = tuple[str, torch.Tensor]
-    #: Name, tensor, whether it becomes FP8, and the places that it needs in a push.
-    _Held = tuple[str, torch.Tensor, bool, Sequence[Slot]]
+    #: A tensor that was taken, and what becomes of it.
+    _Held = tuple[torch.Tensor, Step]
     #: Whether it becomes FP8, the dtype that it has or gets where not, and its shape.
     _Kind = tuple[bool, torch.dtype, torch.Size]
     #: dtype, shape, and bytes until the next one may begin.
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Types that are nothing distributed.
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
+#: Bytes of a copy that takes longer to launch than to do.
+_SMALL = 1 << 20
 
 
 class Placing(Protocol):
@@ -47,10 +50,12 @@ class Placing(Protocol):
     Attributes:
         limit: bytes of outputs that are placed together; a larger tensor comes alone.
         patience: seconds that a place may have to be waited for.
+        course: of the update before, and at the end of this one its own; None: there is none.
     """
 
     limit: int
     patience: float
+    course: Course | None
 
     @property
     def device(self) -> torch.device:
@@ -59,16 +64,16 @@ class Placing(Protocol):
     def wants(self, name: str) -> bool:
         """Say whether a tensor of this name is taken at all."""
 
-    def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
+    def place(self, parcel: Parcel) -> Placed:
         """Return memory for these tensors; may wait until there is some."""
 
-    def writing(self, scales: Collection[str], check: Callable[[], object], *, later: bool) -> None:
-        """Hear that all which writes to these places is queued; need not wait for it.
+    def writing(self, check: Callable[[], object], *, later: bool) -> None:
+        """Take what was placed last: all that writes there is queued, and need not be waited for.
 
         Args:
-            scales: names of those that are made here.
-            check: waits for them, and raises where one is not finite; what is placed here is to
-                be loaded by nobody before. It keeps the tensors that they are made of.
+            check: waits for the scales that are made here, and raises where one is not finite;
+                what is placed here is to be loaded by nobody before. It keeps the tensors that
+                they are made of.
             later: whether more may be placed before `check` is called. Not where the tensors
                 that it keeps are nobody else's: they take memory.
         """
@@ -101,6 +106,8 @@ class Taker:
         self._leaving = leaving
         self._held: list[_Held] = []
         self._bytes = 0
+        self._course = Follower(form, None if placing is None else placing.course)
+        #: Names of what came; filled when something comes that did not come before.
         self._came: set[str] = set()
         #: Most tensors are like one before: dtypes, shapes and bytes of their places.
         self._alike: dict[_Kind, tuple[_Place, ...]] = {}
@@ -125,32 +132,42 @@ class Taker:
             raise TypeError(f"{found} where (name, tensor) was expected")
         if self.placing is not None and not self.placing.wants(name):
             return ()
+        step = self._course.next(name, tensor) or self._new(name, tensor)
+        full: Iterable[Named] = ()
+        # A place is as large as it is: what would not fit any more is the next one's.
+        if self.placing is not None and self._held and self._bytes + step.nbytes > self._limit:
+            full = self._bucket(self._taken())
+        self._held.append((tensor, step))
+        self._bytes += step.nbytes
+        if self.placing is None and self._bytes >= self._limit:
+            full = self._bucket(self._taken())
+        return full
+
+    def _new(self, name: str, tensor: torch.Tensor) -> Step:
+        """Find out what becomes of a tensor; refuse what cannot come here."""
+        if not self._came:
+            self._came = {step.name for step in self._course.steps}
         if name in self._came:
             raise ConflictError(f"{name} comes a second time", data={"tensor": name})
         self._came.add(name)
-        codes = self._form.codes(name)
-        if codes and (not self._held or self._held[-1][0] != codes):
+        form = self._form
+        codes = form.codes(name)
+        if codes and (not self._held or self._held[-1][1].name != codes):
             raise ConflictError(
                 f"{name} does not come right after {codes}, whose scale it is",
                 hint="give codes, each followed by its scale",
                 data={"tensor": name},
             )
-        becomes_fp8 = self._form.quantized(name, tensor.shape)
-        slots: Sequence[Slot] = ()
-        full: Iterable[Named] = ()
+        fp8 = form.quantized(name, tensor.shape)
+        rounded = self._dtype or (form.dtype(name) if fp8 else None)
+        step = Step(name, tensor.dtype, tensor.shape, fp8, rounded)
         if self.placing is None:
-            size = tensor.numel() * tensor.element_size()
+            step = step._replace(nbytes=tensor.numel() * tensor.element_size())
         else:
-            # A place is as large as it is: what would not fit any more is the next one's.
-            slots, size = self._slots(name, tensor, becomes_fp8)
-            size += self._form.ahead(name)
-            if self._held and self._bytes + size > self._limit:
-                full = self._bucket(self._taken())
-        self._held.append((name, tensor, becomes_fp8, slots))
-        self._bytes += size
-        if self.placing is None and self._bytes >= self._limit:
-            full = self._bucket(self._taken())
-        return full
+            slots, size = self._slots(name, tensor, fp8)
+            step = step._replace(slots=slots, nbytes=size + form.ahead(name))
+        self._course.add(step)
+        return step
 
     def end(self) -> Iterable[Named]:
         """Return what the last bucket becomes, when no more tensor comes.
@@ -158,15 +175,17 @@ class Taker:
         Raises:
             ConflictError: planned tensors did not come.
         """
-        absent = sorted((self._form.names or frozenset()) - self._came) if self._complete else []
-        if self.placing is not None:
-            absent = [name for name in absent if self.placing.wants(name)]
-        if absent:
-            raise ConflictError(
-                f"{len(absent)} tensors of the plan did not come, such as {absent[0]}",
-                hint="complete=False sends a part",
-                data={"absent": absent[:20]},
-            )
+        if self._complete and not self._course.is_complete:
+            came = {step.name for step in self._course.steps}
+            absent = sorted((self._form.names or frozenset()) - came)
+            if self.placing is not None:
+                absent = [name for name in absent if self.placing.wants(name)]
+            if absent:
+                raise ConflictError(
+                    f"{len(absent)} tensors of the plan did not come, such as {absent[0]}",
+                    hint="complete=False sends a part",
+                    data={"absent": absent[:20]},
+                )
         return self._last() if self._held or self._ranks is not None else ()
 
     def leave(self) -> None:
@@ -199,18 +218,16 @@ class Taker:
         gives = ranks is None or ranks.is_source
         if ranks is not None:
             with self._among_ranks():
-                meet(ranks, "more", names=[name for name, *_ in held], patience=self._patience)
+                names = [step.name for _, step in held]
+                meet(ranks, "more", names=names, patience=self._patience)
             self._open = True
-        # A tensor may be a part of one until here; gathering is the same order on all ranks.
-        with self._stage("gather"), torch.no_grad():
-            where = self._device if self.placing is None else self.placing.device
-            whole = [(n, self._whole(n, t, fp8, gives, where), fp8, s) for n, t, fp8, s in held]
-        lent = ranks is None and all(
-            self._is_lent(one[1], given[1]) for one, given in zip(whole, held, strict=True)
-        )
+        steps = [step for _, step in held]
+        whole, lent = self._gathered(held, gives)
         held.clear()
-        if gives:
-            made = self._become([(n, t, fp8, s) for n, t, fp8, s in whole if t is not None], lent)
+        if gives and self.placing is not None:
+            self._place(self.placing, steps, whole, lent)
+        elif gives:
+            made = self._made(steps, whole)
             del whole
             made.reverse()
             while made:  # what was given is no longer kept here
@@ -224,6 +241,8 @@ class Taker:
         """Give what the last bucket becomes, and see all ranks at the end."""
         if self._held:
             yield from self._bucket(self._taken())
+        if self.placing is not None:
+            self.placing.course = self._course.ended(self._complete)
         if self._ranks is not None:
             with self._among_ranks():
                 meet(self._ranks, "end", patience=self._patience)
@@ -245,13 +264,28 @@ class Taker:
             return 0.0
         return self.placing.patience
 
-    def _is_lent(self, whole: torch.Tensor | None, given: torch.Tensor) -> bool:
-        """Say whether a tensor is the source's own, so that to keep it takes no memory."""
-        own = self.keeps or isinstance(given, torch.nn.Parameter)
-        return own and whole is not None and _same_memory(whole, given)
+    @torch.no_grad()
+    def _gathered(self, held: Sequence[_Held], gives: bool) -> tuple[list[torch.Tensor], bool]:
+        """Return whole tensors, where this rank gives them, each as it is to be read.
 
-    def _stage(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.placing is None else self.placing.stage(name)
+        Also, whether they are the source's own, so that to keep them takes no memory.
+        """
+        alone, placing = self._ranks is None, self.placing
+        if placing is not None and alone:
+            there = placing.device
+            if all(_is_ready(tensor, step, there) for tensor, step in held):
+                own = self.keeps or all(type(t) is torch.nn.Parameter for t, _ in held)
+                return [tensor for tensor, _ in held], own
+        # A tensor may be a part of one until here; gathering is the same order on all ranks.
+        with nullcontext() if placing is None else placing.stage("gather"):
+            where = self._device if placing is None else placing.device
+            found = [self._whole(tensor, step, gives, where) for tensor, step in held]
+        whole = [one for one in found if one is not None]
+        lent = alone and all(
+            (self.keeps or isinstance(given, torch.nn.Parameter)) and _same_memory(one, given)
+            for one, (given, _) in zip(whole, held, strict=True)
+        )
+        return whole, lent
 
     def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> tuple[list[Slot], int]:
         """Return the places that what a tensor becomes needs, and their bytes."""
@@ -284,7 +318,7 @@ class Taker:
         )
 
     def _whole(
-        self, name: str, tensor: torch.Tensor, fp8: bool, wanted: bool, where: torch.device | None
+        self, tensor: torch.Tensor, step: Step, wanted: bool, where: torch.device | None
     ) -> torch.Tensor | None:
         moved: Any = tensor.detach()
         if type(tensor) not in _PLAIN and hasattr(moved, "full_tensor"):
@@ -297,69 +331,89 @@ class Taker:
             return None
         # To where it is already, and to what it is, takes time as well. In a push, what is kept
         # is copied there.
-        if where is not None and (fp8 or self.placing is None) and moved.device != where:
+        if where is not None and (step.fp8 or self.placing is None) and moved.device != where:
             moved = moved.to(where)
-        rounded = self._dtype or (self._form.dtype(name) if fp8 else None)
-        if rounded is not None and moved.dtype != rounded and moved.is_floating_point():
-            moved = moved.to(rounded)
+        if step.rounded not in (None, moved.dtype) and moved.is_floating_point():
+            moved = moved.to(step.rounded)
         whole: torch.Tensor = moved
         return whole
 
     @torch.no_grad()
-    def _become(self, bucket: list[_Held], lent: bool) -> list[Named]:
-        places = self._places([slots for *_, slots in bucket])
+    def _made(self, steps: Sequence[Step], whole: Sequence[torch.Tensor]) -> list[Named]:
+        """Return what a bucket becomes."""
+        form = self._form
         by_device: dict[torch.device, list[int]] = {}
-        for i, (_, tensor, fp8, _) in enumerate(bucket):
-            if fp8:
+        for i, (step, tensor) in enumerate(zip(steps, whole, strict=True)):
+            if step.fp8:
                 by_device.setdefault(tensor.device, []).append(i)
         made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        begun: list[tuple[list[str], Callable[[], Any]]] = []
-        sources = [tensor for _, tensor, *_ in bucket]
-        with self._stage("quantise"):
-            for those in by_device.values():
-                names = [bucket[i][0] for i in those]
-                with _named(names):
-                    outputs, wait = self._quantize(bucket, those, places)
-                made.update(zip(those, outputs, strict=True))
-                begun.append((names, wait))
-            for i, place in places.items():
-                if len(place) == 1:
-                    name, tensor, *_ = bucket[i]
-                    bucket[i] = (name, place[0].copy_(tensor), False, ())
-        if self.placing is not None:
-            # Nobody waits for the device here: what is to be found out about the outputs is
-            # queued first, and what comes next as well.
-            here = {slots[1].name for *_, fp8, slots in bucket if fp8}
-            self.placing.writing(here, _Begun(begun, sources).wait, later=lent)
+        for those in by_device.values():
+            xs = [whole[i] for i in those]
+            with _named([steps[i].name for i in those]):
+                outputs = kernels.quantize_many(xs, form.groups, form.recipe)
+            made.update(zip(those, outputs, strict=True))
         pairs: list[Named] = []
-        for i, (name, tensor, *_) in enumerate(bucket):
+        for i, (step, tensor) in enumerate(zip(steps, whole, strict=True)):
             if i not in made:
-                pairs.append((name, tensor))
+                pairs.append((step.name, tensor))
                 continue
             codes, scales = made[i]
-            pairs += ((name, codes), (formats.scale_name(name, self._form.mode), scales))
+            pairs += ((step.name, codes), (formats.scale_name(step.name, form.mode), scales))
         return pairs
 
-    def _places(self, slots: list[Sequence[Slot]]) -> dict[int, tuple[torch.Tensor, ...]]:
-        """Return where what the tensors become is to be written, where that matters."""
-        if self.placing is None:
-            return {}
-        places = iter(self.placing.place([slot for those in slots for slot in those]))
-        return {i: tuple(islice(places, len(those))) for i, those in enumerate(slots)}
+    @torch.no_grad()
+    def _place(
+        self, placing: Placing, steps: Sequence[Step], whole: Sequence[torch.Tensor], lent: bool
+    ) -> None:
+        """Write what a bucket becomes where it is sent from.
 
-    def _quantize(
-        self,
-        bucket: list[_Held],
-        those: list[int],
-        places: dict[int, tuple[torch.Tensor, ...]],
-    ) -> tuple[Sequence[tuple[torch.Tensor, torch.Tensor]], Callable[[], object]]:
-        """Begin with these tensors; return codes and scales of each, and what waits for them."""
-        xs = [bucket[i][1] for i in those]
+        Nobody waits for the device here: what is to be found out about the outputs is queued
+        first, and what comes next as well.
+        """
         form = self._form
-        if not places:
-            return kernels.quantize_many(xs, form.groups, form.recipe), lambda: None
-        out: Any = [places[i] for i in those]
-        return out, kernels.start_many(xs, form.groups, form.recipe, out).wait
+        placed = placing.place(self._course.parcel(steps))
+        parcel = placed.parcel
+        names = [steps[i].name for i in parcel.quantised]
+        wait: Callable[[], object] = _nothing
+        with placing.stage("quantise"):
+            if names:
+                xs = [whole[i] for i in parcel.quantised]
+                with _named(names):
+                    wait = kernels.start_many(xs, form.groups, form.recipe, placed.pairs).wait
+            _copy(placed.kept, [whole[i] for i in parcel.kept])
+        placing.writing(_Begun(names, wait, whole).wait, later=lent)
+
+
+def _is_ready(tensor: torch.Tensor, step: Step, where: torch.device) -> bool:
+    """Say whether a tensor can be read as it is."""
+    if type(tensor) not in _PLAIN:
+        return False
+    if not step.fp8:
+        return True  # it is copied anyway
+    return tensor.device == where and step.rounded in (None, tensor.dtype)
+
+
+def _copy(places: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """Copy tensors, the small ones that need not be changed in a launch for each dtype.
+
+    Torch's list of copies is trusted with nothing else: it may take one place's dtype for that of
+    all (pytorch #173383), and not every kind of tensor knows it.
+    """
+    small: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for place, tensor in zip(places, tensors, strict=True):
+        alike = place.dtype == tensor.dtype and place.device == tensor.device
+        if not alike or place.nbytes > _SMALL or type(tensor) not in _PLAIN:
+            place.copy_(tensor)
+        elif place.nbytes:
+            into, those = small.setdefault(place.dtype, ([], []))
+            into.append(place)
+            those.append(tensor)
+    for into, those in small.values():
+        torch._foreach_copy_(into, those)
+
+
+def _nothing() -> None:
+    """Wait for nothing."""
 
 
 def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -371,19 +425,20 @@ class _Begun:
     """What was begun together.
 
     Attributes:
-        lists: names of each list, and what waits for it.
+        names: of what is quantised.
+        then: waits for that.
         sources: of all, also of what is copied: memory that is free again may be another stream's
             before the device has read it.
     """
 
-    lists: Sequence[tuple[Sequence[str], Callable[[], object]]]
+    names: Sequence[str]
+    then: Callable[[], object]
     sources: Sequence[torch.Tensor]
 
     def wait(self) -> None:
-        """Wait for the lists; raise what one is refused for, by name."""
-        for names, wait in self.lists:
-            with _named(names):
-                wait()
+        """Wait for the list; raise what it is refused for, by name."""
+        with _named(self.names):
+            self.then()
 
 
 @contextmanager

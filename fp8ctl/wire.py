@@ -95,8 +95,8 @@ class Entry(NamedTuple):
         """Return it as JSON; most of an entry is as it was in the update before, and remembered."""
         facts = json.dumps(dict(self.facts)) if self.facts else "{}"
         known = _known(self.name, self.dtype, self.shape)
-        digest = json.dumps(self.digest)
-        return f'{known}, "offset": {self.offset}, "digest": {digest}, "facts": {facts}}}'
+        digest = self.digest if self.digest.isalnum() else json.dumps(self.digest)[1:-1]
+        return f'{known}, "offset": {self.offset}, "digest": "{digest}", "facts": {facts}}}'
 
 
 @functools.lru_cache(maxsize=1 << 17)

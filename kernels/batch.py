@@ -418,7 +418,7 @@ class Prepared:
 def _error(xs: Sequence[torch.Tensor], place: tuple[int, int]) -> NonFiniteError:
     x = xs[place[0]]
     index = unravel(place[1], x.shape)
-    return NonFiniteError(index, float(x[index]), place[0])
+    return NonFiniteError(index, float(x.detach()[index]), place[0])
 
 
 class _Outputs(Sequence[Pair]):

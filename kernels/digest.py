@@ -40,10 +40,12 @@ from fp8ctl.kernels.known import Known
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from fp8ctl.kernels.digest_triton import Prepared
+    from fp8ctl.kernels import digest_triton
 
     #: A tensor, and the row and column of the whole at which it begins.
     Part = tuple[torch.Tensor, int, int]
+    #: Adds up one matrix.
+    Way = Callable[["Sums"], int | torch.Tensor]
 
 _MASK = (1 << 64) - 1
 _M1 = 0xBF58476D1CE4E5B9 - (1 << 64)  # as int64: torch multiplies modulo 2^64
@@ -105,8 +107,8 @@ def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[i
     With Triton a GPU's come later.
     """
     found: list[int | torch.Tensor] = []
-    paths: dict[torch.device, Callable[[Sums], int | torch.Tensor] | None] = {}
     lists: dict[torch.device, list[tuple[int, Part]]] = {}
+    paths: dict[torch.device, Way | None] = {}
     for part in parts:
         t, row_offset, col_offset = part
         where = t.device
@@ -120,13 +122,76 @@ def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[i
             continue
         sums = _sums(t.detach(), row_offset, col_offset)
         found.append(0 if sums is None else path(sums))
-    started = [
-        (those, Fetched(_lists().start([part for _, part in those]))) for those in lists.values()
-    ]
+    return _ending(
+        found,
+        [
+            ([i for i, _ in those], _lists().start([part for _, part in those]))
+            for those in lists.values()
+        ],
+    )
+
+
+class Prepared:
+    """Digests of whole tensors that stay where they are, computed again and again.
+
+    To find out how a tensor is added up takes longer than to do it where it is small; here that
+    is done once. The tensors are kept.
+    """
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Find out how each is added up.
+
+        Args:
+            tensors: as in `digest`, all of one device.
+        """
+        self._tensors = tensors
+        self._way = _path(tensors[0].device) if tensors else None
+        sums = [_sums(t.detach(), 0, 0) for t in tensors]
+        self._sums = [(i, one) for i, one in enumerate(sums) if one is not None]
+        # What had to be copied first is another number the next time.
+        self._stays = all(_begin(tensors[i]) == _begin(one.bits) for i, one in self._sums)
+        #: On a GPU: the stream that its tables were made on, and that runs it.
+        self._list: tuple[int, digest_triton.Prepared] | None = None
+
+    @torch.no_grad()
+    def start(self) -> Callable[[], list[int]]:
+        """Begin; return what waits for the digests, and for nothing that is queued later."""
+        if not self._stays:
+            return start((t, 0, 0) for t in self._tensors)
+        found: list[int | torch.Tensor] = [0] * len(self._tensors)
+        if self._way is None and self._sums:
+            return _ending(found, [([i for i, _ in self._sums], self._there().run())])
+        for i, sums in self._sums:
+            assert self._way is not None
+            found[i] = self._way(sums)
+        return _ending(found, [])
+
+    def _there(self) -> digest_triton.Prepared:
+        """Return what runs on the current stream: tables are made anew for another one."""
+        from fp8ctl.kernels import digest_triton
+        from fp8ctl.kernels.launch import current_stream
+
+        stream = current_stream(self._tensors[0].device)
+        if self._list is None or self._list[0] != stream:
+            self._list = stream, digest_triton.Prepared([one for _, one in self._sums])
+        return self._list[1]
+
+
+def _ending(
+    found: list[int | torch.Tensor], lists: Sequence[tuple[Sequence[int], torch.Tensor]]
+) -> Callable[[], list[int]]:
+    """Return what waits for digests.
+
+    Args:
+        found: those that are known, or on their way one by one.
+        lists: places of others, and their sums on a device.
+    """
+    started = [(places, Fetched(sums)) for places, sums in lists]
 
     def ended() -> list[int]:
-        for those, totals in started:
-            for (i, _), value in zip(those, totals.tolist(), strict=True):
+        for places, totals in started:
+            for i, value in zip(places, totals.tolist(), strict=True):
                 found[i] = value
         return [int(one) & _MASK for one in found]
 
@@ -240,12 +305,12 @@ class Lists:
     """Lists of tensors on GPUs, and what was found out about those that were asked for before.
 
     To find out how a tensor is cut takes Python 40 us, as long as an H100 takes to read 100 MB
-    of it; and a push asks for the same tensors at every update.
+    of it; and a rank is asked for the same tensors at every update.
     """
 
     def __init__(self, most: int = 256) -> None:
         """Remember up to `most` lists; a list of 500 tensors takes some 0.5 MB of the device."""
-        self._known: Known[Prepared] = Known(most)
+        self._known: Known[digest_triton.Prepared] = Known(most)
 
     def start(self, parts: Sequence[Part]) -> torch.Tensor:
         """Return the sums of a list, int64 on the device, without waiting for it.
@@ -253,7 +318,7 @@ class Lists:
         Args:
             parts: at least one, all of one device and none empty.
         """
-        from fp8ctl.kernels.digest_triton import Prepared
+        from fp8ctl.kernels import digest_triton
         from fp8ctl.kernels.launch import current_stream
 
         tensors = [t for t, _, _ in parts]
@@ -265,7 +330,7 @@ class Lists:
         if found is None:
             sums = [_sums(t.detach(), r, c) for t, r, c in parts]
             held = [one for one in sums if one is not None]
-            found = Prepared(held)
+            found = digest_triton.Prepared(held)
             # What had to be copied first is elsewhere the next time.
             memory = zip(tensors, held, strict=True)
             if key is not None and all(_begin(t) == _begin(one.bits) for t, one in memory):
@@ -277,7 +342,7 @@ def _begin(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr()
 
 
-def _path(device: torch.device) -> Callable[[Sums], int | torch.Tensor] | None:
+def _path(device: torch.device) -> Way | None:
     """Return what adds up one matrix of a device; None: `by_triton`, which takes lists."""
     if device.type == "cuda" and has_triton():
         return None

@@ -83,7 +83,7 @@ def quantize(
     bad = native.quantize(matrix, groups, recipe, non_finite, code, grid)
     if bad is not None and non_finite == "error":
         index = unravel(bad[0] * matrix.shape[1] + bad[1], x.shape)
-        raise NonFiniteError(index, float(x[index]))
+        raise NonFiniteError(index, float(x.detach()[index]))
     return codes, scales
 
 

@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("fusing", "gguf", "hfconfig", "online", "quality", "reading", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
-        *("forms", "ranks", "taker"),
+        *("course", "forms", "ranks", "taker"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
     ("deadline", "errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
@@ -65,10 +65,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
-    *("wire", "carriers", "push", "held", "source", "forms", "ranks", "taker", "paths"),
+    *("wire", "carriers", "push", "held", "source", "course", "forms", "ranks", "taker", "paths"),
     *("difference", "dtypes", "expectation", "online", "quality", "requantised", "sendable"),
     "reading",
 )
+#: What `push` has besides itself.
+IN_TRAINER = ("stream", "taker", "course", "forms", "ranks")
 WITH_TORCH = (
     *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
     *("quality", "reading", "requantised", "source"),
@@ -324,7 +326,7 @@ def command_modules() -> list[str]:
 
 
 def in_trainer(name: str) -> bool:
-    return name.startswith("push.") or name in {"stream", "taker", "forms", "ranks"}
+    return name.startswith("push.") or name in IN_TRAINER
 
 
 def test_no_command_module_imports_an_engine_or_torch() -> None:
@@ -338,7 +340,7 @@ def test_no_command_module_imports_an_engine_or_torch() -> None:
 
 
 def test_the_workers_modules_are_imported_by_the_worker_alone() -> None:
-    theirs = ("stream", "taker", "forms", "ranks", "worker", "kernels", *WORKERS)
+    theirs = (*IN_TRAINER, "worker", "kernels", *WORKERS)
     for name in MODULES:
         if belongs(name, (*theirs, "engines.hooks")) or in_trainer(name):
             continue

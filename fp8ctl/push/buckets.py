@@ -10,22 +10,23 @@ Where servers may hold some of it already, what need not be sent is taken out ag
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING
-
-import torch
 
 from fp8ctl.errors import ConflictError, UsageError
 from fp8ctl.push.looking import Looker
 from fp8ctl.push.result import Progress
-from fp8ctl.wire import ALIGN, DTYPES, Entry, Slot, place
+from fp8ctl.wire import ALIGN, Entry
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    import torch
+
+    from fp8ctl.course import Course, Parcel, Placed
     from fp8ctl.push.aside import Aside
     from fp8ctl.push.delivery import Clock, Delivery
     from fp8ctl.push.looking import Facts
@@ -34,25 +35,21 @@ if TYPE_CHECKING:
     Note = Callable[[Sequence[tuple[Entry, bool]], float], None]
 
 
-#: More than a few slots have tensors.
-_MOST_PLACES = 1 << 18
-
-
 @dataclass(frozen=True)
 class _Batch:
     """What the stream made together.
 
     Attributes:
+        placed: where.
         slot: where it is a bucket of its own, on its way perhaps; None: it is a part of one.
         nbytes: of that bucket.
-        entries: of it.
         look: waits for what is looked at, and returns the entries with that.
         began: when it was begun.
     """
 
+    placed: Placed
     slot: int | None
     nbytes: int
-    entries: Sequence[Entry]
     look: Callable[[], list[Entry]]
     began: float
 
@@ -63,6 +60,7 @@ class Filler:
     Attributes:
         limit: bytes that are placed together.
         patience: seconds that a place may have to be waited for.
+        course: of the update before; at the end of the stream, of this one.
         aside: where an asynchronous update blocks.
         skipped: names that all servers hold already.
         digests: of all that came, by name, where they are computed.
@@ -77,6 +75,7 @@ class Filler:
         clock: Clock,
         *,
         digest: bool,
+        course: Course | None = None,
         held: Callable[[], Sequence[Mapping[str, str]]] | None = None,
         tie: tuple[str, str] | None = None,
         facts: Facts | None = None,
@@ -94,6 +93,7 @@ class Filler:
             device: returns where buckets will lie.
             clock: for the stages.
             digest: whether to compute digests.
+            course: of the update before, if there was one.
             held: returns what each server holds, name to digest; None: all is sent.
             tie: names of an output head that may come and is not sent, and of its embedding.
             facts: returns facts of tensors, for the recorder.
@@ -102,7 +102,7 @@ class Filler:
             totals: tensors and bytes of the plan.
             made: codes come as they are: nobody has looked yet whether one is NaN.
         """
-        self.limit, self.patience = limit, patience
+        self.limit, self.patience, self.course = limit, patience, course
         self.aside: Aside | None = None
         self.skipped: list[str] = []
         self.digests: dict[str, str] = {}
@@ -115,15 +115,10 @@ class Filler:
         self._slot, self._used = 0, 0
         self._memory: torch.Tensor | None = None
         self._entries: list[Entry] = []
-        #: Placed and not looked at: the entries, and the memory of each.
-        self._placed: list[Entry] = []
-        self._tensors: list[torch.Tensor] = []
+        #: What the stream writes next, and since when; what it has written and nobody looked at.
+        self._placed: Placed | None = None
         self._started = 0.0
-        #: Being written, and how much of it the stream gave; written, and not looked at yet.
-        self._writing: _Batch | None = None
-        self._written = 0
         self._later: _Batch | None = None
-        self._may_wait = False
 
     # ---- what the stream asks ----
 
@@ -136,19 +131,20 @@ class Filler:
         """Say whether a tensor is a weight: buffers of rotary embeddings are computed anew."""
         return not name.endswith("rotary_emb.inv_freq")
 
-    def place(self, slots: Sequence[Slot]) -> Sequence[torch.Tensor]:
+    def place(self, parcel: Parcel) -> Placed:
         """Return places in the bucket, in another one if they do not fit this one any more.
 
         Raises:
             UsageError: a tensor is larger than a bucket.
         """
-        offsets, nbytes = place(slots)
+        nbytes = parcel.nbytes
         delivery = self._opened(nbytes)
         if nbytes > delivery.capacity:
+            name = parcel.entries[0].name
             raise UsageError(
-                f"{slots[0].name} needs {nbytes} bytes, a bucket has {delivery.capacity}",
+                f"{name} needs {nbytes} bytes, a bucket has {delivery.capacity}",
                 hint=f"Rollout(urls, plan, bucket_bytes={nbytes})",
-                data={"tensor": slots[0].name},
+                data={"tensor": name},
             )
         if self._used + nbytes > delivery.capacity:
             self._deliver()
@@ -157,69 +153,45 @@ class Filler:
                 self._look_at_last()  # who waits anyway has the time, and servers the next bucket
             self._memory = delivery.buffer(self._slot)
         self._started = time.perf_counter()
-        address, places = self._memory.data_ptr(), delivery.places
-        if len(places) > _MOST_PLACES:  # other layouts than before
-            places.clear()
-        for (name, dtype, shape), offset in zip(slots, offsets, strict=True):
-            at = self._used + offset
-            self._placed.append(Entry(name, dtype, shape, at))
-            key = (address + at, dtype, shape)
-            tensor = places.get(key)
-            if tensor is None:
-                size = math.prod(shape) * DTYPES[dtype]
-                raw = self._memory[at : at + size]
-                tensor = places[key] = raw.view(getattr(torch, dtype)).view(shape)
-            self._tensors.append(tensor)
+        self._placed = delivery.places.at(parcel, self._memory, self._used)
         self._used += nbytes
-        return [*self._tensors]
+        return self._placed
 
-    def writing(self, scales: Collection[str], check: Callable[[], object], *, later: bool) -> None:
+    def writing(self, check: Callable[[], object], *, later: bool) -> None:
         """Begin to look at what is written, but at scales that `check` answers for digests alone.
 
         What was written before is looked at now, if it still has to be.
         """
-        entries, tensors = self._placed, self._tensors
-        self._placed, self._tensors, self._written = [], [], 0
-        alone, slot, nbytes = self._is_bucket(entries), self._slot, self._used
-        assert self._delivery is not None  # these have their places from it
+        here, slot, nbytes = self._placed, self._slot, self._used
+        delivery = self._delivery
+        assert here is not None
+        assert delivery is not None  # these have their places from it
+        self._placed = None
+        alone = self._is_bucket(here.parcel)
         if alone:
-            self._delivery.give(slot, nbytes, entries)
+            delivery.give(slot, nbytes, here.entries)
             self._next_slot()
-        self._delivery.begin()  # behind the first bucket: it goes before they are asked
+        delivery.begin()  # behind the first bucket: it goes before they are asked
         with self.stage("digest"):
-            look = self._looker.begin(entries, tensors, scales, check)
-        self._writing = _Batch(slot if alone else None, nbytes, entries, look, self._started)
-        # The recorder tells how long a bucket took, and asks the device for more.
-        self._may_wait = later and alone and self._note is None
+            look = self._looker.begin(here, check)
+        batch = _Batch(here, slot if alone else None, nbytes, look, self._started)
         self._look_at_last()
+        # The recorder tells how long a bucket took, and asks the device for more.
+        if later and alone and self._note is None:
+            self._later = batch
+        else:
+            self._settle(batch)
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Measure a stage of the stream."""
         return self._clock.stage(name, None if self._delivery is None else self._delivery.device)
 
     def in_thread(self, work: Callable[[], list[Named]]) -> Awaitable[list[Named]]:
-        """Do it aside, and take what it gives there, too: the stream passes nothing on."""
+        """Do it aside."""
         assert self.aside is not None
-
-        def both() -> list[Named]:
-            self.add(work())
-            return []
-
-        return self.aside.do(both)
+        return self.aside.do(work)
 
     # ---- what the update does ----
-
-    def add(self, pairs: Sequence[Named]) -> None:
-        """Take what the stream gives: places that are written now."""
-        self._written += len(pairs)
-        batch = self._writing
-        if not pairs or batch is None or self._written < len(batch.entries):
-            return
-        self._writing = None
-        if self._may_wait:
-            self._later = batch
-        else:
-            self._settle(batch)
 
     def finish(self) -> None:
         """Look at what is left and have it loaded; returns before it is where it should be.
@@ -256,12 +228,11 @@ class Filler:
             self._delivery = self._open(nbytes)
         return self._delivery
 
-    def _is_bucket(self, entries: Sequence[Entry]) -> bool:
+    def _is_bucket(self, parcel: Parcel) -> bool:
         """Say whether these are all of a bucket, whatever is found when they are looked at."""
         if self._held is not None:
             return False  # what servers hold is taken out
-        head = self._tie and self._tie[0]
-        return not any(entry.name == head for entry in entries)
+        return self._tie is None or self._tie[0] not in parcel.names
 
     def _look_at_last(self) -> None:
         batch, self._later = self._later, None
@@ -273,19 +244,19 @@ class Filler:
         with self._clock.stage("digest"):
             found = batch.look()
         took = time.perf_counter() - batch.began
-        self.digests.update((entry.name, entry.digest) for entry in found if entry.digest)
+        self.digests.update([(entry.name, entry.digest) for entry in found if entry.digest])
         self._check_tie()
-        wanted = self._wanted(found)
-        if self._note is not None:
-            head = self._tie and self._tie[0]
-            known = [(e, sent) for e, sent in zip(found, wanted, strict=True) if e.name != head]
-            self._note(known, took)
-        self.sent += sum(wanted)
         assert self._delivery is not None
         if batch.slot is not None:
+            self._tell_of(found, repeat(True), took)
+            self.sent += len(found)
+            self.bytes_sent += batch.placed.parcel.values
             self._delivery.deliver(batch.slot, batch.nbytes, found)
             self.tell()
             return
+        wanted = self._wanted(found)
+        self._tell_of(found, wanted, took)
+        self.sent += sum(wanted)
         if all(wanted):
             self._entries += found
         else:
@@ -294,6 +265,13 @@ class Filler:
         # With little to send, the next ones may still go into this bucket.
         if self._held is None or self._used > self._delivery.capacity // 2:
             self._deliver()
+
+    def _tell_of(self, found: list[Entry], sent: Iterable[bool], took: float) -> None:
+        """Have the recorder note these."""
+        if self._note is not None:
+            head = self._tie and self._tie[0]
+            pairs = zip(found, sent)  # noqa: B905 - that all are sent is told without an end
+            self._note([(entry, yes) for entry, yes in pairs if entry.name != head], took)
 
     def _wanted(self, found: list[Entry]) -> list[bool]:
         """Say of each tensor whether it is sent: codes and their scales together, or not."""

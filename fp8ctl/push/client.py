@@ -276,7 +276,7 @@ class Server:
     def _once(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[int, Any]:
         connection = self._connection
         if connection is None or connection.sock is None:
-            kind = http.client.HTTPSConnection if self._https else http.client.HTTPConnection
+            kind = _Secure if self._https else _Plain
             host, port = self._address
             connection = self._connection = kind(host, port, timeout=min(KNOCK, timeout))
             connection.connect()
@@ -300,6 +300,40 @@ class Server:
             return response.status, json.loads(text)
         except ValueError:
             return response.status, None
+
+
+class _OneSend:
+    """A connection that sends a request's head together with its body.
+
+    http.client sends one after the other, and a server that is idle wakes for each.
+    """
+
+    _parts: list[bytes] | None = None
+
+    def request(self, *what: Any, **more: Any) -> None:
+        """Send a request, whose body is bytes or none."""
+        parts: list[bytes] = []
+        self._parts = parts
+        try:
+            super().request(*what, **more)  # type: ignore[misc]
+        finally:
+            self._parts = None
+        self.send(b"".join(parts))
+
+    def send(self, data: Any) -> None:
+        """Send, or keep it until the request is whole."""
+        if self._parts is None:
+            super().send(data)  # type: ignore[misc]
+        else:
+            self._parts.append(data)
+
+
+class _Plain(_OneSend, http.client.HTTPConnection):
+    """By HTTP."""
+
+
+class _Secure(_OneSend, http.client.HTTPSConnection):
+    """By HTTPS."""
 
 
 def _with_entries(body: Mapping[str, object], entries: Sequence[Entry]) -> bytes:

@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from fp8ctl.carriers.sent import Sent
+    from fp8ctl.course import Places
     from fp8ctl.push.client import Server
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.push.link import Link
     from fp8ctl.wire import Entry
-
-    #: Address, dtype and shape, and the tensor that lies there.
-    Places = dict[tuple[int, str, tuple[int, ...]], torch.Tensor]
 
 
 class Clock:
@@ -63,12 +61,16 @@ class Clock:
         with self._one_at_a_time:
             self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
-    def seconds(self) -> dict[str, float]:
-        """Return what was measured, and the total until now; waits for a GPU."""
+    def settle(self) -> None:
+        """Ask a GPU for what it has measured, and wait for it."""
         while self._events:
             name, before, after = self._events.pop()
             after.synchronize()
             self.add(name, before.elapsed_time(after) / 1000)
+
+    def seconds(self) -> dict[str, float]:
+        """Return what was measured, and the total until now; waits for a GPU."""
+        self.settle()
         return {**self._seconds, "total": time.perf_counter() - self._started}
 
 
@@ -81,7 +83,7 @@ class Delivery(Protocol):
             is delivered.
         device: of their memory.
         number: buckets that were taken until now.
-        places: tensors in its memory; kept as long as that is, over updates.
+        places: what lies in its memory; kept as long as that is, over updates.
     """
 
     places: Places

@@ -83,7 +83,7 @@ class Fleet:
         Returns:
             What went wrong, in words, for each server where something did.
         """
-        self._rest()
+        self.rest()
         for server in self.servers:
             server.cut()
         for pool in (*self._pools, *self._beside):
@@ -106,7 +106,7 @@ class Fleet:
 
     def close(self) -> None:
         """End the threads; connections stay for the next update, and no thread uses one then."""
-        self._rest()
+        self.rest()
         for last, *pools in zip(self._last, self._pools, self._beside, strict=True):
             # A sign of life may be on its way; for what was given up `wait` waits for ever.
             concurrent.futures.wait([future for future in last.values() if not future.done()])
@@ -116,7 +116,8 @@ class Fleet:
             if server.is_cut:
                 server.mend()
 
-    def _rest(self) -> None:
+    def rest(self) -> None:
+        """End the signs of life; what is asked from here on is one itself, while it is answered."""
         while self._hearts:
             self._hearts.pop().stop()
 

@@ -24,6 +24,7 @@ import torch
 from fp8ctl import paths
 from fp8ctl.carriers import offers
 from fp8ctl.carriers.ends import SLOTS
+from fp8ctl.course import Places
 from fp8ctl.dtypes import SPELLED
 from fp8ctl.errors import NotPermittedError
 from fp8ctl.layout import header
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8ctl.manifest import Plan
-    from fp8ctl.push.delivery import Clock, Places
+    from fp8ctl.push.delivery import Clock
     from fp8ctl.wire import Entry
 
 PREFIX = "fp8ctl-push-"
@@ -72,7 +73,7 @@ class ByFolder:
             CarrierError: the device has no room for the buckets.
         """
         self.capacity, self.slots, self.device, self.number = capacity, SLOTS, device, 0
-        self.places: Places = {}
+        self.places = Places()
         self.entries: list[Entry] = []
         self._plan, self._clock = plan, clock
         self._files: dict[str, str] = {}

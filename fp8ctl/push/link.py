@@ -12,6 +12,7 @@ import torch
 
 from fp8ctl import __version__
 from fp8ctl.carriers import ends
+from fp8ctl.course import Places
 from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.kernels import known
 from fp8ctl.push.fleet import answers
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
     from fp8ctl.carriers.ends import Sender
+    from fp8ctl.course import Course
     from fp8ctl.push.client import Server
-    from fp8ctl.push.delivery import Places
     from fp8ctl.push.fleet import Fleet
     from fp8ctl.wire import Kind
 
@@ -44,6 +45,8 @@ class Link:
         sender: the trainer's end; None before `open`, and via disk.
         connections: as the servers named them, in their order.
         served: what the last update brought; None: nobody knows.
+        course: of that update, to be followed by the next.
+        places: what lies in the carrier's memory.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class Link:
         self.sender: Sender | None = None
         self.connections: list[str] = []
         self.served: Served | None = None
-        self.places: Places = {}
+        self.course: Course | None = None
+        self.places = Places()
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0

@@ -22,9 +22,9 @@ from fp8ctl.wire import NO_FACTS, Entry
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    Facts = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
+    from fp8ctl.course import Placed
 
-_FLOATS = {"bfloat16", "float16", "float32", "float64"}
+    Facts = Callable[[list[Entry], list[torch.Tensor]], list[dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -43,61 +43,63 @@ class Looker:
     made: bool
     facts: Facts | None
 
-    def begin(
-        self,
-        batch: list[Entry],
-        tensors: list[torch.Tensor],
-        scales: Collection[str],
-        check: Callable[[], object],
-    ) -> Callable[[], list[Entry]]:
+    def begin(self, placed: Placed, check: Callable[[], object]) -> Callable[[], list[Entry]]:
         """Begin to look at tensors.
 
         Args:
-            batch: their entries.
-            tensors: in a bucket.
-            scales: names of those that `check` answers for.
-            check: waits for what writes them, and raises where one is not finite.
+            placed: in a bucket.
+            check: waits for the scales that are made there, and raises where one is not finite.
 
         Returns:
             What waits, and returns the entries with digests and facts; it raises
             PlanDoesNotFitError for what is not finite.
         """
-        kept = [
-            (entry, tensor)
-            for entry, tensor in zip(batch, tensors, strict=True)
-            if entry.dtype in _FLOATS and entry.name not in scales and tensor.numel()
-        ]
-        found = [peaks([tensor for _, tensor in kept])] if kept else []
+        batch, tensors = placed.entries, placed.tensors
+        kept = placed.parcel.floats
+        found = [peaks([tensors[i] for i in kept])] if kept else []
         if self.made:
             codes = [
-                (entry, tensor)
-                for entry, tensor in zip(batch, tensors, strict=True)
-                if entry.dtype == "float8_e4m3fn" and tensor.numel()
+                i
+                for i, entry in enumerate(batch)
+                if entry.dtype == "float8_e4m3fn" and entry.nbytes
             ]
             # 0x7F, with either sign, is the one NaN of this type.
-            bad = (((t.view(torch.uint8) & 0x7F) == 0x7F).any() for _, t in codes)
+            bad = (((tensors[i].view(torch.uint8) & 0x7F) == 0x7F).any() for i in codes)
             found += [torch.where(one, math.nan, 0.0).double().view(1) for one in bad]
-            kept += codes
+            kept = [*kept, *codes]
         highest = torch.cat(found) if len(found) > 1 else found[0] if found else None
-        asked = [self.digest or entry.name in self.always for entry in batch]
         fetched = None if highest is None else Fetched(highest)
-        sums = digests.start((t, 0, 0) for t, yes in zip(tensors, asked, strict=True) if yes)
+        sums = self._sums(placed)
 
         def ended() -> list[Entry]:
             check()
             # The recorder's facts, which few ask for, are waited for by themselves.
             facts = [NO_FACTS] * len(batch) if self.facts is None else self.facts(batch, tensors)
-            made = iter(sums())
+            texts = sums()
             numbers = () if fetched is None else fetched.tolist()
-            for (entry, tensor), peak in zip(kept, numbers, strict=True):
+            for i, peak in zip(kept, numbers, strict=True):
                 if not math.isfinite(peak):
-                    raise _not_finite(entry.name, tensor)
+                    raise _not_finite(batch[i].name, tensors[i])
             return [
-                Entry(e.name, e.dtype, e.shape, e.offset, to_text(next(made)) if yes else "", of_it)
-                for e, yes, of_it in zip(batch, asked, facts, strict=True)
+                Entry(e.name, e.dtype, e.shape, e.offset, text, of_it)
+                for e, text, of_it in zip(batch, texts, facts, strict=True)
             ]
 
         return ended
+
+    def _sums(self, placed: Placed) -> Callable[[], list[str]]:
+        """Begin with the digests that are wanted; return what waits for them."""
+        if self.digest:
+            all_ = placed.digests.start()
+            return lambda: [to_text(one) for one in all_()]
+        asked = [i for i, entry in enumerate(placed.entries) if entry.name in self.always]
+        some = digests.start((placed.tensors[i], 0, 0) for i in asked)
+
+        def texts() -> list[str]:
+            found = dict(zip(asked, some(), strict=True))
+            return [to_text(found[i]) if i in found else "" for i in range(len(placed.entries))]
+
+        return texts
 
 
 def _not_finite(name: str, tensor: torch.Tensor) -> PlanDoesNotFitError:

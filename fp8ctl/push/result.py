@@ -37,7 +37,7 @@ class Update:
         buckets: how many requests brought the weights to each server.
         sent, skipped: tensors, a scale counting as one; skipped are those that all servers held.
         bytes_sent, bytes_skipped: of them, once, whatever the number of servers.
-        stages: seconds of `gather` (from all ranks, or from another device), `quantise`,
+        stages: seconds of `gather` (from all ranks, from another device or dtype), `quantise`,
             `digest` (with facts and the search for NaN in what is kept), `wait` (for servers that
             take buckets, carriers included), `write` (via disk), `end`, and `total`.
         loading: seconds by stage as each server tells them, by its address.

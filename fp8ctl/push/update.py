@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.forms import tied_head
+from fp8ctl import forms
 from fp8ctl.push.aside import Aside
 from fp8ctl.push.buckets import Filler
 from fp8ctl.push.company import Company
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fp8ctl.errors import Fp8ctlError
+    from fp8ctl.forms import Form
     from fp8ctl.manifest import Plan
     from fp8ctl.push.client import Server
     from fp8ctl.push.delivery import Delivery
@@ -68,6 +69,21 @@ class Wish:
         """What the plan's largest tensor needs with its scales, and tensors and bytes of all."""
         return _sizes(self.plan)
 
+    @functools.cached_property
+    def form(self) -> Form:
+        """What becomes of 16-bit weights."""
+        return forms.of_push(self.plan, self.dtype)
+
+    @functools.cached_property
+    def made(self) -> Form:
+        """What becomes of weights that are in the plan's FP8 form already."""
+        return self.form if self.plan is None else forms.of_made(self.plan)
+
+    @functools.cached_property
+    def tie(self) -> tuple[str, str] | None:
+        """Names of an output head that may come and is not sent, and of its embedding."""
+        return None if self.plan is None else forms.tied_head(self.plan)
+
 
 class Work:
     """An update on its way.
@@ -93,6 +109,7 @@ class Work:
         self._complete, self._ranks, self._quantized = complete, ranks, quantized
         self._company = Company(ranks, self.push, wish.timeout)
         self._clock = Clock()
+        self._clock.add("gather", 0.0)  # there is little, where tensors are what they should be
         self._fleet = Fleet(servers)
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
@@ -111,8 +128,9 @@ class Work:
             lambda: link.device,
             self._clock,
             digest=wish.verify or wish.record is not None,
+            course=link.course,
             held=self._held if wish.delta else None,
-            tie=None if wish.plan is None else tied_head(wish.plan),
+            tie=wish.tie,
             facts=self._facts if wish.record is not None else None,
             note=self._note if wish.record is not None else None,
             on_progress=on_progress,
@@ -127,8 +145,8 @@ class Work:
         try:
             with self._stream(named_tensors) as stream:
                 self._prepare(named_tensors)
-                for pair in stream:
-                    self._filler.add([pair])
+                for _ in stream:
+                    pass  # the filler takes them
             return self._conclude()
         except BaseException as e:
             self._give_up(e)
@@ -144,7 +162,7 @@ class Work:
             async with self._stream(named_tensors) as stream:
                 await aside.do(lambda: self._prepare(named_tensors))
                 async for _ in stream:
-                    pass  # the filler took them, aside
+                    pass  # aside
             return await aside.do(self._conclude)
         except BaseException as e:
             error = e
@@ -164,12 +182,10 @@ class Work:
         wish = self._wish
         self._read = placed_weights(
             named_tensors,
-            wish.plan,
+            wish.made if self._quantized else wish.form,
             self._filler,
-            dtype=wish.dtype,
             complete=self._complete,
             ranks=self._ranks,
-            quantized=self._quantized,
             leaving=self._company.call_off,
         )
         return self._read
@@ -222,6 +238,7 @@ class Work:
         company.conclude()
         if not company.gives:
             company.hear()
+            self._link.course = self._filler.course
             return Update(self._version)
         try:
             done = self._finish()
@@ -247,10 +264,14 @@ class Work:
             filler.tell()
             self._end(delivery)
         with self._clock.stage("end"):
+            # While they are at it: this, too, would be time after their answer.
+            self._fleet.rest()
+            self._clock.settle()
             ended = self._session.ended()
         link = self._link
         kept = link.served.digests if link.served is not None and not self._complete else {}
         link.served = Served(self._version, {**kept, **filler.digests})
+        link.course = filler.course
         verified = [one["verified"] for one in ended if one.get("verified") is not None]
         done = self._told(
             loading={
@@ -353,9 +374,11 @@ class Work:
             self._delivery.close()
         if self._recorder is not None:
             self._recorder.close()
-        sender = self._link.sender
+        link = self._link
+        link.places.keep(link.course)
+        sender = link.sender
         if sender is not None and not sender.alive:
-            self._link.drop()
+            link.drop()
 
 
 def _sizes(plan: Plan | None) -> tuple[int, tuple[int, int] | None]:

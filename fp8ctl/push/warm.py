@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from fp8ctl import forms
+from fp8ctl.course import Parcel, Placed, Step
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.digest import digests
-from fp8ctl.wire import Slot, place
+from fp8ctl.wire import Slot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,25 +94,19 @@ def warm(plan: Plan, dtype: torch.dtype | None, device: torch.device) -> None:
 def _quantized(
     shapes: Sequence[Shape], dtype: torch.dtype, form: forms.Form, device: torch.device
 ) -> list[torch.Tensor]:
-    slots = [
-        slot
-        for n, k in shapes
-        for slot in (
-            Slot("", "float8_e4m3fn", (n, k)),
-            Slot("", "float32", tuple(form.groups.scale_shape((n, k)))),
-        )
+    fp8, scale = "float8_e4m3fn", form.groups.scale_shape
+    steps = [
+        Step("", dtype, torch.Size(shape), True, None, slots)
+        for shape in shapes
+        for slots in [(Slot("", fp8, shape), Slot("", "float32", tuple(scale(shape))))]
     ]
     # As in a bucket: what addresses are multiples of counts, too.
-    offsets, nbytes = place(slots)
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    places = [
-        memory[at : at + slot.nbytes].view(getattr(torch, slot.dtype)).view(slot.shape)
-        for slot, at in zip(slots, offsets, strict=True)
-    ]
+    parcel = Parcel(steps)
+    memory = torch.empty(parcel.nbytes, dtype=torch.uint8, device=device)
+    here = Placed(parcel, memory, 0)
     xs = [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
-    out = [*zip(places[::2], places[1::2], strict=True)]
-    kernels.quantize_many(xs, form.groups, form.recipe, out=out)
-    return places
+    kernels.quantize_many(xs, form.groups, form.recipe, out=here.pairs)
+    return here.tensors
 
 
 def _power(n: int) -> int:

@@ -215,6 +215,18 @@ def test_a_list_that_was_begun_is_waited_for_again_and_again(device: str) -> Non
     assert all_right(outs[1], lists[1])
 
 
+@on_each_device
+@pytest.mark.filterwarnings("error")
+def test_a_parameter_that_is_not_finite_is_told_as_any_tensor_is(device: str) -> None:
+    xs = [torch.nn.Parameter(x.clone()) for x in some(device)]
+    outs = outputs(xs, BLOCK)
+    with torch.no_grad():
+        xs[1][(0,) * xs[1].dim()] = math.inf
+    with pytest.raises(NonFiniteError) as found:
+        quantize.start_many(xs, BLOCK, "ieee", outs).wait()
+    assert (found.value.tensor, found.value.value) == (1, math.inf)
+
+
 @needs_triton
 @pytest.mark.parametrize("native", ["1", "0"])
 def test_these_by_triton_interpreted(native: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +181,23 @@ def test_many_at_once_are_one_by_one() -> None:
     assert digests([]) == []
 
 
+@on_each_path
+def test_what_is_prepared_is_read_anew_each_time() -> None:
+    memory = torch.zeros(3, 40, 64)
+    tensors = [memory[0], memory[1, ::2, 1:], memory[2].t(), memory[0, 0, 0], memory[:0]]
+    # Of what must be copied to be read, the copy would stay as it was.
+    tensors += [torch._neg_view(memory[0]), torch.zeros(6, 4, dtype=torch.int64).t()]
+    prepared = module.Prepared(tensors)
+    for seed in range(3):
+        memory.copy_(random((3, 40, 64), seed))
+        tensors[-1].fill_(seed)
+        assert prepared.start()() == [digest(t) for t in tensors]
+    plain = module.Prepared(tensors[:5])
+    started = plain.start()
+    assert started() == [digest(t) for t in tensors[:5]]
+    assert module.Prepared([]).start()() == []
+
+
 def test_one_changed_element_always_shows() -> None:
     # Keys are odd: a change of a word's highest bit alone is the least that can be left.
     x = torch.zeros(3, 4, dtype=torch.uint8)
@@ -258,6 +276,11 @@ def test_a_gpu_gives_the_same() -> None:
                     assert int(module.by_torch(sums)) & MASK == digest(a, 3, 5)
                 held.append((a, b))
     assert digests((b, 3, 5) for _, b in held) == digests((a, 3, 5) for a, _ in held)
+    prepared = module.Prepared([b for _, b in held])
+    streams: list[Any] = [torch.cuda.Stream(), torch.cuda.current_stream()]  # type: ignore[no-untyped-call]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            assert prepared.start()() == digests((a, 0, 0) for a, _ in held)
 
 
 def test_text_keeps_every_bit() -> None:

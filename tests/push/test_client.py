@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -102,6 +103,19 @@ def test_what_follows_a_bucket_goes_by_the_connection_that_the_bucket_does_not_u
     before, following = (by(partial(one.bucket, "a", n, 0, 0, [])) for n in (number - 1, number))
     assert following == [not used for used in before]
     assert by(partial(one.end, "a", number, [], True)) == following
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_a_request_leaves_in_one_piece(method: str) -> None:
+    """A server that rests wakes for each piece."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        connection = client._Plain("127.0.0.1", 1)
+        connection.sock = near
+        connection.request(method, "/x", body=b"{}" if method == "POST" else None, headers={})
+        piece = far.recv(1 << 16)
+        assert piece.startswith(f"{method} /x HTTP/1.1\r\n".encode())
+        assert piece.endswith(b"\r\n\r\n" + (b"{}" if method == "POST" else b""))
 
 
 def test_the_log_is_read_from_where_one_is(one: client.Server) -> None:
