@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from fp8ctl import formats
+from fp8ctl import formats, gathering
 from fp8ctl.course import Follower, Step
 from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
 from fp8ctl.kernels import quantize as kernels
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
     _Kind = tuple[bool, torch.dtype, torch.Size]
     #: dtype, shape, and bytes until the next one may begin.
     _Place = tuple[str, tuple[int, ...], int]
-
-#: Types that are nothing distributed.
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-#: Bytes of a copy that takes longer to launch than to do.
-_SMALL = 1 << 20
 
 
 class Placing(Protocol):
@@ -273,16 +268,20 @@ class Taker:
         alone, placing = self._ranks is None, self.placing
         if placing is not None and alone:
             there = placing.device
-            if all(_is_ready(tensor, step, there) for tensor, step in held):
+            if all(gathering.is_ready(tensor, step, there) for tensor, step in held):
                 own = self.keeps or all(type(t) is torch.nn.Parameter for t, _ in held)
                 return [tensor for tensor, _ in held], own
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with nullcontext() if placing is None else placing.stage("gather"):
             where = self._device if placing is None else placing.device
-            found = [self._whole(tensor, step, gives, where) for tensor, step in held]
+            copied = placing is not None
+            found = [
+                gathering.whole(t, step, where, wanted=gives, copied=copied) for t, step in held
+            ]
         whole = [one for one in found if one is not None]
         lent = alone and all(
-            (self.keeps or isinstance(given, torch.nn.Parameter)) and _same_memory(one, given)
+            (self.keeps or isinstance(given, torch.nn.Parameter))
+            and gathering.same_memory(one, given)
             for one, (given, _) in zip(whole, held, strict=True)
         )
         return whole, lent
@@ -316,27 +315,6 @@ class Taker:
             (dtype_, sides, -(-math.prod(sides) * DTYPES[dtype_] // ALIGN) * ALIGN)
             for dtype_, sides in found
         )
-
-    def _whole(
-        self, tensor: torch.Tensor, step: Step, wanted: bool, where: torch.device | None
-    ) -> torch.Tensor | None:
-        moved: Any = tensor.detach()
-        if type(tensor) not in _PLAIN and hasattr(moved, "full_tensor"):
-            # Shards that are kept on the CPU are gathered where the ranks' group is.
-            there = moved.device_mesh.device_type
-            if moved.device.type != there:
-                moved = moved.to(there)
-            moved = moved.full_tensor()
-        if not wanted:
-            return None
-        # To where it is already, and to what it is, takes time as well. In a push, what is kept
-        # is copied there.
-        if where is not None and (step.fp8 or self.placing is None) and moved.device != where:
-            moved = moved.to(where)
-        if step.rounded not in (None, moved.dtype) and moved.is_floating_point():
-            moved = moved.to(step.rounded)
-        whole: torch.Tensor = moved
-        return whole
 
     @torch.no_grad()
     def _made(self, steps: Sequence[Step], whole: Sequence[torch.Tensor]) -> list[Named]:
@@ -380,44 +358,12 @@ class Taker:
                 xs = [whole[i] for i in parcel.quantised]
                 with _named(names):
                     wait = kernels.start_many(xs, form.groups, form.recipe, placed.pairs).wait
-            _copy(placed.kept, [whole[i] for i in parcel.kept])
+            gathering.copy(placed.kept, [whole[i] for i in parcel.kept])
         placing.writing(_Begun(names, wait, whole).wait, later=lent)
-
-
-def _is_ready(tensor: torch.Tensor, step: Step, where: torch.device) -> bool:
-    """Say whether a tensor can be read as it is."""
-    if type(tensor) not in _PLAIN:
-        return False
-    if not step.fp8:
-        return True  # it is copied anyway
-    return tensor.device == where and step.rounded in (None, tensor.dtype)
-
-
-def _copy(places: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """Copy tensors, the small ones that need not be changed in a launch for each dtype.
-
-    Torch's list of copies is trusted with nothing else: it may take one place's dtype for that of
-    all (pytorch #173383), and not every kind of tensor knows it.
-    """
-    small: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-    for place, tensor in zip(places, tensors, strict=True):
-        alike = place.dtype == tensor.dtype and place.device == tensor.device
-        if not alike or place.nbytes > _SMALL or type(tensor) not in _PLAIN:
-            place.copy_(tensor)
-        elif place.nbytes:
-            into, those = small.setdefault(place.dtype, ([], []))
-            into.append(place)
-            those.append(tensor)
-    for into, those in small.values():
-        torch._foreach_copy_(into, those)
 
 
 def _nothing() -> None:
     """Wait for nothing."""
-
-
-def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one is other or (type(other) in _PLAIN and one.data_ptr() == other.data_ptr())
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("fusing", "gguf", "hfconfig", "online", "quality", "reading", "requantised"),
         *("dtypes", "layout", "manifest", "sendable"),
         *("partial", "pipeline", "selection", "sizing", "snippets", "source", "stream", "survey"),
-        *("course", "forms", "ranks", "taker"),
+        *("course", "forms", "gathering", "ranks", "taker"),
     ),
     ("families", "formats", "kernels", "models", "policy", "wire"),
     ("deadline", "errors", "hardware", "held", "paths", "probe", "record", "render", "signals"),
@@ -66,11 +66,12 @@ IN_ENGINE = (
     *("engines.hooks", "kernels", "worker", "checkpoint", "checksum", "gguf", "layout", "manifest"),
     *("partial", "pipeline", "policy", "families", "formats", "models", "errors", "stream"),
     *("wire", "carriers", "push", "held", "source", "course", "forms", "ranks", "taker", "paths"),
+    "gathering",
     *("difference", "dtypes", "expectation", "online", "quality", "requantised", "sendable"),
     "reading",
 )
 #: What `push` has besides itself.
-IN_TRAINER = ("stream", "taker", "course", "forms", "ranks")
+IN_TRAINER = ("stream", "taker", "course", "forms", "gathering", "ranks")
 WITH_TORCH = (
     *("checkpoint", "checksum", "difference", "dtypes", "expectation", "online", "pipeline"),
     *("quality", "reading", "requantised", "source"),

@@ -1,16 +1,16 @@
-"""Tensors are taken as they are where they can be, and copied as they would be one by one."""
+"""Tensors that are copied together are copied as they would be one by one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fp8ctl import taker
+from fp8ctl import gathering
 
 
 @pytest.mark.parametrize("small", [0, 400, 1 << 20])
 def test_copies_together_are_copies_one_by_one(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taker, "_SMALL", small)
+    monkeypatch.setattr(gathering, "_SMALL", small)
     generator = torch.Generator().manual_seed(0)
     given = [
         torch.randn(shape, generator=generator).to(dtype)
@@ -21,10 +21,10 @@ def test_copies_together_are_copies_one_by_one(small: int, monkeypatch: pytest.M
     for dtype in (torch.bfloat16, torch.float32):
         places = [torch.full(t.shape, 9.0, dtype=dtype) for t in given]
         with torch.no_grad():
-            taker._copy(places, given)
+            gathering.copy(places, given)
         for place, tensor in zip(places, given, strict=True):
             assert torch.equal(place, tensor.to(dtype))
-    taker._copy([], [])
+    gathering.copy([], [])
 
 
 def test_one_launch_copies_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_one_launch_copies_what_is_alike(monkeypatch: pytest.MonkeyPatch) -> Non
     dtypes = [torch.bfloat16, torch.float32, torch.float16]
     places = [torch.zeros(8, dtype=dtype) for dtype in dtypes for _ in dtypes for _ in range(2)]
     tensors = [torch.ones(8, dtype=dtype) for _ in dtypes for dtype in dtypes for _ in range(2)]
-    taker._copy([*places, torch.zeros(8)], [*tensors, torch.ones(8).as_subclass(Other)])
+    gathering.copy([*places, torch.zeros(8)], [*tensors, torch.ones(8).as_subclass(Other)])
     for into, those in launches:
         assert len({t.dtype for t in (*into, *those)}) == len({type(t) for t in those}) == 1
     assert [len(into) for into, _ in launches] == [2, 2, 2]
@@ -58,6 +58,6 @@ def test_a_gpu_copies_the_same_from_where_it_lies() -> None:
     ]
     for where in ("cpu", "cuda"):
         places = [torch.zeros(t.shape, dtype=torch.bfloat16, device="cuda") for t in given]
-        taker._copy(places, [t.to(where) for t in given])
+        gathering.copy(places, [t.to(where) for t in given])
         for place, tensor in zip(places, given, strict=True):
             assert torch.equal(place.cpu(), tensor.bfloat16())
