@@ -11,15 +11,14 @@ No tensor is kept here but by `Placed`, which belongs to whose memory it lies in
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from fp8ctl.kernels.digest import Prepared
-from fp8ctl.wire import DTYPES, Entry, Slot, place
+from fp8ctl.wire import Entry, Slot, place
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -219,7 +218,8 @@ class Follower:
     @property
     def is_complete(self) -> bool:
         """Whether it is known that all of the form came: it did by the same course."""
-        return self._is_same and self._before is not None and self._before.complete
+        same = self._steps is None and self._agreed == len(self._known)
+        return same and self._before is not None and self._before.complete
 
     def ended(self, complete: bool) -> Course:
         """Return the course of this update.
@@ -227,17 +227,9 @@ class Follower:
         Args:
             complete: it was found to be.
         """
-        before, complete = self._before, complete or self.is_complete
-        if before is not None and self._is_same and self._parcels == before.parcels:
-            return before if before.complete or not complete else replace(before, complete=True)
-        return Course(self._form, self.steps, self._parcels, complete)
-
-    @property
-    def _is_same(self) -> bool:
-        return self._steps is None and self._agreed == len(self._known)
+        return Course(self._form, self.steps, self._parcels, complete or self.is_complete)
 
 
 def _at(memory: torch.Tensor, entry: Entry) -> torch.Tensor:
-    size = math.prod(entry.shape) * DTYPES[entry.dtype]
-    raw = memory[entry.offset : entry.offset + size]
+    raw = memory[entry.offset : entry.offset + entry.nbytes]
     return raw.view(getattr(torch, entry.dtype)).view(entry.shape)

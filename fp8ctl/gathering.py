@@ -23,7 +23,7 @@ _SMALL = 1 << 20
 
 
 def whole(
-    tensor: torch.Tensor, step: Step, where: torch.device | None, *, wanted: bool, copied: bool
+    tensor: torch.Tensor, step: Step, where: torch.device | None, wanted: bool, read: bool
 ) -> torch.Tensor | None:
     """Return a tensor as it is to be read; on a rank that does not want it, None.
 
@@ -32,8 +32,12 @@ def whole(
         step: what becomes of it.
         where: it is quantised; None: where it lies.
         wanted: False: this rank gathers for others.
-        copied: what stays as it is is copied to where it is wanted, anyway.
+        read: it is given to nobody: what stays as it is is copied, from where it lies.
     """
+    if wanted and read and type(tensor) in _PLAIN:
+        as_it_is = tensor.device == where and step.rounded in (None, tensor.dtype)
+        if as_it_is or not step.fp8:
+            return tensor
     moved: Any = tensor.detach()
     if type(tensor) not in _PLAIN and hasattr(moved, "full_tensor"):
         # Shards that are kept on the CPU are gathered where the ranks' group is.
@@ -44,21 +48,12 @@ def whole(
     if not wanted:
         return None
     # To where it is already, and to what it is, takes time as well.
-    if where is not None and (step.fp8 or not copied) and moved.device != where:
+    if where is not None and (step.fp8 or not read) and moved.device != where:
         moved = moved.to(where)
     if step.rounded not in (None, moved.dtype) and moved.is_floating_point():
         moved = moved.to(step.rounded)
     found: torch.Tensor = moved
     return found
-
-
-def is_ready(tensor: torch.Tensor, step: Step, where: torch.device) -> bool:
-    """Say whether a tensor can be read as it is, and what stays as it is copied from there."""
-    if type(tensor) not in _PLAIN:
-        return False
-    if not step.fp8:
-        return True  # it is copied anyway
-    return tensor.device == where and step.rounded in (None, tensor.dtype)
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

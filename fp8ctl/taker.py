@@ -6,7 +6,6 @@ each bucket begins with a meeting, and ends with the word of the source that it 
 
 from __future__ import annotations
 
-import math
 import sys
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from fp8ctl.errors import ConflictError, Fp8ctlError, PlanDoesNotFitError
 from fp8ctl.kernels import quantize as kernels
 from fp8ctl.kernels.inputs import NonFiniteError
 from fp8ctl.ranks import leave, meet, tell
-from fp8ctl.wire import ALIGN, DTYPES, Slot
+from fp8ctl.wire import DTYPES, Slot, place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -33,10 +32,6 @@ if TYPE_CHECKING:
     Named = tuple[str, torch.Tensor]
     #: A tensor that was taken, and what becomes of it.
     _Held = tuple[torch.Tensor, Step]
-    #: Whether it becomes FP8, the dtype that it has or gets where not, and its shape.
-    _Kind = tuple[bool, torch.dtype, torch.Size]
-    #: dtype, shape, and bytes until the next one may begin.
-    _Place = tuple[str, tuple[int, ...], int]
 
 
 class Placing(Protocol):
@@ -104,8 +99,6 @@ class Taker:
         self._course = Follower(form, None if placing is None else placing.course)
         #: Names of what came; filled when something comes that did not come before.
         self._came: set[str] = set()
-        #: Most tensors are like one before: dtypes, shapes and bytes of their places.
-        self._alike: dict[_Kind, tuple[_Place, ...]] = {}
         #: The source has its tensors whether or not they are taken; others may make each of them.
         self.keeps = False
         #: Of who reads the stream, for the other ranks.
@@ -155,12 +148,13 @@ class Taker:
             )
         fp8 = form.quantized(name, tensor.shape)
         rounded = self._dtype or (form.dtype(name) if fp8 else None)
-        step = Step(name, tensor.dtype, tensor.shape, fp8, rounded)
+        slots: Sequence[Slot] = ()
         if self.placing is None:
-            step = step._replace(nbytes=tensor.numel() * tensor.element_size())
+            nbytes = tensor.nbytes
         else:
-            slots, size = self._slots(name, tensor, fp8)
-            step = step._replace(slots=slots, nbytes=size + form.ahead(name))
+            slots = self._slots(name, tensor, fp8)
+            nbytes = place(slots)[1] + form.ahead(name)
+        step = Step(name, tensor.dtype, tensor.shape, fp8, rounded, slots, nbytes)
         self._course.add(step)
         return step
 
@@ -265,56 +259,35 @@ class Taker:
 
         Also, whether they are the source's own, so that to keep them takes no memory.
         """
-        alone, placing = self._ranks is None, self.placing
-        if placing is not None and alone:
-            there = placing.device
-            if all(gathering.is_ready(tensor, step, there) for tensor, step in held):
-                own = self.keeps or all(type(t) is torch.nn.Parameter for t, _ in held)
-                return [tensor for tensor, _ in held], own
+        placing = self.placing
         # A tensor may be a part of one until here; gathering is the same order on all ranks.
         with nullcontext() if placing is None else placing.stage("gather"):
             where = self._device if placing is None else placing.device
-            copied = placing is not None
-            found = [
-                gathering.whole(t, step, where, wanted=gives, copied=copied) for t, step in held
-            ]
+            read = placing is not None
+            found = [gathering.whole(t, step, where, gives, read) for t, step in held]
         whole = [one for one in found if one is not None]
-        lent = alone and all(
+        lent = self._ranks is None and all(
             (self.keeps or isinstance(given, torch.nn.Parameter))
             and gathering.same_memory(one, given)
             for one, (given, _) in zip(whole, held, strict=True)
         )
         return whole, lent
 
-    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> tuple[list[Slot], int]:
-        """Return the places that what a tensor becomes needs, and their bytes."""
-        rounded = None if fp8 or not tensor.is_floating_point() else self._form.dtype(name)
-        kind = fp8, rounded or tensor.dtype, tensor.shape
-        places = self._alike.get(kind)
-        if places is None:
-            places = self._alike[kind] = self._places_of(name, *kind)
-        slots = [Slot(name, *places[0][:2])]
+    def _slots(self, name: str, tensor: torch.Tensor, fp8: bool) -> list[Slot]:
+        """Return the places that what a tensor becomes needs."""
+        form, shape = self._form, tuple(tensor.shape)
         if fp8:
-            slots.append(Slot(formats.scale_name(name, self._form.mode), *places[1][:2]))
-        return slots, sum([nbytes for *_, nbytes in places])
-
-    def _places_of(
-        self, name: str, fp8: bool, dtype: torch.dtype, shape: torch.Size
-    ) -> tuple[_Place, ...]:
-        spelled = _spelled(dtype)
-        if not fp8 and spelled not in DTYPES:
+            scale = formats.scale_name(name, form.mode), tuple(form.groups.scale_shape(shape))
+            return [Slot(name, "float8_e4m3fn", shape), Slot(scale[0], "float32", scale[1])]
+        rounded = form.dtype(name) if tensor.is_floating_point() else None
+        spelled = _spelled(rounded or tensor.dtype)
+        if spelled not in DTYPES:
             raise PlanDoesNotFitError(
                 f"{name} is {spelled}, which no server takes; one of {', '.join(DTYPES)}",
                 hint="cast it before it is sent",
                 data={"tensor": name},
             )
-        found = [("float8_e4m3fn" if fp8 else spelled, tuple(shape))]
-        if fp8:
-            found.append(("float32", tuple(self._form.groups.scale_shape(shape))))
-        return tuple(
-            (dtype_, sides, -(-math.prod(sides) * DTYPES[dtype_] // ALIGN) * ALIGN)
-            for dtype_, sides in found
-        )
+        return [Slot(name, spelled, shape)]
 
     @torch.no_grad()
     def _made(self, steps: Sequence[Step], whole: Sequence[torch.Tensor]) -> list[Named]:

@@ -107,8 +107,8 @@ def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[i
     With Triton a GPU's come later.
     """
     found: list[int | torch.Tensor] = []
-    lists: dict[torch.device, list[tuple[int, Part]]] = {}
     paths: dict[torch.device, Way | None] = {}
+    lists: dict[torch.device, list[tuple[int, Part]]] = {}
     for part in parts:
         t, row_offset, col_offset = part
         where = t.device
@@ -160,11 +160,12 @@ class Prepared:
         if not self._stays:
             return start((t, 0, 0) for t in self._tensors)
         found: list[int | torch.Tensor] = [0] * len(self._tensors)
-        if self._way is None and self._sums:
-            return _ending(found, [([i for i, _ in self._sums], self._there().run())])
+        way = self._way
+        if way is None:
+            those = [([i for i, _ in self._sums], self._there().run())] if self._sums else []
+            return _ending(found, those)
         for i, sums in self._sums:
-            assert self._way is not None
-            found[i] = self._way(sums)
+            found[i] = way(sums)
         return _ending(found, [])
 
     def _there(self) -> digest_triton.Prepared:

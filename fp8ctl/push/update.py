@@ -109,7 +109,6 @@ class Work:
         self._complete, self._ranks, self._quantized = complete, ranks, quantized
         self._company = Company(ranks, self.push, wish.timeout)
         self._clock = Clock()
-        self._clock.add("gather", 0.0)  # there is little, where tensors are what they should be
         self._fleet = Fleet(servers)
         self._session = Session(self._fleet, link, self.push, version, wish, complete=complete)
         self._delivery: Delivery | None = None
