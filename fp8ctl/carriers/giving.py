@@ -202,7 +202,7 @@ class Giver:
         deadline = time.monotonic() + self._timeout
         try:
             self._hub.tell(go=[bucket.slot, bucket.nbytes])
-            bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear)
+            bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear).over
             bucket.launched.set()
         except (TimeoutError, ConflictError) as e:
             raise self._whose(e, bucket) from None

@@ -19,6 +19,7 @@ import torch
 
 from fp8ctl.carriers import driver, exported, offers, turns
 from fp8ctl.carriers.exported import Exported, Opened
+from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class Lender:
 
     def broadcast(
         self, _tensor: torch.Tensor, _after: Any, _deadline: float, _check: Callable[[], None]
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         """Do nothing: the rank was told."""
-        return _over
+        return Launched(_over)
 
     def keep(self) -> None:
         """Never give the memory back: a rank that did not leave in time may still read it."""
@@ -96,15 +97,12 @@ class Puller:
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, _deadline: float, _check: Callable[[], None]
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         """Launch the copy into one of the slots, or its first bytes, behind those before.
 
         Args:
             tensor: the whole of it.
             after: an event of this device that comes first; None: nothing does.
-
-        Returns:
-            What says whether this device has done it.
 
         Raises:
             ConflictError: the driver failed.
@@ -125,7 +123,7 @@ class Puller:
         def over() -> bool:
             return bool(done.query())
 
-        return over
+        return Launched(over, done)
 
     def close(self) -> None:
         """Close the handles, when what was launched is over."""

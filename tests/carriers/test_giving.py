@@ -21,6 +21,7 @@ import torch
 from fp8ctl.carriers import ends, giving, gloo, link, offers, turns
 from fp8ctl.carriers import group as carrier
 from fp8ctl.carriers.hub import Hub
+from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 from tests.carriers.freed import count_freed
@@ -58,6 +59,8 @@ class Transport:
         self.looks = 0
         #: Whether ranks take the bytes out of the trainer's slots.
         self.pulled = False
+        #: Whether a device can wait for them; then the number of each is its event.
+        self.events = False
 
     def count(self, rank: int) -> int:
         return len(self.launched[rank])
@@ -75,7 +78,7 @@ class Backend:
 
     def broadcast(
         self, tensor: torch.Tensor, _after: Any, _deadline: float, check: Callable[[], None]
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         check()
         transport, rank = self.transport, self.rank
         number = transport.count(rank)
@@ -96,7 +99,7 @@ class Backend:
                 transport.launched[rank][number].copy_(transport.bytes[number])
             return True
 
-        return over
+        return Launched(over, f"event {number}" if transport.events else None)
 
     def close(self) -> None:
         self.transport.closed.append(self.rank)
@@ -494,6 +497,105 @@ def test_a_rank_that_hears_of_the_end_first_takes_what_has_come(transport: Trans
         assert rank.bucket(0, NBYTES).tolist() == [7] * NBYTES
         with pytest.raises(ConflictError, match="was cancelled"):
             rank.bucket(1, NBYTES)
+
+
+@pytest.fixture
+def awaited(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the events that a rank's device was told to wait for."""
+    transport.events = True
+    events: list[str] = []
+    monkeypatch.setattr(carrier, "_wait_on_device", lambda _, event: events.append(event))
+    return events
+
+
+def test_a_device_waits_for_what_is_on_its_way(transport: Transport, awaited: list[str]) -> None:
+    """The rank is told as soon as it is launched; whether it came, later."""
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        for slot in range(2):
+            assert rank.bucket(slot, NBYTES, here=False).numel() == NBYTES
+        assert awaited == ["event 0", "event 1"]
+        rank.loaded()
+        # Its slot has room, and the device its order: a third is launched when one is over.
+        third = give(sender, 0, seed=8)
+        coming = threads.submit(rank.arrived)
+        transport.done.update({0: 1, 1: 1})
+        becomes(lambda: transport.count(1), 3)
+        time.sleep(WHILE)
+        assert not coming.done()
+        transport.done.update({0: 3, 1: 3})
+        assert coming.result(PATIENCE) is None
+        assert errors([*futures, third]) == [None] * 3
+        assert rank.bucket(0, NBYTES, here=False).tolist() == [8] * NBYTES
+        assert awaited == ["event 0", "event 1"], "what is here needs none"
+        rank.arrived()
+
+
+def test_where_no_device_can_wait_the_rank_does(transport: Transport) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        give(sender, 0, seed=7)
+        taken = threads.submit(rank.bucket, 0, NBYTES, here=False)
+        becomes(lambda: transport.count(1), 1)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done.update({0: 1, 1: 1})
+        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
+
+
+def test_who_wants_a_bucket_here_waits_for_it(transport: Transport, awaited: list[str]) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        give(sender, 0, seed=7)
+        taken = threads.submit(rank.bucket, 0, NBYTES)
+        becomes(lambda: transport.count(1), 1)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done.update({0: 1, 1: 1})
+        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
+        assert not awaited
+
+
+def test_what_a_device_waits_for_and_is_lost_is_told(
+    transport: Transport, awaited: list[str]
+) -> None:
+    with group(0) as (sender, [rank]):
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        rank.bucket(0, NBYTES, here=False)
+        rank.bucket(1, NBYTES, here=False)
+        transport.lost[1, 1] = ConflictError("the second did not come")
+        transport.done.update({0: 2, 1: 1})
+        with pytest.raises(ConflictError, match="the second did not come"):
+            rank.arrived()
+        with pytest.raises(ConflictError, match="the group has ended"):
+            rank.arrived()
+        assert errors(futures) == [None, None]
+        assert len(awaited) == 2
+        becomes(lambda: alive(sender), False)
+
+
+def test_after_the_end_nothing_is_handed_on_that_is_on_its_way(
+    transport: Transport, awaited: list[str]
+) -> None:
+    with group(0) as (sender, [rank]):
+        give(sender, 0)
+        becomes(lambda: transport.count(1), 1)
+        sender.cancel("the update was cancelled")
+        becomes(lambda: 1 in transport.closed, True)
+        with pytest.raises(ConflictError, match="was cancelled"):
+            rank.bucket(0, NBYTES, here=False)
+        assert not awaited
+
+
+def test_what_a_device_waits_for_too_long_is_a_time_out(
+    transport: Transport, awaited: list[str]
+) -> None:
+    with group(0, timeout=0.3) as (sender, [rank]):
+        give(sender, 0)
+        rank.bucket(0, NBYTES, here=False)
+        began = time.monotonic()
+        with pytest.raises((TimeoutError, ConflictError)):
+            rank.arrived()
+        assert time.monotonic() - began < PATIENCE
+        assert awaited == ["event 0"]
 
 
 @pytest.mark.parametrize("missing", ["room", "got"])
