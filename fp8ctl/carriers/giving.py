@@ -189,7 +189,6 @@ class Giver:
         if bucket is None:
             return False
         if self._backend.pulled and bucket.after is not None and not bucket.after.query():
-            bucket.launched.set()  # it is the device that is waited for
             return False
         for has in self._room.values():
             has.discard(bucket.slot)

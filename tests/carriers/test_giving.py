@@ -232,7 +232,7 @@ def test_who_gives_the_first_has_the_thread_launch_it_alone(
     monkeypatch.setattr(giving, "_FIRST", PATIENCE)
     launch = Backend.broadcast
 
-    def slowly(self: Backend, *more: Any) -> Callable[[], bool]:
+    def slowly(self: Backend, *more: Any) -> Launched:
         if self.rank == 0:
             time.sleep(WHILE)
         return launch(self, *more)
