@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 #: Seconds after a bucket in which another one is likely.
 _SOON = 1.0
+#: Part of what the quickest bucket took, for its size, before which another is not expected.
+_EARLY = 0.8
+#: Seconds between two looks until then: a small bucket says little of a large one.
+_SELDOM = 0.0005
 #: Seconds that the thread gets to end; what holds it longer ends by its own time-out.
 _LEAVING = 15.0
 
@@ -92,8 +96,8 @@ class Ahead:
         self._said: deque[link.Message] = deque()
         #: What is not here yet; the thread's own.
         self._flying: deque[_Coming] = deque()
-        #: When the first of these became that.
-        self._since = 0.0
+        #: When the first of these became that; the fewest seconds that a byte took.
+        self._since = self._pace = 0.0
         self._changed = threading.Condition()
         #: What was not taken yet, and what was before it was here.
         self._untaken: deque[_Coming] = deque()
@@ -221,8 +225,21 @@ class Ahead:
                 elif not self._hand_on():
                     if time.monotonic() - self._since > self._timeout:
                         raise TimeoutError("a bucket did not come in time")
-                    turns.nap(self._since)
+                    self._nap()
                 message = self._said.popleft() if self._said else self._line.heard()
+
+    def _nap(self) -> None:
+        """Wait for a message, or until the first bucket that is on its way may be here.
+
+        Each look takes Python's lock for a moment, and whoever loads what is here needs it.
+        """
+        now = time.monotonic()
+        early = self._since + _EARLY * self._pace * self._flying[0].nbytes
+        if self._said or now >= early:
+            turns.nap(self._since)
+            return
+        with contextlib.suppress(TimeoutError):
+            self._said.append(self._line.hear(min(early, now + _SELDOM)))
 
     def _launch(self, message: link.Message) -> None:
         slot, nbytes = link.refuse(message)["go"]
@@ -245,7 +262,9 @@ class Ahead:
         if not first.launched.over():
             return False
         self._flying.popleft()
-        self._since = time.monotonic()
+        now = time.monotonic()
+        pace = (now - self._since) / max(1, first.nbytes)
+        self._pace, self._since = min(self._pace or pace, pace), now
         with self._changed:
             first.here = True
             self._changed.notify_all()

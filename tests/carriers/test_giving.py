@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import time
 import weakref
 from collections import defaultdict
@@ -596,6 +597,36 @@ def test_what_a_device_waits_for_too_long_is_a_time_out(
             rank.arrived()
         assert time.monotonic() - began < PATIENCE
         assert awaited == ["event 0"]
+
+
+def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then each look would take Python's lock from whoever loads the one before."""
+    naps: list[float] = []
+    nap = turns.nap
+
+    def napped(since: float) -> bool:
+        if threading.current_thread().name == "fp8ctl-push-take":
+            naps.append(since)
+        return nap(since)
+
+    monkeypatch.setattr(turns, "nap", napped)
+    with group(0) as (sender, [rank]):
+        futures = [give(sender, slot) for slot in range(2)]
+        becomes(lambda: transport.count(1), 2)
+        time.sleep(1.0)
+        assert naps
+        transport.done.update({0: 1, 1: 1})
+        rank.bucket(0, NBYTES)
+        naps.clear()
+        looks = transport.looks
+        time.sleep(WHILE)
+        assert not naps, "the first took a second"
+        assert transport.looks - looks > 10, "and the second may be quicker"
+        transport.done.update({0: 2, 1: 2})
+        rank.bucket(1, NBYTES)
+        assert errors(futures) == [None] * 2
 
 
 @pytest.mark.parametrize("missing", ["room", "got"])

@@ -26,14 +26,24 @@ __all__ = ["servers"]  # a fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Names of what is read, together, each time that something is."""
     lists: list[list[str]] = []
-    begin = shards.begin
+    begin, prepare = shards.begin, shards.prepare
 
     def noted(held: Iterable[Shard]) -> Callable[[], list[int]]:
         those = list(held)
         lists.append([shard.name for shard in those])
         return begin(those)
 
+    class Noted:
+        def __init__(self, held: Iterable[Shard]) -> None:
+            self.those = list(held)
+            self.prepared = prepare(self.those)
+
+        def start(self) -> Callable[[], list[int]]:
+            lists.append([shard.name for shard in self.those])
+            return self.prepared.start()
+
     monkeypatch.setattr(shards, "begin", noted)
+    monkeypatch.setattr(shards, "prepare", Noted)
     return lists
 
 
