@@ -30,6 +30,8 @@ _SOON = 1.0
 _EARLY = 0.8
 #: Seconds between two looks until then: a small bucket says little of a large one.
 _SELDOM = 0.0005
+#: Seconds in which the first bucket of an update comes after the trainer has said so.
+_FIRST = 0.005
 #: Seconds that the thread gets to end; what holds it longer ends by its own time-out.
 _LEAVING = 15.0
 
@@ -55,6 +57,10 @@ class Backend(Protocol):
             deadline: of time.monotonic(), for launching it.
             check: raises where nobody wants it any more.
         """
+        ...
+
+    def warm(self) -> None:
+        """Have the device ready: a bucket will come in a moment. Fails for nobody."""
         ...
 
     def close(self) -> None:
@@ -98,6 +104,8 @@ class Ahead:
         self._flying: deque[_Coming] = deque()
         #: When the first of these became that; the fewest seconds that a byte took.
         self._since = self._pace = 0.0
+        #: Until when a bucket is awaited without sleep.
+        self._awake = 0.0
         self._changed = threading.Condition()
         #: What was not taken yet, and what was before it was here.
         self._untaken: deque[_Coming] = deque()
@@ -216,6 +224,8 @@ class Ahead:
             while True:
                 if message is not None:
                     self._launch(message)
+                elif not self._flying and time.monotonic() < self._awake:
+                    turns.nap(time.monotonic())
                 elif not self._flying:
                     try:
                         message = self._line.hear(time.monotonic() + _SOON)
@@ -242,7 +252,11 @@ class Ahead:
             self._said.append(self._line.hear(min(early, now + _SELDOM)))
 
     def _launch(self, message: link.Message) -> None:
-        slot, nbytes = link.refuse(message)["go"]
+        if "soon" in link.refuse(message):
+            self._awake = time.monotonic() + _FIRST
+            self._backend.warm()
+            return
+        slot, nbytes = message["go"]
         if slot not in self._free:
             raise ConflictError(f"the trainer gives slot {slot}, which has no room")
         part, after = self._slots[slot][:nbytes], self._free.pop(slot)

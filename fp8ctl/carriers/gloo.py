@@ -137,6 +137,9 @@ class Gloo:
             raise ConflictError(f"gloo: {_first_line(e)}") from e
         return Launched(_over)
 
+    def warm(self) -> None:
+        """Do nothing: a CPU is."""
+
     def close(self) -> None:
         """End the group's threads and connections."""
         self._group = None

@@ -118,6 +118,7 @@ class GroupSender:
                     ranks,
                     timeout=self._timeout,
                     ended=self._break,
+                    soon=all(message.get("soon") is True for message in told.values()),
                 )
             except BaseException as e:
                 self._break(str(e))
@@ -140,10 +141,15 @@ class GroupSender:
         return nccl.Nccl(unique, 0, self._world, self._device, deadline, self._hub.check)
 
     def look(self) -> None:
-        """Leave the group if a rank has: it was started anew, or met another client."""
+        """Leave the group if a rank has: it was started anew, or met another client.
+
+        The others are told that an update begins.
+        """
         # The thread that gives buckets hears of it, too, but perhaps a moment later.
         if self.alive and (gone := self._hub.gone()):
             self.cancel(f"{gone[0]} has left the group")
+        elif self.alive and self._giver is not None:
+            self._giver.expect()
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
@@ -251,7 +257,7 @@ class GroupReceiver:
 
     def _about(self, backend: str, puller: peer.Puller | None) -> dict[str, object]:
         """Return what the trainer is told, to choose what carries the bytes."""
-        about: dict[str, object] = {"slots": len(self._slots)}
+        about: dict[str, object] = {"slots": len(self._slots), "soon": True}
         if backend == "gloo":
             return about
         if puller is None:

@@ -210,6 +210,9 @@ class Nccl:
         _refuse(self._library, f"until {what}", state.value)
         return state.value == _SUCCESS
 
+    def warm(self) -> None:
+        """Do nothing: the kernel of a broadcast is there already when the bytes are."""
+
     def close(self) -> None:
         """Leave the group; what still runs in it is ended. No other rank is waited for."""
         if self._communicator:

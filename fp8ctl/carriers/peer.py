@@ -68,6 +68,9 @@ class Lender:
         """Do nothing: the rank was told."""
         return Launched(_over)
 
+    def warm(self) -> None:
+        """Do nothing: it is the rank that copies."""
+
     def keep(self) -> None:
         """Never give the memory back: a rank that did not leave in time may still read it."""
         _KEPT.append([*self.slots])
@@ -94,6 +97,7 @@ class Puller:
         cuda: Any = torch.cuda
         # Its own stream: nothing of the engine stands behind a copy.
         self._stream = cuda.Stream(device)
+        [self._spare] = offers.allocate([exported.NONCE], device)
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, _deadline: float, _check: Callable[[], None]
@@ -124,6 +128,11 @@ class Puller:
             return bool(done.query())
 
         return Launched(over, done)
+
+    def warm(self) -> None:
+        """Copy the few bytes behind a slot: the first copy after a rest takes the driver 0.6 ms."""
+        with contextlib.suppress(CarrierError), torch.cuda.device(self._device):
+            self._opened.touch(self._spare, self._stream)
 
     def close(self) -> None:
         """Close the handles, when what was launched is over."""
