@@ -257,7 +257,13 @@ class Updates:
                     entries = self._lists.read(found, push.entries)
                     then = None
                     if push.ending is not None and push.ending.buckets == number + 1:
-                        then = self._evidence.asked(push, digests=push.ending.digests)
+                        all_ = {**push.entries, **{entry.name: entry for entry in entries}}
+                        then = self._evidence.asked(
+                            push,
+                            all_,
+                            digests=push.ending.digests,
+                            goes_on=self._session.trust.has(all_),
+                        )
                     with self._lists.telling(number) as listed:
                         loaded = await intake.load(self._workers, push, found, listed, then)
                 push.seen = self._evidence.seen(loaded.then) if loaded.then else None
@@ -300,15 +306,18 @@ class Updates:
                 raise RefusedError(409, "FP8-ORDER", told)
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
+                trusted = self._session.trust.has(push.entries)
                 with push.timed("settle"):
-                    seen = await self._evidence.settle(push, digests=bool(verify))
+                    seen = await self._evidence.settle(
+                        push, digests=bool(verify), goes_on=trusted and not self._connection.disk
+                    )
                 with push.timed("verify"):
                     missing, message = await self._evidence.missing(push, seen)
                     equal = self._evidence.equal(push, seen)
             # The engine's own reload: ranks trust none of it.
             proven = () if self._connection.disk else equal or ()
             applied = Outcome("applied", missing, message)
-            outcome = await self._session.close(push, applied, proven)
+            outcome = await self._session.close(push, applied, proven, resumed=seen.resumed)
             if outcome.kind != "applied":
                 refused = RefusedError(500, "FP8-ENGINE", outcome.message)
                 self._session.past.answered(push, refused)

@@ -242,3 +242,38 @@ def test_what_is_lost_of_an_update_that_has_failed_is_not_asked_for(servers: lis
     server.ranks[0].answer("forget", {})
     assert not server.ranks[0].answer("progress", PROGRESS)["broken"]
     assert "arrived" not in late.asked
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["asked", "asked with the last bucket"])
+def test_the_one_rank_lets_its_engine_go_on_when_it_holds_what_was_sent(
+    behind: bool, servers: list[Server]
+) -> None:
+    server, _, named = proven(servers)
+    receiver = server.ranks[0]
+    layout = receiver.answer("digests", {})["layout"]
+    sums = receiver.answer("digests", {"layouts": [layout]})["sums"]
+
+    def asked(**more: Any) -> Any:
+        then = {"expected": [GATE], "layouts": [layout], "sums": sums, **more}
+        if not behind:
+            return receiver.answer("progress", then)
+        slot = server.write(named, 0)
+        return receiver.answer("receive", {**slot, "number": 0, "then": then})["then"]
+
+    assert asked()["resumed"] is True
+    assert server.settled.resumed == 1
+    other = "0" * 16 + sums[16:]
+    unlike: list[dict[str, Any]] = [
+        *({"sums": other}, {"sums": ""}, {"expected": ["x"]}, {"layouts": []}),
+    ]
+    for more in unlike:
+        assert "resumed" not in asked(**more)
+    receiver.broken = True
+    assert "resumed" not in asked()
+    assert server.settled.resumed == 1
+    # What the unscaled guard saw nobody load.
+    receiver._unfilled = {GATE: "rows 0-3"}
+    receiver._by_copies = True
+    assert "resumed" not in receiver.answer(
+        "progress", {"expected": [], "layouts": [layout], "sums": sums}
+    )
