@@ -57,6 +57,7 @@ class Transport:
         #: By rank, what happens right after it was told that a broadcast is not over.
         self.meanwhile: dict[int, Callable[[], None]] = {}
         self.closed: list[int] = []
+        self.warmed: list[int] = []
         self.looks = 0
         #: Whether ranks take the bytes out of the trainer's slots.
         self.pulled = False
@@ -102,6 +103,9 @@ class Backend:
 
         return Launched(over, f"event {number}" if transport.events else None)
 
+    def warm(self) -> None:
+        self.transport.warmed.append(self.rank)
+
     def close(self) -> None:
         self.transport.closed.append(self.rank)
         self.transport.launched[self.rank].clear()
@@ -139,12 +143,13 @@ def group(
 class Rank:
     """A rank whose lines the test says: it shows what a real one is late with, or tells."""
 
-    def __init__(self, sender: ends.Sender, slots: int = 3) -> None:
+    def __init__(self, sender: ends.Sender, slots: int = 3, *, soon: bool = False) -> None:
         offer = sender.offer(0)
         with ThreadPoolExecutor(1) as threads:
             joining = threads.submit(sender.join)
             where = offer["host"], offer["port"], offer["key"]
-            self.line = link.join(*where, 1, {"slots": slots}, time.monotonic() + PATIENCE)
+            about = {"slots": slots, **({"soon": True} if soon else {})}
+            self.line = link.join(*where, 1, about, time.monotonic() + PATIENCE)
             self.agreed = self.hear()
             self.line.say(there=1)
             joining.result(PATIENCE)
@@ -158,12 +163,12 @@ class Rank:
 
 
 @contextlib.contextmanager
-def played(timeout: float = PATIENCE) -> Iterator[tuple[ends.Sender, Rank]]:
+def played(timeout: float = PATIENCE, *, soon: bool = False) -> Iterator[tuple[ends.Sender, Rank]]:
     """Yield the trainer's end of a group with such a rank, which has room in all slots."""
     sender = ends.sender("group", NBYTES, ranks=[1], timeout=timeout)
     rank = None
     try:
-        rank = Rank(sender)
+        rank = Rank(sender, soon=soon)
         rank.has_room(0, 1, 2)
         yield sender, rank
     finally:
@@ -597,6 +602,34 @@ def test_what_a_device_waits_for_too_long_is_a_time_out(
             rank.arrived()
         assert time.monotonic() - began < PATIENCE
         assert awaited == ["event 0"]
+
+
+def test_ranks_that_know_it_hear_that_an_update_begins(transport: Transport) -> None:
+    """One of an earlier fp8ctl would take it for the end."""
+    with played() as (sender, rank):
+        sender.look()
+        give(sender, 0)
+        assert rank.hear() == {"go": [0, NBYTES]}
+    with played(soon=True) as (sender, rank):
+        for slot in range(2):
+            sender.look()
+            assert rank.hear() == {"soon": True}
+            give(sender, slot)
+            assert rank.hear() == {"go": [slot, NBYTES]}
+
+
+def test_a_rank_that_has_heard_that_one_comes_takes_it(transport: Transport) -> None:
+    with group(0) as (sender, [rank]):
+        for number in range(3):
+            sender.look()
+            if number == 1:
+                time.sleep(WHILE)  # it sleeps again
+            give(sender, number, seed=number)
+            becomes(lambda: transport.count(1), number + 1)
+            transport.done.update({0: number + 1, 1: number + 1})
+            assert rank.bucket(number, NBYTES).tolist() == [number] * NBYTES
+            rank.loaded()
+        assert transport.warmed == [1] * 3
 
 
 def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(

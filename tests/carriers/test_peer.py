@@ -405,6 +405,26 @@ def test_a_copy_that_the_driver_refuses_has_the_ranks_name(played: Devices) -> N
         assert not played.opened
 
 
+@pytest.mark.parametrize("driver", ["works", "refuses"])
+def test_a_rank_warms_up_when_an_update_begins(driver: str, played: Devices) -> None:
+    """By a copy of bytes that nobody reads; a driver that refuses says so with the first bucket."""
+    with group() as (sender, rank):
+        if driver == "refuses":
+            played.refused.add("copy")
+        sender.look()
+        end = time.monotonic() + PATIENCE
+        while played.calls.count("copy") < 1 and driver == "works" and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(WHILE)
+        assert played.calls.count("copy") == (driver == "works")
+        played.refused.clear()
+        for number in range(2):
+            give(sender, number, seed=number + 1).arrived.result(PATIENCE)
+            assert rank.bucket(number, NBYTES).tolist() == [number + 1] * NBYTES
+            rank.loaded()
+            sender.look()
+
+
 # --- on two GPUs ----------------------------------------------------------------------------------
 
 LARGE = 50_000_011
