@@ -476,6 +476,26 @@ def test_a_part_lets_a_rank_go_on_only_where_all_else_is_proven(complete: bool) 
     run(test())
 
 
+def test_a_rank_that_went_on_is_not_asked_again_by_an_end_that_wants_less() -> None:
+    """The one that came last is what the ranks were asked for; the first one is worked off."""
+
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        ends = []
+        for verify in (False, True):
+            ends.append(asyncio.ensure_future(server.end(1, "C", verify=verify)))
+            await asyncio.sleep(0.01)
+        server.workers.messages.clear()
+        assert (await server.bucket(0, NAMES, "C"))[0] == 200
+        assert [(await one)[1]["outcome"] for one in ends] == ["applied"] * 2
+        assert server.workers.messages == ["receive"]
+        assert (server.state, server.workers.at_rest) == ("ready", False)
+
+    run(test())
+
+
 def test_a_rank_that_went_on_before_an_update_failed_is_brought_to_rest_first() -> None:
     """What fails behind it is nothing that it could have seen: its answer was lost."""
 
