@@ -97,10 +97,10 @@ class Evidence:
         if stray:
             told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
             raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
-        told = push.seen
+        seen = push.seen
         # One that has gone on by itself could not forget its caches a second time.
-        if told is not None and (told.resumed or digests == (told.digests is not None)):
-            return told
+        if seen is not None and (seen.resumed or digests == (seen.digests is not None)):
+            return seen
         if not push.touched:
             return Seen(0, [], await self._digests() if digests else None)
         asked = self.asked(push, push.entries, digests=digests, goes_on=goes_on)
