@@ -143,7 +143,7 @@ class Prepared:
         """Find out how each is added up.
 
         Args:
-            parts: (tensor, row_offset, col_offset) as in `digest`, all of one device.
+            parts: (tensor, row_offset, col_offset) as in `digest`.
         """
         self._parts = [*parts]
         self._way = _path(self._parts[0][0].device) if self._parts else None
@@ -151,6 +151,8 @@ class Prepared:
         self._sums = [(i, one) for i, one in enumerate(sums) if one is not None]
         # What had to be copied first is another number the next time.
         self._stays = all(_begin(self._parts[i][0]) == _begin(one.bits) for i, one in self._sums)
+        # One way for all of them.
+        self._stays &= len({t.device for t, _, _ in self._parts}) <= 1
         #: On a GPU: the stream that its tables were made on, and that runs it.
         self._list: tuple[int, digest_triton.Prepared] | None = None
 

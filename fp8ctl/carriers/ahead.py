@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 #: Seconds after a bucket in which another one is likely.
 _SOON = 1.0
-#: Part of what the quickest bucket took, for its size, before which another is not expected.
-_EARLY = 0.8
+#: Part of what the quickest bucket took, for its size, before which another is not expected; and
+#: by how much it may have been too quick.
+_EARLY, _SLOWER = 0.8, 1.2
 #: Seconds between two looks until then: a small bucket says little of a large one.
 _SELDOM = 0.0005
 #: Seconds in which the first bucket of an update comes after the trainer has said so.
@@ -102,8 +103,10 @@ class Ahead:
         self._said: deque[link.Message] = deque()
         #: What is not here yet; the thread's own.
         self._flying: deque[_Coming] = deque()
-        #: When the first of these became that; the fewest seconds that a byte took.
+        #: When the first of these became that; the seconds that a byte takes, rather too few.
         self._since = self._pace = 0.0
+        #: It was looked for in vain.
+        self._awaited = False
         #: Until when a bucket is awaited without sleep.
         self._awake = 0.0
         self._changed = threading.Condition()
@@ -243,6 +246,7 @@ class Ahead:
 
         Each look takes Python's lock for a moment, and whoever loads what is here needs it.
         """
+        self._awaited = True
         now = time.monotonic()
         early = self._since + _EARLY * self._pace * self._flying[0].nbytes
         if self._said or now >= early:
@@ -278,7 +282,9 @@ class Ahead:
         self._flying.popleft()
         now = time.monotonic()
         pace = (now - self._since) / max(1, first.nbytes)
-        self._pace, self._since = min(self._pace or pace, pace), now
+        if self._awaited:  # of one that was here at the first look nothing is known
+            self._pace = min(_SLOWER * self._pace or pace, pace)
+        self._since, self._awaited = now, False
         with self._changed:
             first.here = True
             self._changed.notify_all()

@@ -84,12 +84,19 @@ class Puller:
 
     pulled = True
 
-    def __init__(self, opened: Opened, slots: Sequence[torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        slots: Sequence[torch.Tensor],
+        spare: torch.Tensor,
+        device: torch.device,
+    ) -> None:
         """Launch nothing yet.
 
         Args:
             opened: the trainer's slots.
             slots: this rank's own, in the same order.
+            spare: `exported.NONCE` bytes of this rank's, which nobody reads or writes.
             device: where those are, with its index.
         """
         self._opened, self._device = opened, device
@@ -97,7 +104,7 @@ class Puller:
         cuda: Any = torch.cuda
         # Its own stream: nothing of the engine stands behind a copy.
         self._stream = cuda.Stream(device)
-        [self._spare] = offers.allocate([exported.NONCE], device)
+        self._spare = spare
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, _deadline: float, _check: Callable[[], None]
@@ -191,7 +198,9 @@ def puller(
             lent, offers.boot_id(), driver.uuids(), device.index, reaches
         ):
             return None
-        return Puller(Opened(theirs, device), slots, device)
+        # Before they are opened: that waits for whatever used this memory.
+        [spare] = offers.allocate([exported.NONCE], device)
+        return Puller(Opened(theirs, device), slots, spare, device)
     except CarrierError:
         return None
 

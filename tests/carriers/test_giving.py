@@ -592,13 +592,15 @@ def test_after_the_end_nothing_is_handed_on_that_is_on_its_way(
 
 
 def test_what_a_device_waits_for_too_long_is_a_time_out(
-    transport: Transport, awaited: list[str]
+    transport: Transport, awaited: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with group(0, timeout=0.3) as (sender, [rank]):
+    # The rank's own: the trainer waits longer.
+    monkeypatch.setattr(carrier, "_LATER", 0.3 - 2 * PATIENCE)
+    with group(0, timeout=2 * PATIENCE) as (sender, [rank]):
         give(sender, 0)
         rank.bucket(0, NBYTES, here=False)
         began = time.monotonic()
-        with pytest.raises((TimeoutError, ConflictError)):
+        with pytest.raises((TimeoutError, ConflictError), match="did not come in time"):
             rank.arrived()
         assert time.monotonic() - began < PATIENCE
         assert awaited == ["event 0"]
@@ -660,6 +662,16 @@ def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(
         transport.done.update({0: 2, 1: 2})
         rank.bucket(1, NBYTES)
         assert errors(futures) == [None] * 2
+        # The second of two that are there together says nothing of how long one takes.
+        rank.loaded()
+        futures = [give(sender, slot) for slot in range(2)]
+        becomes(lambda: transport.count(1), 4)
+        time.sleep(WHILE)
+        transport.done.update({0: 4, 1: 4})
+        for slot in range(2):
+            rank.bucket(slot, NBYTES)
+        assert errors(futures) == [None] * 2
+        assert rank._ahead._pace > 0.5 * WHILE / NBYTES  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("missing", ["room", "got"])

@@ -199,6 +199,20 @@ def test_what_is_prepared_is_read_anew_each_time() -> None:
     assert module.Prepared([]).start()() == []
 
 
+def test_what_is_prepared_of_two_devices_is_added_up_by_each_ones_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines may keep some weights in a CPU's memory."""
+    path = module._path
+
+    def of(device: torch.device) -> Any:
+        return (lambda _: 7) if device.type == "meta" else path(device)
+
+    monkeypatch.setattr(module, "_path", of)
+    there, here = torch.empty(4, 4, device="meta"), random((4, 4), 1)
+    assert module.Prepared([(there, 0, 0), (here, 0, 0)]).start()() == [7, digest(here)]
+
+
 def test_one_changed_element_always_shows() -> None:
     # Keys are odd: a change of a word's highest bit alone is the least that can be left.
     x = torch.zeros(3, 4, dtype=torch.uint8)

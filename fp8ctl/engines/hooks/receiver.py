@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 Named = tuple[str, torch.Tensor]
 
+#: Copies that a GPU may have to wait with for a bucket, each a launch where rectangles are cut: it
+#: takes a thousand or so, and who launches more then waits, perhaps with Python's lock.
+_MOST_BEHIND = 256
+
 
 class Receiver:
     """The model of one rank, and what arrives for it.
@@ -205,7 +209,7 @@ class Receiver:
             held = self._slots.views(slot, nbytes, read, here=number == 0)
             self._coming |= number > 0
             parts = self._rectangles.part(held)
-            if parts.others:
+            if parts.others or sum(len(to) for to, _ in parts.moves) > _MOST_BEHIND:
                 self._slots.arrived()  # a loader may look at what it takes
             clock.lap("bucket")
             touched = True

@@ -91,6 +91,37 @@ def test_an_update_by_copies_is_read_behind_them_once(
         assert sum(map(len, read)) == before == sum(len(one["tensors"]) for one in told)
 
 
+def test_what_was_found_out_for_a_list_is_kept_as_long_as_it_comes_again(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+    prepare = shards.prepare
+
+    def prepared(held: Iterable[Shard]) -> Any:
+        those = list(held)
+        made.append([shard.name for shard in those])
+        return prepare(those)
+
+    monkeypatch.setattr(shards, "prepare", prepared)
+    whole = checkpoint("block")
+    server = copying(servers, whole)
+    server.push(whole)
+    ended(server)
+    made.clear()
+    for _ in range(3):
+        server.push(whole)
+        assert unequal(ended(server), whole) == set()
+    assert not made
+    for _ in range(3):
+        server.push({NORM: whole[NORM]})
+        ended(server)
+    assert [NORM] in made
+    made.clear()
+    server.push(whole)
+    ended(server)
+    assert made, "another list came for two updates"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_is_told_is_what_a_rank_tells_that_reads_it_all(
     form: str, servers: list[Server]

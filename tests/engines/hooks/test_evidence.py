@@ -517,3 +517,60 @@ def test_a_rank_that_went_on_before_an_update_failed_is_brought_to_rest_first() 
         assert await server.generate() == 503
 
     run(test())
+
+
+def test_without_a_plan_a_complete_update_leaves_it_to_the_server() -> None:
+    """Only what the ranks have names for says then what was not sent."""
+
+    async def test() -> None:
+        server = Server(ranks=1, plan={})
+        for version, push in (("B", "1"), ("C", "2")):
+            await server.begin(version, push)
+            await server.bucket(0, NAMES, version, push)
+            server.workers.details.clear()
+            assert (await server.end(1, version, push))[1]["state"] == "ready"
+            assert not any("sums" in asked for asked in server.workers.details)
+
+    run(test())
+
+
+def test_after_a_rank_has_gone_on_nothing_more_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose END gave up on the last bucket, and that sends it, and one more."""
+    monkeypatch.setattr("fp8ctl.engines.hooks.updates.PREDECESSOR", 0.05)
+
+    async def test(late: bool) -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C", complete=False)
+        ending = asyncio.ensure_future(server.end(1, "C"))
+        await asyncio.sleep(0.2 if late else 0.01)
+        server.workers.messages.clear()
+        loaded = asyncio.ensure_future(server.bucket(0, NAMES, "C"))
+        more = asyncio.ensure_future(server.bucket(1, ["norm.weight"], "C"))
+        assert (await loaded)[0] == 200
+        if late:
+            assert error(await ending)[:2] == (409, "FP8-ORDER")
+            assert not any("sums" in asked for asked in server.workers.details)
+        # It may be there before that END is worked off, which fails with the update then.
+        assert error(await more)[:2] == ((422, "FP8-TENSOR") if late else (409, "FP8-ORDER"))
+        assert (await ending)[0] == 409
+        assert server.state == "failed"
+        assert server.workers.messages.count("receive") == 1
+
+    run(test(late=True))
+    run(test(late=False))
+
+
+@pytest.mark.parametrize("skipped", [["nobody.knows"], NAMES[:1]])
+def test_a_rank_does_not_go_on_before_what_was_left_out_is_looked_at(skipped: list[str]) -> None:
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        ending = asyncio.ensure_future(server.end(1, "C", skipped=skipped))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES, "C"))[0] == 200
+        assert not any("sums" in asked for asked in server.workers.details)
+        assert error(await ending) == (422, "FP8-INCOMPLETE", "failed")
+
+    run(test())

@@ -209,6 +209,17 @@ def test_loaders_get_no_bytes_that_are_on_their_way(servers: list[Server]) -> No
     ]
 
 
+def test_a_gpu_has_not_more_to_wait_with_than_it_takes(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, late, named = proven(servers)
+    for most, asked in ((1, ["on its way", "arrived"]), (2, ["on its way"])):
+        monkeypatch.setattr("fp8ctl.engines.hooks.receiver._MOST_BEHIND", most)
+        late.asked.clear()
+        receive(server, named, 1)
+        assert late.asked == [*asked, "loaded"]
+
+
 @pytest.mark.parametrize("then", ["progress", "begin", "bucket", "disconnect"])
 def test_a_bucket_that_was_loaded_and_is_lost_breaks_the_weights(
     then: str, servers: list[Server], capsys: pytest.CaptureFixture[str]
@@ -230,6 +241,7 @@ def test_a_bucket_that_was_loaded_and_is_lost_breaks_the_weights(
     assert told["broken"]
     assert "digests" not in told
     assert receiver.arrived == set(), "it counts from nothing"
+    assert then == "begin" or not receiver._slots._seen, "views of what the carrier gives back"
     assert then == "disconnect" or "the trainer was killed" in capsys.readouterr().err
 
 
