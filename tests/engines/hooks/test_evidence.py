@@ -524,12 +524,19 @@ def test_without_a_plan_a_complete_update_leaves_it_to_the_server() -> None:
 
     async def test() -> None:
         server = Server(ranks=1, plan={})
-        for version, push in (("B", "1"), ("C", "2")):
-            await server.begin(version, push)
-            await server.bucket(0, NAMES, version, push)
-            server.workers.details.clear()
-            assert (await server.end(1, version, push))[1]["state"] == "ready"
-            assert not any("sums" in asked for asked in server.workers.details)
+        workers = server.workers
+        workers.dtypes["a.weight"] = "bfloat16"
+        workers.held = [{name: digest("A", name) for name in sixteen()}]
+        asked = []
+        for version, complete in (("B", True), ("C", True), ("D", False)):
+            await server.begin(version, complete=complete)
+            for i, name in enumerate(sixteen()):
+                await server.bucket(i, [name], version, dtype="bfloat16")
+            workers.details.clear()
+            status, ended = await server.end(3, version)
+            assert (status, ended["state"], ended["verified"]) == (200, "ready", 3)
+            asked.append(any("sums" in one for one in workers.details))
+        assert asked == [False, False, True], "a part says itself that it is one"
 
     run(test())
 
