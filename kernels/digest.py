@@ -132,25 +132,27 @@ def start(parts: Iterable[tuple[torch.Tensor, int, int]]) -> Callable[[], list[i
 
 
 class Prepared:
-    """Digests of whole tensors that stay where they are, computed again and again.
+    """Digests of tensors that stay where they are, computed again and again.
 
     To find out how a tensor is added up takes longer than to do it where it is small; here that
     is done once. The tensors are kept.
     """
 
     @torch.no_grad()
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, parts: Iterable[Part]) -> None:
         """Find out how each is added up.
 
         Args:
-            tensors: as in `digest`, all of one device.
+            parts: (tensor, row_offset, col_offset) as in `digest`.
         """
-        self._tensors = tensors
-        self._way = _path(tensors[0].device) if tensors else None
-        sums = [_sums(t.detach(), 0, 0) for t in tensors]
+        self._parts = [*parts]
+        self._way = _path(self._parts[0][0].device) if self._parts else None
+        sums = [_sums(t.detach(), row, column) for t, row, column in self._parts]
         self._sums = [(i, one) for i, one in enumerate(sums) if one is not None]
         # What had to be copied first is another number the next time.
-        self._stays = all(_begin(tensors[i]) == _begin(one.bits) for i, one in self._sums)
+        self._stays = all(_begin(self._parts[i][0]) == _begin(one.bits) for i, one in self._sums)
+        # One way for all of them.
+        self._stays &= len({t.device for t, _, _ in self._parts}) <= 1
         #: On a GPU: the stream that its tables were made on, and that runs it.
         self._list: tuple[int, digest_triton.Prepared] | None = None
 
@@ -158,8 +160,8 @@ class Prepared:
     def start(self) -> Callable[[], list[int]]:
         """Begin; return what waits for the digests, and for nothing that is queued later."""
         if not self._stays:
-            return start((t, 0, 0) for t in self._tensors)
-        found: list[int | torch.Tensor] = [0] * len(self._tensors)
+            return start(self._parts)
+        found: list[int | torch.Tensor] = [0] * len(self._parts)
         way = self._way
         if way is None:
             those = [([i for i, _ in self._sums], self._there().run())] if self._sums else []
@@ -173,7 +175,7 @@ class Prepared:
         from fp8ctl.kernels import digest_triton
         from fp8ctl.kernels.launch import current_stream
 
-        stream = current_stream(self._tensors[0].device)
+        stream = current_stream(self._parts[0][0].device)
         if self._list is None or self._list[0] != stream:
             self._list = stream, digest_triton.Prepared([one for _, one in self._sums])
         return self._list[1]

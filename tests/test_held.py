@@ -180,3 +180,24 @@ def test_what_is_held_as_it_should_be_is_seen_without_adding_all_up() -> None:
     assert again.are(right({"a": good["a"]}))
     assert not again.are(right(good)), "a copy is another one"
     assert not again["b"].replicas_agree
+
+
+def test_what_one_rank_will_tell_is_known_where_it_has_no_choice() -> None:
+    """Its sums, packed, in its own order, if it holds what is wanted and nothing else."""
+    shards = [shard("b", 5), shard("a", 7), shard("a", 7, primary=False)]
+    layouts = Layouts()
+    wanted = {"a": ("bfloat16", to_text(7)), "b": ("bfloat16", to_text(5)), "c": ("x", "0" * 16)}
+    assert layouts.sums(wanted) == "", "it has told nothing yet"
+    layouts.gather([{"rank": 0, "layout": "one", "tensors": shards}])
+    assert layouts.sums(wanted) == packed([5, 7, 7])
+    assert layouts.sums(dict(reversed(wanted.items()))) == packed([5, 7, 7])
+    assert layouts.sums({**wanted, "a": ("bfloat16", to_text(9))}) == packed([5, 9, 9])
+    for other in (
+        {"a": wanted["a"]},
+        {**wanted, "b": ("float32", to_text(5))},
+        {**wanted, "b": ("bfloat16", "")},
+        {**wanted, "b": ("bfloat16", "5")},
+    ):
+        assert layouts.sums(other) == ""
+    layouts.gather([{"rank": 0, "layout": "two", "tensors": [*shards, shard("b", 1, row=1)]}])
+    assert layouts.sums(wanted) == "", "two parts add up to it"

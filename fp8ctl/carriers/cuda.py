@@ -109,13 +109,16 @@ class CudaReceiver:
             self.close()
             raise
 
-    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
+    def bucket(self, slot: int, nbytes: int, *, here: bool = True) -> torch.Tensor:
         """Return the bytes where the trainer wrote them, or a copy of them from a peer."""
         if self._copies is None:
             return offers.part(self._views, slot, nbytes)
         part = offers.part(self._copies, slot, nbytes)
         self._opened.copy(slot, part, torch.cuda.current_stream(self._device))
         return part
+
+    def arrived(self) -> None:
+        """Do nothing: bytes are there before a rank is asked."""
 
     def loaded(self) -> None:
         """Wait until the device has read."""

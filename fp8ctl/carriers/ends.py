@@ -99,15 +99,28 @@ class Sender(Protocol):
 class Receiver(Protocol):
     """The end in one rank of a server."""
 
-    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
+    def bucket(self, slot: int, nbytes: int, *, here: bool = True) -> torch.Tensor:
         """Return the bytes of a bucket, uint8: to be read until `loaded`.
 
         What reads them on a GPU is launched on the current stream. Buckets are asked for in the
         order in which they are sent.
 
+        Args:
+            slot: where it lies.
+            nbytes: of it.
+            here: False: bytes may be on their way to a GPU, and what is launched from now on
+                waits for them. They may be lost all the same: `arrived` tells.
+
         Raises:
             CarrierError: there is no such slot, or it is smaller.
             TimeoutError: the trainer did not send it; `ConflictError`: it withdrew it.
+        """
+
+    def arrived(self) -> None:
+        """Wait until the bytes of every bucket that was asked for are here.
+
+        Raises:
+            TimeoutError: the trainer did not send some; `ConflictError`: it withdrew them.
         """
 
     def loaded(self) -> None:

@@ -83,6 +83,7 @@ class Giver:
         ranks: Collection[int],
         timeout: float,
         ended: Callable[[str], None],
+        soon: bool = False,
     ) -> None:
         """Begin to listen to the ranks.
 
@@ -93,9 +94,11 @@ class Giver:
             ranks: by their numbers.
             timeout: seconds that a bucket may take, from when the one before it has arrived.
             ended: is called in the thread when it ends, with the reason; leaves the group.
+            soon: all ranks know what that means.
         """
         self._hub, self._backend, self._slots = hub, backend, slots
         self._timeout, self._ended = timeout, ended
+        self._soon, self._expecting = soon, False
         #: Of each rank, the slots that it has room in.
         self._room: dict[int, set[int]] = {rank: set() for rank in ranks}
         #: Launched, until all ranks have it, in order.
@@ -127,6 +130,12 @@ class Giver:
             bucket.launched.wait(_FIRST)
         return bucket.sent
 
+    def expect(self) -> None:
+        """Have the ranks told that a bucket comes soon."""
+        if self._soon:
+            self._expecting = True
+            self._hub.wake()
+
     def join(self) -> None:
         """Wait for the thread, after `Hub.cancel`."""
         self._thread.join()
@@ -138,6 +147,9 @@ class Giver:
         try:
             while True:
                 self._look()
+                if self._expecting:
+                    self._expecting = False
+                    self._hub.tell(soon=True)
                 if not self._launch():
                     self._wait()
         except (ConflictError, TimeoutError) as e:
@@ -189,7 +201,6 @@ class Giver:
         if bucket is None:
             return False
         if self._backend.pulled and bucket.after is not None and not bucket.after.query():
-            bucket.launched.set()  # it is the device that is waited for
             return False
         for has in self._room.values():
             has.discard(bucket.slot)
@@ -202,7 +213,7 @@ class Giver:
         deadline = time.monotonic() + self._timeout
         try:
             self._hub.tell(go=[bucket.slot, bucket.nbytes])
-            bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear)
+            bucket.over = self._backend.broadcast(part, bucket.after, deadline, self._hear).over
             bucket.launched.set()
         except (TimeoutError, ConflictError) as e:
             raise self._whose(e, bucket) from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.carriers.link import listen
+from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -114,13 +115,10 @@ class Gloo:
         _after: Any,
         deadline: float,
         check: Callable[[], None],
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         """Give the tensor, or get it, all of it; gone peers end that.
 
         A CPU has done what comes before.
-
-        Returns:
-            What says that it is over.
 
         Raises:
             TimeoutError: it took too long.
@@ -137,7 +135,10 @@ class Gloo:
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"gloo: {_first_line(e)}") from e
             raise ConflictError(f"gloo: {_first_line(e)}") from e
-        return _over
+        return Launched(_over)
+
+    def warm(self) -> None:
+        """Do nothing: a CPU is."""
 
     def close(self) -> None:
         """End the group's threads and connections."""

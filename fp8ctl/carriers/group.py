@@ -28,7 +28,7 @@ from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fp8ctl.carriers.ahead import Backend
     from fp8ctl.wire import Kind
@@ -118,6 +118,7 @@ class GroupSender:
                     ranks,
                     timeout=self._timeout,
                     ended=self._break,
+                    soon=all(message.get("soon") is True for message in told.values()),
                 )
             except BaseException as e:
                 self._break(str(e))
@@ -140,10 +141,15 @@ class GroupSender:
         return nccl.Nccl(unique, 0, self._world, self._device, deadline, self._hub.check)
 
     def look(self) -> None:
-        """Leave the group if a rank has: it was started anew, or met another client."""
+        """Leave the group if a rank has: it was started anew, or met another client.
+
+        The others are told that an update begins.
+        """
         # The thread that gives buckets hears of it, too, but perhaps a moment later.
         if self.alive and (gone := self._hub.gone()):
             self.cancel(f"{gone[0]} has left the group")
+        elif self.alive and self._giver is not None:
+            self._giver.expect()
 
     def buffer(self, slot: int) -> torch.Tensor:
         """Return the slot."""
@@ -251,7 +257,7 @@ class GroupReceiver:
 
     def _about(self, backend: str, puller: peer.Puller | None) -> dict[str, object]:
         """Return what the trainer is told, to choose what carries the bytes."""
-        about: dict[str, object] = {"slots": len(self._slots)}
+        about: dict[str, object] = {"slots": len(self._slots), "soon": True}
         if backend == "gloo":
             return about
         if puller is None:
@@ -260,18 +266,22 @@ class GroupReceiver:
             about |= nccl.about(self._device)
         return about | {"peer": True}
 
-    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
-        """Wait for the bucket, which may be there."""
-        if self._ahead is None:
-            raise ConflictError("the group has ended: connect anew")
+    def bucket(self, slot: int, nbytes: int, *, here: bool = True) -> torch.Tensor:
+        """Wait for the bucket, which may be there; or have the current stream do it."""
+        ahead = self._open()
         offers.part(self._slots, slot, nbytes)  # not held: an error would keep it
-        try:
-            self._ahead.take(slot, nbytes)
-        except BaseException as e:
-            self._end(e)
-            raise
+        with self._or_ends():
+            done = ahead.take(slot, nbytes, here=here)
+        if done is not None:
+            _wait_on_device(self._device, done)
         self._read.append(slot)
         return offers.part(self._slots, slot, nbytes)
+
+    def arrived(self) -> None:
+        """Wait for what was on its way."""
+        ahead = self._open()
+        with self._or_ends():
+            ahead.arrived()
 
     def loaded(self) -> None:
         """Let the slots be written again, after what was launched until now."""
@@ -283,6 +293,19 @@ class GroupReceiver:
     def close(self) -> None:
         """Leave the group and give the slots back."""
         self._end(None)
+
+    def _open(self) -> Ahead:
+        if self._ahead is None:
+            raise ConflictError("the group has ended: connect anew")
+        return self._ahead
+
+    @contextlib.contextmanager
+    def _or_ends(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as e:
+            self._end(e)
+            raise
 
     def _end(self, error: BaseException | None) -> None:
         ahead, self._ahead = self._ahead, None
@@ -299,3 +322,9 @@ def _reached(device: torch.device) -> Any:
     event = cuda.Event()
     event.record(cuda.current_stream(device))
     return event
+
+
+def _wait_on_device(device: torch.device, event: Any) -> None:
+    """Have what is launched on the current stream from now on come after the event."""
+    cuda: Any = torch.cuda
+    cuda.current_stream(device).wait_event(event)

@@ -129,9 +129,12 @@ class MemoryReceiver:
             where = Path("/proc", str(pid), "fd", str(offers.take(one, "fd", int)))
             self._slots.append(_open(where, one["nbytes"], offers.take(one, "nonce", str)))
 
-    def bucket(self, slot: int, nbytes: int) -> torch.Tensor:
+    def bucket(self, slot: int, nbytes: int, *, here: bool = True) -> torch.Tensor:
         """Return the bytes where the trainer wrote them."""
         return offers.part(self._slots, slot, nbytes)
+
+    def arrived(self) -> None:
+        """Do nothing: bytes are there before a rank is asked."""
 
     def loaded(self) -> None:
         """Do nothing: a CPU has read what it was told to read."""

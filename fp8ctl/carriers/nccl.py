@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.carriers import driver, turns
+from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import CarrierError, ConflictError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class Nccl:
 
     def broadcast(
         self, tensor: torch.Tensor, after: Any, deadline: float, check: Callable[[], None]
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         """Launch it: the tensor is given, or got, behind what was launched before.
 
         Args:
@@ -174,9 +175,6 @@ class Nccl:
             after: an event of this device that comes first; None: nothing does.
             deadline: of time.monotonic().
             check: raises where nobody wants it any more.
-
-        Returns:
-            What says whether this device has done it; it raises ConflictError where NCCL failed.
 
         Raises:
             TimeoutError: NCCL did not launch it in time.
@@ -199,7 +197,7 @@ class Nccl:
             # NCCL first: after its failure the device may reach nothing any more.
             return self._settled("the broadcast has ended") and bool(done.query())
 
-        return over
+        return Launched(over, done)
 
     def _settle(self, what: str, deadline: float, check: Callable[[], None]) -> None:
         """Wait until NCCL has done, in the background, what it was asked for."""
@@ -211,6 +209,9 @@ class Nccl:
         _refuse(self._library, "ncclCommGetAsyncError", asked)
         _refuse(self._library, f"until {what}", state.value)
         return state.value == _SUCCESS
+
+    def warm(self) -> None:
+        """Do nothing: the kernel of a broadcast is there already when the bytes are."""
 
     def close(self) -> None:
         """Leave the group; what still runs in it is ended. No other rank is waited for."""

@@ -1,10 +1,11 @@
-"""How far a bucket is that is given to a group."""
+"""How far a bucket is that is given to a group, or comes from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from concurrent.futures import Future
 
 
@@ -20,3 +21,15 @@ class Sent(NamedTuple):
 
     left: Future[None]
     arrived: Future[None]
+
+
+class Launched(NamedTuple):
+    """A bucket that this rank gives, or takes.
+
+    Attributes:
+        over: says whether this device has done it; raises ConflictError where the transport failed.
+        done: an event of this device behind it; None: it has none, or does not do it.
+    """
+
+    over: Callable[[], bool]
+    done: Any = None

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fp8ctl.carriers import peer
+
 if TYPE_CHECKING:
     from fp8ctl.carriers.ends import Sender
 
@@ -104,7 +106,8 @@ class Pool:
             one.kill()  # a test failed over it
         self._all = [one for one in self._all if one.lives]
         while len(self._all) < count:
-            self._all.append(Process())
+            # Whoever takes it next is to have what the trainer offers.
+            self._all.append(Process(**{peer.NCCL_ONLY: ""}))
             self._all[-1].ok(left=True)  # it is up
         return self._all[:count]
 

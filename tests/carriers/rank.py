@@ -3,7 +3,8 @@
 {"join": offer, "rank": r, "device": "cpu"} joins, {"bucket": [slot, nbytes]} is answered with
 a sum of what came, and gives the slot free unless told to "keep" it, {"look": slot} with that of
 what a slot that was kept holds now, {"left": true} with what the process holds that a carrier
-could have left, {"close": true} with that after closing twice.
+could have left, {"close": true} with that after closing twice. A bucket that is asked for "early"
+may be on its way, and the device waits for it; {"arrived": true} sees whether it came.
 """
 
 from __future__ import annotations
@@ -65,12 +66,14 @@ class Rank:
         assert self.receiver is not None
         if "bucket" in order:
             slot, nbytes = order["bucket"]
-            self.kept[slot] = self.receiver.bucket(slot, nbytes)
+            self.kept[slot] = self.receiver.bucket(slot, nbytes, here=not order.get("early"))
             found = weighted(self.kept[slot])
             if not order.get("keep"):
                 self.kept.pop(slot)
                 self.receiver.loaded()
             return found
+        if "arrived" in order:
+            return self.receiver.arrived()
         self.kept.clear()
         self.receiver.close()
         self.receiver.close()

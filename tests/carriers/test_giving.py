@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import time
 import weakref
 from collections import defaultdict
@@ -21,6 +22,7 @@ import torch
 from fp8ctl.carriers import ends, giving, gloo, link, offers, turns
 from fp8ctl.carriers import group as carrier
 from fp8ctl.carriers.hub import Hub
+from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 from tests.carriers.freed import count_freed
@@ -55,9 +57,12 @@ class Transport:
         #: By rank, what happens right after it was told that a broadcast is not over.
         self.meanwhile: dict[int, Callable[[], None]] = {}
         self.closed: list[int] = []
+        self.warmed: list[int] = []
         self.looks = 0
         #: Whether ranks take the bytes out of the trainer's slots.
         self.pulled = False
+        #: Whether a device can wait for them; then the number of each is its event.
+        self.events = False
 
     def count(self, rank: int) -> int:
         return len(self.launched[rank])
@@ -75,7 +80,7 @@ class Backend:
 
     def broadcast(
         self, tensor: torch.Tensor, _after: Any, _deadline: float, check: Callable[[], None]
-    ) -> Callable[[], bool]:
+    ) -> Launched:
         check()
         transport, rank = self.transport, self.rank
         number = transport.count(rank)
@@ -96,7 +101,10 @@ class Backend:
                 transport.launched[rank][number].copy_(transport.bytes[number])
             return True
 
-        return over
+        return Launched(over, f"event {number}" if transport.events else None)
+
+    def warm(self) -> None:
+        self.transport.warmed.append(self.rank)
 
     def close(self) -> None:
         self.transport.closed.append(self.rank)
@@ -135,12 +143,13 @@ def group(
 class Rank:
     """A rank whose lines the test says: it shows what a real one is late with, or tells."""
 
-    def __init__(self, sender: ends.Sender, slots: int = 3) -> None:
+    def __init__(self, sender: ends.Sender, slots: int = 3, *, soon: bool = False) -> None:
         offer = sender.offer(0)
         with ThreadPoolExecutor(1) as threads:
             joining = threads.submit(sender.join)
             where = offer["host"], offer["port"], offer["key"]
-            self.line = link.join(*where, 1, {"slots": slots}, time.monotonic() + PATIENCE)
+            about = {"slots": slots, **({"soon": True} if soon else {})}
+            self.line = link.join(*where, 1, about, time.monotonic() + PATIENCE)
             self.agreed = self.hear()
             self.line.say(there=1)
             joining.result(PATIENCE)
@@ -154,12 +163,12 @@ class Rank:
 
 
 @contextlib.contextmanager
-def played(timeout: float = PATIENCE) -> Iterator[tuple[ends.Sender, Rank]]:
+def played(timeout: float = PATIENCE, *, soon: bool = False) -> Iterator[tuple[ends.Sender, Rank]]:
     """Yield the trainer's end of a group with such a rank, which has room in all slots."""
     sender = ends.sender("group", NBYTES, ranks=[1], timeout=timeout)
     rank = None
     try:
-        rank = Rank(sender)
+        rank = Rank(sender, soon=soon)
         rank.has_room(0, 1, 2)
         yield sender, rank
     finally:
@@ -229,7 +238,7 @@ def test_who_gives_the_first_has_the_thread_launch_it_alone(
     monkeypatch.setattr(giving, "_FIRST", PATIENCE)
     launch = Backend.broadcast
 
-    def slowly(self: Backend, *more: Any) -> Callable[[], bool]:
+    def slowly(self: Backend, *more: Any) -> Launched:
         if self.rank == 0:
             time.sleep(WHILE)
         return launch(self, *more)
@@ -494,6 +503,175 @@ def test_a_rank_that_hears_of_the_end_first_takes_what_has_come(transport: Trans
         assert rank.bucket(0, NBYTES).tolist() == [7] * NBYTES
         with pytest.raises(ConflictError, match="was cancelled"):
             rank.bucket(1, NBYTES)
+
+
+@pytest.fixture
+def awaited(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the events that a rank's device was told to wait for."""
+    transport.events = True
+    events: list[str] = []
+    monkeypatch.setattr(carrier, "_wait_on_device", lambda _, event: events.append(event))
+    return events
+
+
+def test_a_device_waits_for_what_is_on_its_way(transport: Transport, awaited: list[str]) -> None:
+    """The rank is told as soon as it is launched; whether it came, later."""
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        for slot in range(2):
+            assert rank.bucket(slot, NBYTES, here=False).numel() == NBYTES
+        assert awaited == ["event 0", "event 1"]
+        rank.loaded()
+        # Its slot has room, and the device its order: a third is launched when one is over.
+        third = give(sender, 0, seed=8)
+        coming = threads.submit(rank.arrived)
+        transport.done.update({0: 1, 1: 1})
+        becomes(lambda: transport.count(1), 3)
+        time.sleep(WHILE)
+        assert not coming.done()
+        transport.done.update({0: 3, 1: 3})
+        assert coming.result(PATIENCE) is None
+        assert errors([*futures, third]) == [None] * 3
+        assert rank.bucket(0, NBYTES, here=False).tolist() == [8] * NBYTES
+        assert awaited == ["event 0", "event 1"], "what is here needs none"
+        rank.arrived()
+
+
+def test_where_no_device_can_wait_the_rank_does(transport: Transport) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        give(sender, 0, seed=7)
+        taken = threads.submit(rank.bucket, 0, NBYTES, here=False)
+        becomes(lambda: transport.count(1), 1)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done.update({0: 1, 1: 1})
+        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
+
+
+def test_who_wants_a_bucket_here_waits_for_it(transport: Transport, awaited: list[str]) -> None:
+    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
+        give(sender, 0, seed=7)
+        taken = threads.submit(rank.bucket, 0, NBYTES)
+        becomes(lambda: transport.count(1), 1)
+        time.sleep(WHILE)
+        assert not taken.done()
+        transport.done.update({0: 1, 1: 1})
+        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
+        assert not awaited
+
+
+def test_what_a_device_waits_for_and_is_lost_is_told(
+    transport: Transport, awaited: list[str]
+) -> None:
+    with group(0) as (sender, [rank]):
+        futures = [give(sender, slot, seed=7) for slot in range(2)]
+        rank.bucket(0, NBYTES, here=False)
+        rank.bucket(1, NBYTES, here=False)
+        transport.lost[1, 1] = ConflictError("the second did not come")
+        transport.done.update({0: 2, 1: 1})
+        with pytest.raises(ConflictError, match="the second did not come"):
+            rank.arrived()
+        with pytest.raises(ConflictError, match="the group has ended"):
+            rank.arrived()
+        assert errors(futures) == [None, None]
+        assert len(awaited) == 2
+        becomes(lambda: alive(sender), False)
+
+
+def test_after_the_end_nothing_is_handed_on_that_is_on_its_way(
+    transport: Transport, awaited: list[str]
+) -> None:
+    with group(0) as (sender, [rank]):
+        give(sender, 0)
+        becomes(lambda: transport.count(1), 1)
+        sender.cancel("the update was cancelled")
+        becomes(lambda: 1 in transport.closed, True)
+        with pytest.raises(ConflictError, match="was cancelled"):
+            rank.bucket(0, NBYTES, here=False)
+        assert not awaited
+
+
+def test_what_a_device_waits_for_too_long_is_a_time_out(
+    transport: Transport, awaited: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The rank's own: the trainer waits longer.
+    monkeypatch.setattr(carrier, "_LATER", 0.3 - 2 * PATIENCE)
+    with group(0, timeout=2 * PATIENCE) as (sender, [rank]):
+        give(sender, 0)
+        rank.bucket(0, NBYTES, here=False)
+        began = time.monotonic()
+        with pytest.raises((TimeoutError, ConflictError), match="did not come in time"):
+            rank.arrived()
+        assert time.monotonic() - began < PATIENCE
+        assert awaited == ["event 0"]
+
+
+def test_ranks_that_know_it_hear_that_an_update_begins(transport: Transport) -> None:
+    """One of an earlier fp8ctl would take it for the end."""
+    with played() as (sender, rank):
+        sender.look()
+        give(sender, 0)
+        assert rank.hear() == {"go": [0, NBYTES]}
+    with played(soon=True) as (sender, rank):
+        for slot in range(2):
+            sender.look()
+            assert rank.hear() == {"soon": True}
+            give(sender, slot)
+            assert rank.hear() == {"go": [slot, NBYTES]}
+
+
+def test_a_rank_that_has_heard_that_one_comes_takes_it(transport: Transport) -> None:
+    with group(0) as (sender, [rank]):
+        for number in range(3):
+            sender.look()
+            if number == 1:
+                time.sleep(WHILE)  # it sleeps again
+            give(sender, number, seed=number)
+            becomes(lambda: transport.count(1), number + 1)
+            transport.done.update({0: number + 1, 1: number + 1})
+            assert rank.bucket(number, NBYTES).tolist() == [number] * NBYTES
+            rank.loaded()
+        assert transport.warmed == [1] * 3
+
+
+def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then each look would take Python's lock from whoever loads the one before."""
+    naps: list[float] = []
+    nap = turns.nap
+
+    def napped(since: float) -> bool:
+        if threading.current_thread().name == "fp8ctl-push-take":
+            naps.append(since)
+        return nap(since)
+
+    monkeypatch.setattr(turns, "nap", napped)
+    with group(0) as (sender, [rank]):
+        futures = [give(sender, slot) for slot in range(2)]
+        becomes(lambda: transport.count(1), 2)
+        time.sleep(1.0)
+        assert naps
+        transport.done.update({0: 1, 1: 1})
+        rank.bucket(0, NBYTES)
+        naps.clear()
+        looks = transport.looks
+        time.sleep(WHILE)
+        assert not naps, "the first took a second"
+        assert transport.looks - looks > 10, "and the second may be quicker"
+        transport.done.update({0: 2, 1: 2})
+        rank.bucket(1, NBYTES)
+        assert errors(futures) == [None] * 2
+        # The second of two that are there together says nothing of how long one takes.
+        rank.loaded()
+        futures = [give(sender, slot) for slot in range(2)]
+        becomes(lambda: transport.count(1), 4)
+        time.sleep(WHILE)
+        transport.done.update({0: 4, 1: 4})
+        for slot in range(2):
+            rank.bucket(slot, NBYTES)
+        assert errors(futures) == [None] * 2
+        assert rank._ahead._pace > 0.5 * WHILE / NBYTES  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("missing", ["room", "got"])

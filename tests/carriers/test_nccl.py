@@ -115,7 +115,9 @@ def launched(library: Library, monkeypatch: pytest.MonkeyPatch) -> tuple[Event, 
     one: Any = object.__new__(nccl.Nccl)
     one._library, one._device, one._communicator = library, None, None
     one._stream = SimpleNamespace(cuda_stream=0)
-    return event, one.broadcast(torch.zeros(4), None, time.monotonic() + 5, lambda: None)
+    found = one.broadcast(torch.zeros(4), None, time.monotonic() + 5, lambda: None)
+    assert found.done is event
+    return event, found.over
 
 
 def test_a_broadcast_is_over_when_the_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +170,8 @@ def given(sender: ends.Sender, slot: int, nbytes: int) -> None:
 
 @pytest.mark.gpu
 @on_two
-def test_buckets_that_are_given_at_once_arrive_in_order(pool: Pool) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["here", "on its way"])
+def test_buckets_that_are_given_at_once_arrive_in_order(early: bool, pool: Pool) -> None:
     """Two are launched when the first is under way; what fills slots has the device's rest."""
     [process] = pool.take(1)
     sender = start()
@@ -180,9 +183,39 @@ def test_buckets_that_are_given_at_once_arrive_in_order(pool: Pool) -> None:
     for _ in range(5):
         wanted = [fill(sender, slot, NBYTES - slot, seed=slot) for slot in range(3)]
         sent = [sender.send(slot, NBYTES - slot) for slot in range(3)]
-        found = [process.ok(bucket=[slot, NBYTES - slot]) for slot in range(3)]
+        found = [process.ok(bucket=[slot, NBYTES - slot], early=early) for slot in range(3)]
         assert found == wanted
+        process.ok(arrived=True)
         assert [one.arrived.result(120) for one in sent if one is not None] == [None] * 3
+    process.ok(close=True)
+    sender.close()
+
+
+@pytest.mark.gpu
+@on_two
+def test_a_device_that_waits_for_what_is_withdrawn_goes_on(pool: Pool) -> None:
+    """The rank's broadcast waits for the trainer's, and what reads the bucket for that."""
+    [process] = pool.take(1)
+    sender = start()
+    come(sender, process)
+    torch.cuda._sleep(3_000_000_000)  # type: ignore[no-untyped-call]
+    sender.buffer(0).fill_(1)
+    sender.ready(0)
+    sender.send(0, NBYTES)
+    process.say(bucket=[0, NBYTES], early=True)
+    time.sleep(0.3)
+    sender.cancel("it was withdrawn")
+    assert "ok" in process.answer(), "whatever lay there: nobody may count it"
+    answer = process.ask(arrived=True)
+    assert (answer["error"], "it was withdrawn" in answer["message"]) == ("ConflictError", True)
+    process.ok(close=True)
+    closes(sender)
+    sender = start()
+    come(sender, process)
+    wanted = fill(sender, 0, NBYTES, seed=1)
+    process.say(bucket=[0, NBYTES], early=True)
+    given(sender, 0, NBYTES)
+    assert process.answer() == {"ok": wanted}
     process.ok(close=True)
     sender.close()
 

@@ -405,6 +405,26 @@ def test_a_copy_that_the_driver_refuses_has_the_ranks_name(played: Devices) -> N
         assert not played.opened
 
 
+@pytest.mark.parametrize("driver", ["works", "refuses"])
+def test_a_rank_warms_up_when_an_update_begins(driver: str, played: Devices) -> None:
+    """By a copy of bytes that nobody reads; a driver that refuses says so with the first bucket."""
+    with group() as (sender, rank):
+        if driver == "refuses":
+            played.refused.add("copy")
+        sender.look()
+        end = time.monotonic() + PATIENCE
+        while played.calls.count("copy") < 1 and driver == "works" and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(WHILE)
+        assert played.calls.count("copy") == (driver == "works")
+        played.refused.clear()
+        for number in range(2):
+            give(sender, number, seed=number + 1).arrived.result(PATIENCE)
+            assert rank.bucket(number, NBYTES).tolist() == [number + 1] * NBYTES
+            rank.loaded()
+            sender.look()
+
+
 # --- on two GPUs ----------------------------------------------------------------------------------
 
 LARGE = 50_000_011
@@ -441,26 +461,29 @@ def closes(sender: ends.Sender) -> None:
     assert float(torch.ones(10, device="cuda:0").sum()) == 10.0
 
 
-def updated(sender: GroupSender, process: Process, turns: int) -> None:
+def updated(sender: GroupSender, process: Process, turns: int, *, early: bool = False) -> None:
     """Bring buckets over all slots, several at a time, and see that they are whole."""
     for turn in range(turns):
         sizes = [LARGE - slot - turn for slot in range(3)]
         wanted = [fill(sender, slot, sizes[slot], seed=3 * turn + slot) for slot in range(3)]
         sent: list[Any] = [sender.send(slot, sizes[slot]) for slot in range(3)]
-        assert [process.ok(bucket=[slot, sizes[slot]]) for slot in range(3)] == wanted
+        found = [process.ok(bucket=[slot, sizes[slot]], early=early) for slot in range(3)]
+        assert found == wanted
+        process.ok(arrived=True)
         assert [one.arrived.result(120) for one in sent] == [None] * 3
 
 
 @pytest.mark.gpu
 @on_two
-def test_a_rank_on_a_peer_device_pulls_every_bucket(pool: Pool) -> None:
+@pytest.mark.parametrize("early", [False, True], ids=["here", "on its way"])
+def test_a_rank_on_a_peer_device_pulls_every_bucket(early: bool, pool: Pool) -> None:
     [process] = pool.take(1)
     for _ in range(2):  # the second group is made as the first was
         sender = start()
         come(sender, process)
         assert isinstance(sender._backend, peer.Lender)
         assert sender.slots == ends.GROUP_SLOTS, "two GPUs with room for 200 MB"
-        updated(sender, process, 4)
+        updated(sender, process, 4, early=early)
         process.ok(close=True)
         sender.close()
 

@@ -61,7 +61,7 @@ def run(engine_sources: Callable[[str], Path]) -> Iterator[Run]:
 def test_what_is_paused_goes_on_as_if_nothing_had_been_with_keys_and_values_of_the_new_weights(
     steps: int, budget: int, caching: bool, run: Run
 ) -> None:
-    found = run("pause", steps=steps, budget=budget, caching=caching)
+    found = run("pause", steps=steps, budget=budget, caching=caching, here=bool(steps % 2))
     assert found["held"]["held"] is True
     assert found["before"] == found["taken"]
     assert found["batch"] == [], "the workers would put new blocks behind the old ones"
@@ -171,9 +171,11 @@ def test_a_core_forgets_as_it_comes_to_rest_and_has_nothing_to_forget_later(
     assert found["flushed"] == {}
     assert found["again"] == []
     assert found["hashes"] == 0
+    assert (found["resumed"], found["rests"]) == ([True, False], False), "once"
 
 
 def test_keys_and_values_that_are_in_use_are_no_clean_end(run: Run) -> None:
     found = run("forgotten", steps=6, how="abort", used=True)
     assert "in use and cannot be forgotten" in str(found["flushed"])
     assert len(found["again"]) == 1
+    assert (found["resumed"], found["rests"]) == ([False, False], True)

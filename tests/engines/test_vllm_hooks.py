@@ -182,8 +182,8 @@ def test_a_complete_update_opens_the_gate_and_forgets_the_caches() -> None:
     assert server.engine.calls == [
         ("fp8ctl_hold", "finish"),
         ("reload", {"path": "/b"}),
-        ("progress", {"expected": ["a.weight", "a.weight_scale"]}),
         ("fp8ctl_flush",),
+        ("progress", {"expected": ["a.weight", "a.weight_scale"]}),
         ("fp8ctl_resume",),
     ]
     assert server.state == "ready"
@@ -595,8 +595,8 @@ def test_an_engine_that_will_not_answer_does_not_hang_its_server(
     asyncio.run(test())
 
 
-def test_the_core_is_told_to_forget_its_caches_while_the_ranks_still_answer() -> None:
-    """And to compute again while they are told what to trust: in this order, without a wait."""
+def test_the_core_is_told_to_forget_its_caches_before_the_ranks_are_asked() -> None:
+    """And to compute again after they are told what to trust: in this order, without a wait."""
 
     async def test() -> None:
         engine = Engine()
@@ -609,8 +609,8 @@ def test_the_core_is_told_to_forget_its_caches_while_the_ranks_still_answer() ->
 
         engine.collective_rpc = late  # type: ignore[method-assign]
         for doing, order in (
-            (of(engine).settle(expected=[]), ["progress", "fp8ctl_flush"]),
-            (of(engine).receive({"slot": 0}, {"expected": []}), ["receive", "fp8ctl_flush"]),
+            (of(engine).settle(expected=[]), ["fp8ctl_flush", "progress"]),
+            (of(engine).receive({"slot": 0}, {"expected": []}), ["fp8ctl_flush", "receive"]),
             (of(engine).receive({"slot": 0}), ["receive"]),
             (of(engine).resume(["a"]), ["trust", "fp8ctl_resume"]),
         ):

@@ -384,8 +384,10 @@ def _started(steps: int, **options: Any) -> Core:
     return core
 
 
-def pause(steps: int, **options: Any) -> dict[str, Any]:
-    """Pause after some steps, change the weights, go on."""
+def pause(steps: int, *, here: bool = False, **options: Any) -> dict[str, Any]:
+    """Pause after some steps, change the weights, go on; from here, or by a call."""
+    from fp8ctl.engines.hooks import vllm_holding
+
     core = _started(steps, **options)
     before = {name: len(tokens) for name, tokens in core.tokens.items()}
     running = [r.request_id for r in core.scheduler.running]
@@ -400,7 +402,7 @@ def pause(steps: int, **options: Any) -> dict[str, Any]:
     core.worker.version = 2
     stood = core.worker.steps == done
     queue_ = [r.request_id for r in core.scheduler.waiting]
-    resumed = core.ask("fp8ctl_resume")
+    resumed = vllm_holding.resume_here() if here else core.ask("fp8ctl_resume")
     reads = {name: len(seen) for name, seen in core.worker.read.items()}
     core.loop(200)
     after = {name: seen[reads.get(name, 0) :] for name, seen in core.worker.read.items()}
@@ -427,6 +429,8 @@ def pause(steps: int, **options: Any) -> dict[str, Any]:
 
 def forgotten(steps: int, how: str, used: bool) -> dict[str, Any]:
     """Count how often all blocks are gone through, and those that have a hash, at each question."""
+    from fp8ctl.engines.hooks import vllm_holding
+
     core = _started(steps)
     if how == "finish":
         core.loop(100)
@@ -446,6 +450,8 @@ def forgotten(steps: int, how: str, used: bool) -> dict[str, Any]:
         pool.get_new_blocks(1)
     told["flushed"] = core.ask("fp8ctl_flush")
     told["again"] = resets[len(told["held"]) :]
+    told["resumed"] = [vllm_holding.resume_here() for _ in range(2)]
+    told["rests"] = vllm_holding.is_held(core.real)
     told["hashes"] = sum(block.block_hash is not None for block in pool.blocks)
     return told
 

@@ -187,15 +187,30 @@ def test_what_is_prepared_is_read_anew_each_time() -> None:
     tensors = [memory[0], memory[1, ::2, 1:], memory[2].t(), memory[0, 0, 0], memory[:0]]
     # Of what must be copied to be read, the copy would stay as it was.
     tensors += [torch._neg_view(memory[0]), torch.zeros(6, 4, dtype=torch.int64).t()]
-    prepared = module.Prepared(tensors)
+    parts = [(t, i % 2, i % 3) for i, t in enumerate(tensors)]
+    prepared = module.Prepared(parts)
     for seed in range(3):
         memory.copy_(random((3, 40, 64), seed))
         tensors[-1].fill_(seed)
-        assert prepared.start()() == [digest(t) for t in tensors]
-    plain = module.Prepared(tensors[:5])
+        assert prepared.start()() == [digest(*part) for part in parts]
+    plain = module.Prepared(iter(parts[:5]))
     started = plain.start()
-    assert started() == [digest(t) for t in tensors[:5]]
+    assert started() == [digest(*part) for part in parts[:5]]
     assert module.Prepared([]).start()() == []
+
+
+def test_what_is_prepared_of_two_devices_is_added_up_by_each_ones_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines may keep some weights in a CPU's memory."""
+    path = module._path
+
+    def of(device: torch.device) -> Any:
+        return (lambda _: 7) if device.type == "meta" else path(device)
+
+    monkeypatch.setattr(module, "_path", of)
+    there, here = torch.empty(4, 4, device="meta"), random((4, 4), 1)
+    assert module.Prepared([(there, 0, 0), (here, 0, 0)]).start()() == [7, digest(here)]
 
 
 def test_one_changed_element_always_shows() -> None:
@@ -276,11 +291,11 @@ def test_a_gpu_gives_the_same() -> None:
                     assert int(module.by_torch(sums)) & MASK == digest(a, 3, 5)
                 held.append((a, b))
     assert digests((b, 3, 5) for _, b in held) == digests((a, 3, 5) for a, _ in held)
-    prepared = module.Prepared([b for _, b in held])
+    prepared = module.Prepared((b, 3, 5) for _, b in held)
     streams: list[Any] = [torch.cuda.Stream(), torch.cuda.current_stream()]  # type: ignore[no-untyped-call]
     for stream in streams:
         with torch.cuda.stream(stream):
-            assert prepared.start()() == digests((a, 0, 0) for a, _ in held)
+            assert prepared.start()() == digests((a, 3, 5) for a, _ in held)
 
 
 def test_text_keeps_every_bit() -> None:

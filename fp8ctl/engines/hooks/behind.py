@@ -8,7 +8,7 @@ is begun then, while the next bucket is on its way, and the end reads what is le
 Loaders are an engine's code and may write anywhere: after one, nothing here counts. Nor does it
 for tensors that share memory with one of another name, since a later copy may write it. And to find
 out how a list of tensors is cut takes Python longer than a GPU to read it: only buckets that bring
-what they brought the last time are read early, so that every list is one that is known. Standard
+what they brought the last time are read early, and what was found out for them is kept. Standard
 library and torch; runs in an engine's worker.
 """
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8ctl.engines.hooks.shards import Shard
+    from fp8ctl.kernels.digest import Prepared
 
 
 class Behind:
@@ -45,10 +46,14 @@ class Behind:
         self._now: list[list[int]] = []
         self._before: list[list[int]] = []
         self._begun: list[tuple[Sequence[int], Callable[[], list[int]]]] = []
+        #: Of this update and of the one before, by the numbers of what is read together.
+        self._prepared: dict[tuple[int, ...], Prepared] = {}
+        self._kept: dict[tuple[int, ...], Prepared] = {}
 
     def again(self) -> Behind:
         """Return itself, with nothing read: another update begins."""
         self._now, self._begun = [], []
+        self._prepared, self._kept = {}, self._prepared
         return self
 
     def copied(self, names: Iterable[str]) -> None:
@@ -80,7 +85,12 @@ class Behind:
         return ended
 
     def _begin(self, numbers: Sequence[int]) -> None:
-        self._begun.append((numbers, shards.begin([self.listed[number] for number in numbers])))
+        key = tuple(numbers)
+        prepared = self._prepared.get(key) or self._kept.get(key)
+        if prepared is None:
+            prepared = shards.prepare(self.listed[number] for number in numbers)
+        self._prepared[key] = prepared
+        self._begun.append((numbers, prepared.start()))
 
 
 def _shared(listed: Sequence[Shard]) -> set[int]:

@@ -48,6 +48,8 @@ class Engine:
         settle: brings up to date what the engine derived from the weights.
         own: returns how a model shows what its engine made itself; None where it made nothing, or
             in a way that is not known.
+        resume: lets the engine compute again, from within a question to its one rank; False where
+            it cannot from there, or did not rest.
     """
 
     form: Callable[[torch.nn.Module], Form | None]
@@ -56,6 +58,7 @@ class Engine:
     guard: Callable[[str, torch.nn.Module], Any]
     settle: Callable[[torch.nn.Module], None] = lambda _model: None
     own: Callable[[torch.nn.Module], Own | None] = lambda _model: None
+    resume: Callable[[], bool] = lambda: False
 
 
 def guard_in(module: str) -> Callable[[str, torch.nn.Module], Any]:

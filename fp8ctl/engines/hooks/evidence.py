@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fp8ctl.engines.hooks.openpush import OpenPush
     from fp8ctl.engines.hooks.workers import Workers
     from fp8ctl.held import Gathered, Held
+    from fp8ctl.wire import Entry
 
 _HEAD = "lm_head.weight"
 #: What a client sends that no parameter has the name of: a tied head, a table that is computed.
@@ -46,11 +47,13 @@ class Seen(NamedTuple):
         lacking: how many tensors the rank misses that has least.
         names: of some of them.
         digests: of all that is held; None where nobody asked.
+        resumed: the one rank holds what was sent, and computes again.
     """
 
     lacking: int
     names: list[str]
     digests: Digests | None
+    resumed: bool = False
 
 
 class Evidence:
@@ -75,7 +78,7 @@ class Evidence:
         plain = all(rank["format"] == "checkpoint" for rank in ranks)
         return Digests(self._layouts.gather(ranks), plain)
 
-    async def settle(self, push: OpenPush, *, digests: bool) -> Seen:
+    async def settle(self, push: OpenPush, *, digests: bool, goes_on: bool = False) -> Seen:
         """Have the ranks bring up to date what they derive from weights, and forget their caches.
 
         One question to them, however much it is to tell; none where nothing was written and no
@@ -84,6 +87,7 @@ class Evidence:
         Args:
             push: that ends.
             digests: of what the ranks hold are wanted.
+            goes_on: as `asked` takes it.
 
         Raises:
             RefusedError: something that was skipped may not be there, or a rank broke off.
@@ -93,18 +97,49 @@ class Evidence:
         if stray:
             told = f"{stray[0]} was skipped, and its digest was not told or it was sent"
             raise RefusedError(422, "FP8-INCOMPLETE", told, data={"names": stray[:20]})
-        if push.seen is not None and digests == (push.seen.digests is not None):
-            return push.seen
+        seen = push.seen
+        # One that has gone on by itself could not forget its caches a second time.
+        if seen is not None and (seen.resumed or digests == (seen.digests is not None)):
+            return seen
         if not push.touched:
             return Seen(0, [], await self._digests() if digests else None)
-        return self.seen(await self._workers.settle(**self.asked(push, digests=digests)))
+        asked = self.asked(push, push.entries, digests=digests, goes_on=goes_on)
+        return self.seen(await self._workers.settle(**asked))
 
-    def asked(self, push: OpenPush, *, digests: bool) -> dict[str, Any]:
-        """Return what ranks are asked with the last bucket of an update, or after it."""
+    def asked(
+        self, push: OpenPush, entries: Mapping[str, Entry], *, digests: bool, goes_on: bool = False
+    ) -> dict[str, Any]:
+        """Return what ranks are asked with the last bucket of an update, or after it.
+
+        Args:
+            push: that ends.
+            entries: of all that it has brought.
+            digests: of what the ranks hold are wanted.
+            goes_on: they trust all of it already: a rank that is the only one may compute again
+                as soon as it holds what was sent, if that is all that is to be seen.
+        """
         # Whoever has all weights in place may send a part; a complete update says it itself.
         needed = push.settled != "ready" and not push.begin.complete
         expected = self._expected.missing(()) if needed else []
-        return {"expected": expected, **({"layouts": self._layouts.known} if digests else {})}
+        asked: dict[str, Any] = {"expected": expected}
+        if not digests:
+            return asked
+        asked["layouts"] = self._layouts.known
+        if goes_on and not needed and self._workers.ranks == 1:
+            missing = self._expected.missing({*entries, *push.skipped})
+            known = bool(self._expected.tensors) and not missing
+            if known or not push.begin.complete:
+                sums = self._layouts.sums(self._wanted(push, entries))
+                asked |= {"sums": sums} if sums else {}
+        return asked
+
+    def _wanted(self, push: OpenPush, entries: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
+        """Return dtype and digest of all that was sent, or left out because it is there."""
+        wanted = {n: (e.dtype, e.digest) for n, e in entries.items() if e.digest}
+        for name in push.skipped:
+            one = (push.held or {})[name]
+            wanted[name] = (one.dtype, one.text)
+        return wanted
 
     def seen(self, answers: Sequence[Mapping[str, Any]]) -> Seen:
         """Return what all ranks answered to that.
@@ -115,7 +150,8 @@ class Evidence:
         if any(a["broken"] for a in answers):
             raise RefusedError(500, "FP8-LOAD", "a rank broke off half-way through its weights")
         told = [a["digests"] for a in answers if "digests" in a]
-        return Seen(*worst(answers), self._gathered(told) if told else None)
+        resumed = all(a.get("resumed") for a in answers)
+        return Seen(*worst(answers), self._gathered(told) if told else None, resumed)
 
     async def missing(self, push: OpenPush, seen: Seen, *, folder: bool = False) -> tuple[int, str]:
         """Return how much is missing after an update that is not said to be complete, and what.
@@ -197,10 +233,7 @@ class Evidence:
         held = seen.digests and seen.digests.checkpoint
         if held is None:
             return None
-        wanted = {n: (e.dtype, e.digest) for n, e in push.entries.items() if e.digest}
-        for name in push.skipped:
-            one = (push.held or {})[name]
-            wanted[name] = (one.dtype, one.text)
+        wanted = self._wanted(push, push.entries)
         if held.are(wanted):
             return [*wanted]
         found = compare(wanted, self._expected, held)

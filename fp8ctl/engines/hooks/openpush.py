@@ -42,10 +42,12 @@ class Ending(NamedTuple):
     Attributes:
         buckets: how many the update has.
         digests: of what the ranks hold are wanted.
+        skips: it names what was left out.
     """
 
     buckets: int
     digests: bool
+    skips: bool = False
 
 
 @dataclass

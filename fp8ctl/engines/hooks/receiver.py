@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 Named = tuple[str, torch.Tensor]
 
+#: Copies that a GPU may have to wait with for a bucket, each a launch where rectangles are cut: it
+#: takes a thousand or so, and who launches more then waits, perhaps with Python's lock.
+_MOST_BEHIND = 256
+
 
 class Receiver:
     """The model of one rank, and what arrives for it.
@@ -79,6 +83,8 @@ class Receiver:
         #: Copies alone have written since the update began: nothing is derived from what they
         #: write, and nothing counts it.
         self._by_copies = False
+        #: Something was loaded before all its bytes were known to be here.
+        self._coming = False
         #: What the unscaled guard said last, while that still holds.
         self._unfilled: Any = None
 
@@ -111,7 +117,7 @@ class Receiver:
             told = self.receive(slot, nbytes, number, name, entries)
             return self._and_then(told, details.get("then"))
         if what == "progress":
-            return self.progress(details["expected"], details.get("layouts"))
+            return self._progress(details)
         if what == "forget":
             return self.forget()
         if what == "digests":
@@ -143,6 +149,8 @@ class Receiver:
 
     def disconnect(self) -> dict[str, Any]:
         """Close the carrier, if one is open."""
+        self.broken |= self._coming  # what was on its way may not come any more
+        self._coming = False
         # No tensor may be left that uses the carrier's memory.
         self._let_go()
         self._slots.close()
@@ -171,6 +179,10 @@ class Receiver:
     ) -> dict[str, Any]:
         """Load a bucket; when this returns its sender may write where it lay.
 
+        The first of a push is here then: one that is lost leaves the weights as they were. Later
+        ones a GPU may still wait for, so that nothing is asked of Python when they come; should
+        they be lost, the answer to "progress" says it.
+
         Args:
             slot: of the carrier.
             nbytes: of the bucket.
@@ -182,8 +194,8 @@ class Receiver:
         Returns:
             loaded: number of tensors; error: "" or what was raised; broken: True where
             something may be in place all the same; seconds: bucket (until it is known where
-            it goes, and its bytes are there), loaders, copies, device (until the sender may
-            write again); ways: number of tensors on each.
+            it goes, and its bytes are there or on their way), loaders, copies, device (until
+            the sender may write again); ways: number of tensors on each.
         """
         clock = _Clock()
         ways = {"loaders": 0, "copies": 0}
@@ -193,8 +205,12 @@ class Receiver:
         try:
             if number == 0:
                 self._begin()  # while the bucket is on its way
-            held = self._slots.views(slot, nbytes, self._read(number, name, nbytes, entries))
+            read = self._read(number, name, nbytes, entries)
+            held = self._slots.views(slot, nbytes, read, here=number == 0)
+            self._coming |= number > 0
             parts = self._rectangles.part(held)
+            if parts.others or sum(len(to) for to, _ in parts.moves) > _MOST_BEHIND:
+                self._slots.arrived()  # a loader may look at what it takes
             clock.lap("bucket")
             touched = True
             self._settled = False
@@ -214,6 +230,7 @@ class Receiver:
         except Exception as e:  # noqa: BLE001 - the answer says what state the weights are in
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}"
+            self._all_here()
             self._doubt()
             self._let_go()
             if "weight_loader" in error:
@@ -232,12 +249,25 @@ class Receiver:
         if then is None or told["error"]:
             return told
         clock = _Clock()
-        progress = self.progress(then["expected"], then.get("layouts"))
+        progress = self._progress(then)
         clock.lap("settle")
         return {**told, "then": progress, "seconds": {**told["seconds"], **clock.laps}}
 
+    def _progress(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer "progress", and go on where this is the one rank and has all as it was sent.
+
+        The server will see the same, and need not ask a third time: its gate is closed until then.
+        """
+        told = self.progress(asked["expected"], asked.get("layouts"))
+        wanted = asked.get("sums")
+        whole = not (told["broken"] or told["missing_count"] or told["unfilled"])
+        if wanted and whole and told.get("digests", {}).get("sums") == wanted:
+            told["resumed"] = self._engine.resume()
+        return told
+
     def _begin(self) -> None:
         """Look where everything is: an update begins."""
+        self._all_here()  # of one that was given up
         self._rectangles.look_anew()
         self._inventory.follow()
         self._by_copies = self._settled  # or something is still to be derived
@@ -261,7 +291,7 @@ class Receiver:
         return known[2]
 
     def progress(
-        self, expected: Iterable[str], layouts: Sequence[str] | None = None
+        self, expected: Sequence[str], layouts: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Say what has not arrived; after a load that broke off, count from nothing.
 
@@ -295,6 +325,8 @@ class Receiver:
         }
         if reading is not None:
             told["digests"] = reading()
+        if not broken and not self._all_here():  # not before: the device waits for it itself
+            return self.progress(expected, layouts)
         if not broken and not self._settled:
             wait_for(self.device)
             self._settled = True
@@ -306,10 +338,23 @@ class Receiver:
         self.arrived.clear()
         self._by_loader.clear()
         self._rectangles.distrust()
-        self.broken = False
+        self.broken = self._coming = False
         self._doubt()
         self._engine.guard("fp8ctl_forget", self.model)
         return {}
+
+    def _all_here(self) -> bool:
+        """Wait for what was on its way when it was loaded; weights are broken where it is lost."""
+        coming, self._coming = self._coming, False
+        if coming:
+            try:
+                self._slots.arrived()
+            except Exception:  # noqa: BLE001 - the answer says what state the weights are in
+                traceback.print_exc()
+                self.broken = True
+                self._doubt()
+                self._let_go()
+        return not self.broken
 
     def digests(self, layout: str = "") -> dict[str, Any]:
         """Return place, type and digest of what this rank holds, as `Inventory.digests`."""

@@ -84,13 +84,21 @@ class Session:
                 push.held = None if held is None else alike
         return push
 
-    async def close(self, push: OpenPush, outcome: Outcome, proven: Iterable[str] = ()) -> Outcome:
+    async def close(
+        self,
+        push: OpenPush,
+        outcome: Outcome,
+        proven: Iterable[str] = (),
+        *,
+        resumed: bool = False,
+    ) -> Outcome:
         """Let the engine compute again and settle the gate.
 
         Args:
             push: that is open.
             outcome: how it ends.
             proven: names of what the ranks may copy from now on; none where it failed.
+            resumed: the engine has found them itself, and computes.
 
         Returns:
             The outcome; "failed" also where the engine could not be brought back.
@@ -98,7 +106,7 @@ class Session:
         if outcome.kind == "failed":
             await self.trust.withdraw()
         with push.timed("resume"):
-            resume = functools.partial(self.trust.resume, proven)
+            resume = functools.partial(self.trust.resume, proven, resumed=resumed)
             trouble = await self.rest.release(mixed=outcome.kind == "failed", resume=resume)
         if trouble:
             if outcome.kind != "failed":

@@ -76,6 +76,14 @@ def this() -> Holding:
     return _holding
 
 
+def resume_here() -> bool:
+    """Let this process's scheduler work on; False where it does not rest."""
+    if _holding is None or not _holding.held:
+        return False
+    _holding.resume()
+    return True
+
+
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
     """Surround what may keep the scheduler for minutes, such as a trainer that joins late.

@@ -373,7 +373,14 @@ def _copies(model: torch.nn.Module) -> Form | None:
     return None if hasattr(model, "post_load_weights") else _copied
 
 
-ENGINE = Engine(form=_form, copies=_copies, obstacles=_obstacles, guard=_guard, own=_own)
+ENGINE = Engine(
+    form=_form,
+    copies=_copies,
+    obstacles=_obstacles,
+    guard=_guard,
+    own=_own,
+    resume=sglang_holding.resume_here,
+)
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:

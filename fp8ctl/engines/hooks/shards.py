@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8ctl.kernels.digest import start, to_text
+from fp8ctl.kernels.digest import Prepared, start, to_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Iterator, Sequence
@@ -142,6 +142,11 @@ def place(shard: Shard) -> dict[str, object]:
 def begin(held: Iterable[Shard]) -> Callable[[], list[int]]:
     """Begin with the digest of each shard; return what waits for them, once for all."""
     return start((shard.tensor, shard.row, shard.column) for shard in held)
+
+
+def prepare(held: Iterable[Shard]) -> Prepared:
+    """Return what begins with them again and again, while they stay where they are."""
+    return Prepared((shard.tensor, shard.row, shard.column) for shard in held)
 
 
 def describe(held: Iterable[Shard]) -> list[dict[str, object]]:

@@ -57,16 +57,31 @@ class Slots:
         if self._carrier is not None:
             self._carrier.loaded()
 
-    def views(self, slot: int, nbytes: int, entries: Iterable[Entry]) -> list[Named]:
+    def arrived(self) -> None:
+        """Wait until what `views` has shown before it was there is.
+
+        Raises:
+            RuntimeError: no carrier is open any more.
+            Exception: of the carrier: bytes did not come.
+        """
+        self._open_one().arrived()
+
+    def views(
+        self, slot: int, nbytes: int, entries: Iterable[Entry], *, here: bool = True
+    ) -> list[Named]:
         """Wait until a bucket is there; return its tensors, without a copy.
+
+        Args:
+            slot, nbytes: of the bucket.
+            entries: what lies in it.
+            here: False: a GPU may wait for it instead, before what it is told from now on; bytes
+                that are lost then are known by `arrived` alone.
 
         Raises:
             RuntimeError: no carrier is open.
             Exception: of the carrier: it has no such slot, or the bytes did not come.
         """
-        if self._carrier is None:
-            raise RuntimeError("no carrier is open")
-        bucket = self._carrier.bucket(slot, nbytes)
+        bucket = self._open_one().bucket(slot, nbytes, here=here)
         address, found = bucket.data_ptr(), []
         for entry in entries:
             key = (address, *entry[:4])  # name, dtype, shape, offset
@@ -77,6 +92,11 @@ class Slots:
                 tensor = self._seen[key] = view(bucket, entry)
             found.append((entry.name, tensor))
         return found
+
+    def _open_one(self) -> Carrier:
+        if self._carrier is None:
+            raise RuntimeError("no carrier is open")
+        return self._carrier
 
 
 def view(bucket: torch.Tensor, entry: Entry) -> torch.Tensor:

@@ -23,15 +23,25 @@ class Trust:
         self._workers = workers
         self._told: set[str] = set()
 
-    async def resume(self, names: Iterable[str]) -> None:
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether the ranks were told all of these."""
+        return self._told.issuperset(names)
+
+    async def resume(self, names: Iterable[str], *, resumed: bool = False) -> None:
         """Let the engine compute again, and tell the ranks which tensors lie where they should.
 
         What they could not be told is told again next time.
+
+        Args:
+            names: of them.
+            resumed: it computes already.
 
         Raises:
             Exception: the engine could not be brought back.
         """
         more = [name for name in names if name not in self._told]
+        if resumed and not more:
+            return
         why = await self._workers.resume(more)
         if not why:
             self._told.update(more)

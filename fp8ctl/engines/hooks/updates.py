@@ -248,6 +248,9 @@ class Updates:
                     + (", or the one before again as it was" if push.number else ""),
                 )
             async with self._session.or_ends(push):
+                if push.seen is not None and push.seen.resumed:
+                    told = f"bucket {number}; the one before was the last, and the engine computes"
+                    raise RefusedError(409, "FP8-ORDER", told)
                 if self._connection.disk:
                     entries = intake.read(found, disk=True)
                     self._expected.check(entries, push.entries)
@@ -256,8 +259,14 @@ class Updates:
                 else:
                     entries = self._lists.read(found, push.entries)
                     then = None
-                    if push.ending is not None and push.ending.buckets == number + 1:
-                        then = self._evidence.asked(push, digests=push.ending.digests)
+                    ending = push.ending
+                    if ending is not None and ending.buckets == number + 1:
+                        all_ = {**push.entries, **{entry.name: entry for entry in entries}}
+                        # What is left out is looked at when END is worked off.
+                        goes_on = not ending.skips and self._session.trust.has(all_)
+                        then = self._evidence.asked(
+                            push, all_, digests=ending.digests, goes_on=goes_on
+                        )
                     with self._lists.telling(number) as listed:
                         loaded = await intake.load(self._workers, push, found, listed, then)
                 push.seen = self._evidence.seen(loaded.then) if loaded.then else None
@@ -286,7 +295,7 @@ class Updates:
             raise wire.WireError("skipped: expected a list of names")
         early = self._early(found, found.get("buckets"))
         if early is not None:  # ranks are asked for what its end wants with their last bucket
-            early.ending = Ending(early.number + 1, bool(verify))
+            early.ending = Ending(early.number + 1, bool(verify), bool(skipped))
         await _predecessor(early)
         async with self._session.turn:
             ended = self._session.past.of(found.get("push"))
@@ -296,19 +305,23 @@ class Updates:
                 return ended.answer
             push = await self._mine(found)
             if found.get("buckets") != push.number:
+                push.ending = None  # a bucket that comes now is not the last
                 told = f"{found.get('buckets')!r} buckets were sent; {push.number} arrived"
                 raise RefusedError(409, "FP8-ORDER", told)
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
+                trusted = self._session.trust.has([*push.entries, *push.skipped])
                 with push.timed("settle"):
-                    seen = await self._evidence.settle(push, digests=bool(verify))
+                    seen = await self._evidence.settle(
+                        push, digests=bool(verify), goes_on=trusted and not self._connection.disk
+                    )
                 with push.timed("verify"):
                     missing, message = await self._evidence.missing(push, seen)
                     equal = self._evidence.equal(push, seen)
             # The engine's own reload: ranks trust none of it.
             proven = () if self._connection.disk else equal or ()
             applied = Outcome("applied", missing, message)
-            outcome = await self._session.close(push, applied, proven)
+            outcome = await self._session.close(push, applied, proven, resumed=seen.resumed)
             if outcome.kind != "applied":
                 refused = RefusedError(500, "FP8-ENGINE", outcome.message)
                 self._session.past.answered(push, refused)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
+import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Tokens that the workers may not have been told of yet: one, or as many as were speculated.
 _TAIL = 64
+
+#: Of this process, the core that came to rest last.
+_held: weakref.ref[Any] | None = None
 
 
 def install(core: ModuleType) -> None:
@@ -64,6 +68,7 @@ def hold(core: Any, how: str) -> dict[str, Any]:
     Raises:
         RuntimeError: this core cannot be held so; it goes on.
     """
+    global _held
     scheduler = core.scheduler
     begun = [one for one in scheduler.requests.values() if _has_begun(one)]
     reason = _refusal(core, how, len(begun))
@@ -78,6 +83,7 @@ def hold(core: Any, how: str) -> dict[str, Any]:
         _preempt(core)
     # Found by `_process_input_queue` and `step` before the class's own.
     scheduler.has_requests = _nothing_to_do
+    _held = weakref.ref(core)
     _forget(core)  # what is in use all the same, `flush` tells
     return {"held": True, "begun": len(begun)}
 
@@ -86,6 +92,18 @@ def resume(core: Any) -> dict[str, Any]:
     """Let a core compute again; does nothing where it is not held."""
     vars(core.scheduler).pop("has_requests", None)
     return {"waiting": len(core.scheduler.waiting)}
+
+
+def resume_here() -> bool:
+    """Let this process's core compute again, where it rests and nothing of the old weights is left.
+
+    False in a worker that is a process of its own.
+    """
+    core = None if _held is None else _held()
+    if core is None or not is_held(core) or not _forget(core):
+        return False
+    resume(core)
+    return True
 
 
 def flush(core: Any) -> dict[str, Any]:

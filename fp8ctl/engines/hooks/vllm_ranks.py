@@ -135,14 +135,15 @@ class Workers:
         return await self._and_flush(self.ask("receive", **details, then=then))
 
     async def settle(self, **details: Any) -> list[dict[str, Any]]:
-        """Ask "progress"; the core is told to forget keys and values behind it, without a wait."""
+        """Ask "progress"; the core is told to forget keys and values before it, without a wait."""
         return await self._and_flush(self.ask("progress", **details))
 
     async def _and_flush(
         self, question: Coroutine[Any, Any, list[dict[str, Any]]]
     ) -> list[dict[str, Any]]:
-        asking = asyncio.ensure_future(question)
+        # The core takes them in this order: nothing is left to do when the last rank has answered.
         flushing = asyncio.ensure_future(self.flush())
+        asking = asyncio.ensure_future(question)
         await asyncio.wait({asking, flushing})
         stuck = flushing.exception()
         answers = asking.result()  # why the ranks failed comes first

@@ -378,4 +378,5 @@ def engine(dtype: torch.dtype) -> Engine:
         guard=_guard,
         settle=functools.partial(_rederive, dtype=dtype),
         own=_own,
+        resume=vllm_holding.resume_here,
     )

@@ -58,7 +58,9 @@ class Workers(Protocol):
           weights and waits for its device, then answers `broken` (an update raised half-way since
           the last `forget`), `unfilled` {name: which part} of the unscaled guard, `missing` (the
           first of `expected` that never arrived) and `missing_count`. With {layouts: by rank, or
-          []} also `digests`, the answer to "digests", unless it is broken.
+          []} also `digests`, the answer to "digests", unless it is broken. With {sums}, asked where
+          there is one rank: one that lacks nothing and whose digests are these lets the engine
+          compute again at once, and says so: `resumed`.
         - "trust" {names}, as `resume`: {}. Digests of these were found to be those that were sent:
           from now on the rank may copy them to where it holds them, around the loaders.
         - "forget" {}: {}. Counts arrived names, and what the guard counts, from nothing; trusts

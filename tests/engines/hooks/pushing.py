@@ -73,6 +73,7 @@ class Ranks:
         parameters, same: what the engine has names for, and names in the memory of another one.
         running: requests in the engine.
         remembers: it tells its layout once, and then sums alone.
+        goes_on: where it is one, it can let its engine compute again.
     """
 
     def __init__(self, version: str | None, ranks: int = 2) -> None:
@@ -95,7 +96,7 @@ class Ranks:
         self.parameters = list(full)
         self.same: dict[str, str] = {}
         self.broken = False
-        self.remembers = True
+        self.remembers = self.goes_on = True
 
     async def _maybe(self, what: str) -> None:
         self.calls.append(what)
@@ -173,12 +174,16 @@ class Ranks:
         return answers
 
     def _progress(
-        self, rank: int, expected: list[str], layouts: list[str] | None = None
+        self, rank: int, expected: list[str], layouts: list[str] | None = None, sums: str = ""
     ) -> dict[str, Any]:
         missing = [n for n in expected if n not in self.arrived]
         told: dict[str, Any] = {}
         if layouts is not None and not self.broken:
             told["digests"] = self._digests(rank, layouts)
+        if sums:
+            assert self.ranks == 1, "others may not hold what was sent"
+            told["resumed"] = self.goes_on and told["digests"].get("sums") == sums
+            self.at_rest = not told["resumed"]
         return {
             **told,
             "broken": self.broken,
@@ -195,7 +200,7 @@ class Ranks:
         for name, text in self.held[rank].items():
             # Two halves that add up to the tensor's digest.
             half = int(text, 16) // 2
-            part = half if rank else int(text, 16) - half
+            part = half if rank else int(text, 16) - (half if self.ranks > 1 else 0)
             shards.append(
                 {
                     "name": name,

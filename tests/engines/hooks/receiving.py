@@ -83,6 +83,7 @@ class Settled:
         self.settled = 0
         self.asked: list[str] = []
         self.obstacles: list[str] = []
+        self.resumed = 0
 
     def engine(self) -> Engine:
         return Engine(
@@ -91,7 +92,12 @@ class Settled:
             obstacles=lambda _model: self.obstacles,
             guard=self._guard,
             settle=self._settle,
+            resume=self._resume,
         )
+
+    def _resume(self) -> bool:
+        self.resumed += 1
+        return True
 
     def _guard(self, function: str, _model: nn.Module) -> Any:
         self.asked.append(function)

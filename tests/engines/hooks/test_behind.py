@@ -26,14 +26,24 @@ __all__ = ["servers"]  # a fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Names of what is read, together, each time that something is."""
     lists: list[list[str]] = []
-    begin = shards.begin
+    begin, prepare = shards.begin, shards.prepare
 
     def noted(held: Iterable[Shard]) -> Callable[[], list[int]]:
         those = list(held)
         lists.append([shard.name for shard in those])
         return begin(those)
 
+    class Noted:
+        def __init__(self, held: Iterable[Shard]) -> None:
+            self.those = list(held)
+            self.prepared = prepare(self.those)
+
+        def start(self) -> Callable[[], list[int]]:
+            lists.append([shard.name for shard in self.those])
+            return self.prepared.start()
+
     monkeypatch.setattr(shards, "begin", noted)
+    monkeypatch.setattr(shards, "prepare", Noted)
     return lists
 
 
@@ -79,6 +89,37 @@ def test_an_update_by_copies_is_read_behind_them_once(
         told = ended(server)
         assert unequal(told, whole) == set()
         assert sum(map(len, read)) == before == sum(len(one["tensors"]) for one in told)
+
+
+def test_what_was_found_out_for_a_list_is_kept_as_long_as_it_comes_again(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[list[str]] = []
+    prepare = shards.prepare
+
+    def prepared(held: Iterable[Shard]) -> Any:
+        those = list(held)
+        made.append([shard.name for shard in those])
+        return prepare(those)
+
+    monkeypatch.setattr(shards, "prepare", prepared)
+    whole = checkpoint("block")
+    server = copying(servers, whole)
+    server.push(whole)
+    ended(server)
+    made.clear()
+    for _ in range(3):
+        server.push(whole)
+        assert unequal(ended(server), whole) == set()
+    assert not made
+    for _ in range(3):
+        server.push({NORM: whole[NORM]})
+        ended(server)
+    assert [NORM] in made
+    made.clear()
+    server.push(whole)
+    ended(server)
+    assert made, "another list came for two updates"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 from typing import Any
 
 import pytest
@@ -369,5 +371,213 @@ def test_skipped_tensors_are_proven_by_sums_as_well() -> None:
         await server.bucket(0, NAMES[1:], "C")
         status, ended = await server.end(1, "C", skipped=NAMES[:1])
         assert (status, ended["verified"]) == (200, 4)
+
+    run(test())
+
+
+# --- a rank that goes on by itself ----------------------------------------------------------------
+
+
+_numbers = itertools.count()
+
+
+async def asked_at_end(server: Server, version: str, **more: Any) -> list[str]:
+    """Push all; return what the ranks were asked when its END came."""
+    names = [name for name in NAMES if name not in more.get("skipped", ())]
+    push = f"{version}-{next(_numbers)}"
+    await server.begin(version, push, digests="skipped" in more)
+    await server.bucket(0, names, version, push)
+    server.workers.messages.clear()
+    status, ended = await server.end(1, version, push, **more)
+    assert (status, ended["state"], server.state) == (200, "ready", "ready")
+    assert ended["verified"] == (len(NAMES) if more.get("verify", True) else None)
+    assert not server.workers.at_rest
+    assert await server.generate() == 200
+    return [*server.workers.messages]
+
+
+def test_the_one_rank_goes_on_by_itself_when_it_holds_what_was_sent() -> None:
+    """The first time it has to be told what to trust, and by which layout it is asked."""
+
+    async def test() -> None:
+        server = Server(ranks=1)
+        assert await asked_at_end(server, "B") == ["settle", "resume"]
+        for version in "CDC":
+            assert await asked_at_end(server, version) == ["settle"]
+        await server.begin("A")
+        ending = asyncio.ensure_future(server.end(1, "A"))
+        await asyncio.sleep(0.01)
+        server.workers.messages.clear()
+        assert (await server.bucket(0, NAMES, "A"))[0] == 200
+        assert (await ending)[1]["verified"] == len(NAMES)
+        assert server.workers.messages == ["receive"], "asked with the last bucket"
+        assert not server.workers.at_rest
+
+    run(test())
+
+
+@pytest.mark.parametrize("why", ["two ranks", "no proof", "it cannot", "no layout", "skipped"])
+def test_a_rank_that_does_not_go_on_by_itself_is_told_to(why: str) -> None:
+    async def test() -> None:
+        server = Server(ranks=2 if why == "two ranks" else 1)
+        server.workers.goes_on = why != "it cannot"
+        server.workers.remembers = why != "no layout"
+        await asked_at_end(server, "B")
+        more: dict[str, Any] = {"verify": False} if why == "no proof" else {}
+        if why == "skipped":
+            for rank in server.workers.held:
+                rank[NAMES[0]] = digest("C", NAMES[0])
+            more = {"skipped": NAMES[:1]}
+        told = await asked_at_end(server, "C", **more)
+        # What was left out is there, and proven with the rest.
+        assert told == ["settle"] if why == "skipped" else told == ["settle", "resume"]
+
+    run(test())
+
+
+def test_a_rank_that_holds_something_else_stays_at_rest() -> None:
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        await server.bucket(0, NAMES, "C")
+        server.workers.held[0][NAMES[1]] = digest("D", NAMES[1])
+        resumed = []
+
+        async def rests() -> None:
+            resumed.append(server.workers.at_rest)
+
+        server.workers.faults["flush"] = rests
+        assert error(await server.end(1, "C")) == (500, "FP8-UNEQUAL", "failed")
+        assert resumed[0], "behind what it was asked"
+        del server.workers.faults["flush"]
+        assert await asked_at_end(server, "D") == ["settle", "resume"], "it trusts nothing"
+        assert await asked_at_end(server, "B") == ["settle"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_part_lets_a_rank_go_on_only_where_all_else_is_proven(complete: bool) -> None:
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C", complete=complete)
+        await server.bucket(0, NAMES[1:], "C")
+        server.workers.messages.clear()
+        server.workers.details.clear()
+        status, ended = await server.end(1, "C")
+        assert not any("sums" in asked for asked in server.workers.details)
+        if complete:
+            assert error((status, ended)) == (422, "FP8-INCOMPLETE", "failed")
+        else:
+            assert server.workers.messages == ["settle", "resume"]
+
+    run(test())
+
+
+def test_a_rank_that_went_on_is_not_asked_again_by_an_end_that_wants_less() -> None:
+    """The one that came last is what the ranks were asked for; the first one is worked off."""
+
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        ends = []
+        for verify in (False, True):
+            ends.append(asyncio.ensure_future(server.end(1, "C", verify=verify)))
+            await asyncio.sleep(0.01)
+        server.workers.messages.clear()
+        assert (await server.bucket(0, NAMES, "C"))[0] == 200
+        assert [(await one)[1]["outcome"] for one in ends] == ["applied"] * 2
+        assert server.workers.messages == ["receive"]
+        assert (server.state, server.workers.at_rest) == ("ready", False)
+
+    run(test())
+
+
+def test_a_rank_that_went_on_before_an_update_failed_is_brought_to_rest_first() -> None:
+    """What fails behind it is nothing that it could have seen: its answer was lost."""
+
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        await server.bucket(0, NAMES, "C")
+
+        async def lost() -> None:
+            assert not server.workers.at_rest
+            del server.workers.faults["flush"]
+            raise RuntimeError("the rank did not answer")
+
+        server.workers.faults["flush"] = lost
+        server.workers.calls.clear()
+        assert error(await server.end(1, "C")) == (500, "FP8-ENGINE", "failed")
+        assert server.workers.calls[-4:] == ["forget", "hold abort", "flush", "resume"]
+        assert await server.generate() == 503
+
+    run(test())
+
+
+def test_without_a_plan_a_complete_update_leaves_it_to_the_server() -> None:
+    """Only what the ranks have names for says then what was not sent."""
+
+    async def test() -> None:
+        server = Server(ranks=1, plan={})
+        workers = server.workers
+        workers.dtypes["a.weight"] = "bfloat16"
+        workers.held = [{name: digest("A", name) for name in sixteen()}]
+        asked = []
+        for version, complete in (("B", True), ("C", True), ("D", False)):
+            await server.begin(version, complete=complete)
+            for i, name in enumerate(sixteen()):
+                await server.bucket(i, [name], version, dtype="bfloat16")
+            workers.details.clear()
+            status, ended = await server.end(3, version)
+            assert (status, ended["state"], ended["verified"]) == (200, "ready", 3)
+            asked.append(any("sums" in one for one in workers.details))
+        assert asked == [False, False, True], "a part says itself that it is one"
+
+    run(test())
+
+
+def test_after_a_rank_has_gone_on_nothing_more_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client whose END gave up on the last bucket, and that sends it, and one more."""
+    monkeypatch.setattr("fp8ctl.engines.hooks.updates.PREDECESSOR", 0.05)
+
+    async def test(late: bool) -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C", complete=False)
+        ending = asyncio.ensure_future(server.end(1, "C"))
+        await asyncio.sleep(0.2 if late else 0.01)
+        server.workers.messages.clear()
+        loaded = asyncio.ensure_future(server.bucket(0, NAMES, "C"))
+        more = asyncio.ensure_future(server.bucket(1, ["norm.weight"], "C"))
+        assert (await loaded)[0] == 200
+        if late:
+            assert error(await ending)[:2] == (409, "FP8-ORDER")
+            assert not any("sums" in asked for asked in server.workers.details)
+        # It may be there before that END is worked off, which fails with the update then.
+        assert error(await more)[:2] == ((422, "FP8-TENSOR") if late else (409, "FP8-ORDER"))
+        assert (await ending)[0] == 409
+        assert server.state == "failed"
+        assert server.workers.messages.count("receive") == 1
+
+    run(test(late=True))
+    run(test(late=False))
+
+
+@pytest.mark.parametrize("skipped", [["nobody.knows"], NAMES[:1]])
+def test_a_rank_does_not_go_on_before_what_was_left_out_is_looked_at(skipped: list[str]) -> None:
+    async def test() -> None:
+        server = Server(ranks=1)
+        await asked_at_end(server, "B")
+        await server.begin("C")
+        ending = asyncio.ensure_future(server.end(1, "C", skipped=skipped))
+        await asyncio.sleep(0.01)
+        assert (await server.bucket(0, NAMES, "C"))[0] == 200
+        assert not any("sums" in asked for asked in server.workers.details)
+        assert error(await ending) == (422, "FP8-INCOMPLETE", "failed")
 
     run(test())

@@ -130,3 +130,162 @@ def test_on_a_gpu_digests_are_compiled_when_a_client_connects() -> None:
     asked.clear()
     Receiver(rank.model, 0, Settled().engine(), open_carrier=carrier).connect({})
     assert asked == ["carrier"], "on a CPU they take a while, and nothing is compiled"
+
+
+class Late:
+    """A carrier whose buckets may come after they were asked for; see `ends.Receiver`."""
+
+    def __init__(self, server: Server) -> None:
+        self.slots = server.sender
+        self.asked: list[str] = []
+        self.lost: Exception | None = None
+
+    def bucket(self, slot: int, nbytes: int, *, here: bool = True) -> torch.Tensor:
+        self.asked.append("here" if here else "on its way")
+        return self.slots.buffer(slot)[:nbytes]
+
+    def arrived(self) -> None:
+        self.asked.append("arrived")
+        if self.lost is not None:
+            raise self.lost
+
+    def loaded(self) -> None:
+        self.asked.append("loaded")
+
+    def close(self) -> None:
+        self.asked.append("close")
+
+
+def proven(servers: list[Server]) -> tuple[Server, Late, list[tuple[str, torch.Tensor]]]:
+    """Return a server that copies all it gets, what carries to it, and what it holds."""
+    server = serve(servers, checkpoint("block"))
+    whole = server.loading[0].whole
+    server.push(whole)
+    server.ranks[0].answer("progress", {"expected": []})
+    server.trust(whole)
+    named = [(name, t) for name, t in whole.items() if name in (GATE, NORM)]
+    late = Late(server)
+    server.ranks[0]._slots._carrier = late
+    return server, late, named
+
+
+def receive(server: Server, named: list[tuple[str, torch.Tensor]], number: int) -> Any:
+    asked = server.write(named, number % 2)
+    return server.ranks[0].answer("receive", {**asked, "number": number})
+
+
+PROGRESS = {"expected": [GATE, NORM], "layouts": [""]}
+
+
+def test_a_gpu_waits_for_all_buckets_but_the_first(servers: list[Server]) -> None:
+    """The first that is lost leaves the old weights; so it is here before a weight is written."""
+    server, late, named = proven(servers)
+    for number in range(3):
+        assert not receive(server, named, number)["error"]
+    assert late.asked == ["here", "loaded", *["on its way", "loaded"] * 2]
+    told = server.ranks[0].answer("progress", PROGRESS)
+    assert (told["broken"], told["missing"], "digests" in told) == (False, [], True)
+    assert late.asked[5:] == ["loaded", "arrived"]
+    server.ranks[0].answer("progress", PROGRESS)
+    assert late.asked[6:] == ["arrived"], "once for each update"
+
+
+def test_loaders_get_no_bytes_that_are_on_their_way(servers: list[Server]) -> None:
+    server, late, named = proven(servers)
+    server.ranks[0]._rectangles.distrust()
+    loading = server.loading[0]
+    load, loading.model.load_weights = loading.model.load_weights, None
+
+    def loads(of: Any) -> None:
+        late.asked.append("load")
+        load(of)
+
+    server.ranks[0]._load_weights = loads
+    for number in range(2):
+        assert not receive(server, named, number)["error"]
+    assert late.asked == [
+        *("here", "arrived", "load", "loaded"),
+        *("on its way", "arrived", "load", "loaded"),
+    ]
+
+
+def test_a_gpu_has_not_more_to_wait_with_than_it_takes(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, late, named = proven(servers)
+    for most, asked in ((1, ["on its way", "arrived"]), (2, ["on its way"])):
+        monkeypatch.setattr("fp8ctl.engines.hooks.receiver._MOST_BEHIND", most)
+        late.asked.clear()
+        receive(server, named, 1)
+        assert late.asked == [*asked, "loaded"]
+
+
+@pytest.mark.parametrize("then", ["progress", "begin", "bucket", "disconnect"])
+def test_a_bucket_that_was_loaded_and_is_lost_breaks_the_weights(
+    then: str, servers: list[Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, late, named = proven(servers)
+    receiver = server.ranks[0]
+    for number in range(2):
+        receive(server, named, number)
+    late.lost = ConnectionError("the trainer was killed")
+    assert not receiver.broken
+    if then == "begin":
+        assert receive(server, named, 0)["broken"]
+    elif then == "bucket":
+        asked = {**server.write(named, 0), "number": 2, "nbytes": 8}
+        assert receiver.answer("receive", asked)["broken"]
+    elif then == "disconnect":
+        receiver.answer("disconnect", {})
+    told = receiver.answer("progress", PROGRESS)
+    assert told["broken"]
+    assert "digests" not in told
+    assert receiver.arrived == set(), "it counts from nothing"
+    assert then == "begin" or not receiver._slots._seen, "views of what the carrier gives back"
+    assert then == "disconnect" or "the trainer was killed" in capsys.readouterr().err
+
+
+def test_what_is_lost_of_an_update_that_has_failed_is_not_asked_for(servers: list[Server]) -> None:
+    """Its server has the ranks count from nothing: only a whole set makes it right again."""
+    server, late, named = proven(servers)
+    for number in range(2):
+        receive(server, named, number)
+    late.lost = ConnectionError("the trainer was killed")
+    server.ranks[0].answer("forget", {})
+    assert not server.ranks[0].answer("progress", PROGRESS)["broken"]
+    assert "arrived" not in late.asked
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["asked", "asked with the last bucket"])
+def test_the_one_rank_lets_its_engine_go_on_when_it_holds_what_was_sent(
+    behind: bool, servers: list[Server]
+) -> None:
+    server, _, named = proven(servers)
+    receiver = server.ranks[0]
+    layout = receiver.answer("digests", {})["layout"]
+    sums = receiver.answer("digests", {"layouts": [layout]})["sums"]
+
+    def asked(**more: Any) -> Any:
+        then = {"expected": [GATE], "layouts": [layout], "sums": sums, **more}
+        if not behind:
+            return receiver.answer("progress", then)
+        slot = server.write(named, 0)
+        return receiver.answer("receive", {**slot, "number": 0, "then": then})["then"]
+
+    assert asked()["resumed"] is True
+    assert server.settled.resumed == 1
+    other = "0" * 16 + sums[16:]
+    unlike: list[dict[str, Any]] = [
+        *({"sums": other}, {"sums": ""}, {"expected": ["x"]}, {"layouts": []}),
+    ]
+    for more in unlike:
+        assert "resumed" not in asked(**more)
+    receiver.broken = True
+    assert "resumed" not in asked()
+    assert server.settled.resumed == 1
+    # What the unscaled guard saw nobody load.
+    receiver._unfilled = {GATE: "rows 0-3"}
+    receiver._by_copies = True
+    assert "resumed" not in receiver.answer(
+        "progress", {"expected": [], "layouts": [layout], "sums": sums}
+    )

@@ -214,6 +214,17 @@ def test_a_scheduler_finds_nothing_to_do_while_it_is_held(scheduler: Any) -> Non
     assert scheduler.get_next_batch_to_run() == "a batch"
 
 
+def test_a_scheduler_goes_on_from_within_a_question_where_it_rests(
+    scheduler: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not sglang_holding.resume_here(), "it works"
+    sglang_holding.this().hold("pause")
+    assert sglang_holding.resume_here()
+    assert scheduler.get_next_batch_to_run() == "a batch"
+    monkeypatch.setattr(sglang_holding, "_holding", None)
+    assert not sglang_holding.resume_here()
+
+
 def test_a_scheduler_at_rest_waits_for_messages(scheduler: Any) -> None:
     """Looking again and again, it would keep other threads from Python's lock."""
     waited: list[int] = []

@@ -260,3 +260,7 @@ def test_an_updates_folder_does_not_become_the_models(
     assert (runner.model_config.model_path, runner.load_config) == ("the model", "the first")
     assert vars(runner.server_args) == {"model_path": "the model", "load_format": "auto"}
     capsys.readouterr()
+
+
+def test_a_rank_that_may_go_on_by_itself_has_its_scheduler_do_it() -> None:
+    assert ENGINE.resume is sglang_holding.resume_here
