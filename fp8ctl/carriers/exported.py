@@ -137,16 +137,6 @@ class Opened:
         if self._driver.read(address + nbytes, NONCE).hex() != nonce:
             raise CarrierError("what the handle opens is not what was offered: its nonce differs")
         self.slots.append(memory)
-        self._nonce = address + nbytes
-
-    def touch(self, to: torch.Tensor, stream: Any) -> None:
-        """Copy a nonce, `NONCE` bytes that no slot has, in the order of a stream.
-
-        Raises:
-            CarrierError: the driver refuses.
-        """
-        if self.slots:
-            self._driver.copy(to.data_ptr(), self._nonce, NONCE, stream.cuda_stream)
 
     def copy(self, slot: int, to: torch.Tensor, stream: Any) -> None:
         """Copy the first bytes of a slot into all of a tensor, in the order of a stream.

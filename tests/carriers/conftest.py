@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from fp8ctl.carriers import gloo
 from tests.carriers.processes import Pool
 from tests.carriers.rank import left
+from tests.carriers.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,3 +35,12 @@ def nothing_left() -> Iterator[None]:
     while (after := left()) != before and time.monotonic() < end:
         time.sleep(0.05)
     assert after == before
+
+
+@pytest.fixture
+def transport(monkeypatch: pytest.MonkeyPatch) -> Transport:
+    made = Transport()
+    monkeypatch.setattr(gloo, "Gloo", made.backend)
+    monkeypatch.setattr(gloo, "open_store", lambda *_: (None, 1))
+    monkeypatch.setattr(gloo, "reach_store", lambda *_: None)
+    return made

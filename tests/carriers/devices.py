@@ -121,11 +121,11 @@ class Driver:
     def copy(self, to: int, source: int, nbytes: int, stream: int) -> None:
         self._call("copy")
         devices = self._devices
-        [begin] = [a for a in devices.opened if a <= source < a + len(devices.memory[a])]
+        assert source in devices.opened
 
         def copied() -> None:
-            assert begin in devices.memory, "freed while it is read"
-            assert begin in devices.opened, "closed while it is read"
+            assert source in devices.memory, "freed while it is read"
+            assert source in devices.opened, "closed while it is read"
             ctypes.memmove(to, source, nbytes)
 
         devices.streams[stream - 1].then(copied, lambda: devices.copies)

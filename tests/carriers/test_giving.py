@@ -1,17 +1,11 @@
-"""Two buckets in flight: what the trainer's thread and a rank's do with broadcasts that take time.
-
-Gloo's are over when they return, and NCCL needs two GPUs: here a transport's broadcasts end when
-the test says so. Lines, ranks and the two threads are the real ones.
-"""
+"""The trainer's thread: two buckets in flight, over broadcasts that take time (`transport`)."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import threading
 import time
 import weakref
-from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -19,190 +13,33 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8ctl.carriers import ends, giving, gloo, link, offers, turns
+from fp8ctl.carriers import ends, giving, link, offers, turns
 from fp8ctl.carriers import group as carrier
 from fp8ctl.carriers.hub import Hub
-from fp8ctl.carriers.sent import Launched
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 from tests.carriers.freed import count_freed
 from tests.carriers.processes import alive
+from tests.carriers.transport import (
+    CPU,
+    NBYTES,
+    PATIENCE,
+    WHILE,
+    Backend,
+    Rank,
+    Transport,
+    becomes,
+    errors,
+    give,
+    group,
+    played,
+    sent,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from fp8ctl.carriers.sent import Sent
-
-CPU = torch.device("cpu")
-NBYTES = 1000
-PATIENCE = 30.0
-#: Seconds in which what must not happen would happen.
-WHILE = 0.2
+    from fp8ctl.carriers.sent import Launched
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
-
-
-class Transport:
-    """Broadcasts that end, on each rank, when they are told to."""
-
-    def __init__(self) -> None:
-        self.launched: dict[int, list[torch.Tensor]] = defaultdict(list)
-        #: What rank 0 gave.
-        self.bytes: list[torch.Tensor] = []
-        #: Of each rank, how many are over.
-        self.done: dict[int, int] = defaultdict(int)
-        #: By rank and number, what launching it, or asking whether it is over, raises.
-        self.unlaunched: dict[tuple[int, int], Exception] = {}
-        self.lost: dict[tuple[int, int], Exception] = {}
-        #: By rank, what happens right after it was told that a broadcast is not over.
-        self.meanwhile: dict[int, Callable[[], None]] = {}
-        self.closed: list[int] = []
-        self.warmed: list[int] = []
-        self.looks = 0
-        #: Whether ranks take the bytes out of the trainer's slots.
-        self.pulled = False
-        #: Whether a device can wait for them; then the number of each is its event.
-        self.events = False
-
-    def count(self, rank: int) -> int:
-        return len(self.launched[rank])
-
-    def backend(self, _store: object, rank: int, *_: object) -> Backend:
-        return Backend(self, rank)
-
-
-class Backend:
-    """One rank of it; see `ahead.Backend`."""
-
-    def __init__(self, transport: Transport, rank: int) -> None:
-        self.transport, self.rank = transport, rank
-        self.pulled = transport.pulled
-
-    def broadcast(
-        self, tensor: torch.Tensor, _after: Any, _deadline: float, check: Callable[[], None]
-    ) -> Launched:
-        check()
-        transport, rank = self.transport, self.rank
-        number = transport.count(rank)
-        if (rank, number) in transport.unlaunched:
-            raise transport.unlaunched.pop((rank, number))
-        if rank == 0:
-            transport.bytes.append(tensor.clone())
-        transport.launched[rank].append(tensor)
-
-        def over() -> bool:
-            transport.looks += 1
-            if (rank, number) in transport.lost:
-                raise transport.lost.pop((rank, number))
-            if number >= min(transport.done[rank], len(transport.bytes)):
-                transport.meanwhile.pop(rank, lambda: None)()
-                return False
-            if rank:
-                transport.launched[rank][number].copy_(transport.bytes[number])
-            return True
-
-        return Launched(over, f"event {number}" if transport.events else None)
-
-    def warm(self) -> None:
-        self.transport.warmed.append(self.rank)
-
-    def close(self) -> None:
-        self.transport.closed.append(self.rank)
-        self.transport.launched[self.rank].clear()
-
-
-@pytest.fixture
-def transport(monkeypatch: pytest.MonkeyPatch) -> Transport:
-    made = Transport()
-    monkeypatch.setattr(gloo, "Gloo", made.backend)
-    monkeypatch.setattr(gloo, "open_store", lambda *_: (None, 1))
-    monkeypatch.setattr(gloo, "reach_store", lambda *_: None)
-    return made
-
-
-@contextlib.contextmanager
-def group(
-    *ranks: int, timeout: float = PATIENCE, slots: int | None = None
-) -> Iterator[tuple[ends.Sender, list[ends.Receiver]]]:
-    """Yield the trainer's end, and every rank's, of one server each; closed afterwards."""
-    sender = ends.sender("group", NBYTES, ranks=[1] * len(ranks), timeout=timeout, slots=slots)
-    came: list[ends.Receiver] = []
-    try:
-        with ThreadPoolExecutor(1 + len(ranks)) as threads:
-            joining = threads.submit(sender.join)
-            coming = [threads.submit(ends.receive, sender.offer(i), 0, CPU) for i in ranks]
-            joining.result(PATIENCE)
-            came = [one.result(PATIENCE) for one in coming]
-        yield sender, came
-    finally:
-        for one in came:
-            one.close()
-        sender.close()
-
-
-class Rank:
-    """A rank whose lines the test says: it shows what a real one is late with, or tells."""
-
-    def __init__(self, sender: ends.Sender, slots: int = 3, *, soon: bool = False) -> None:
-        offer = sender.offer(0)
-        with ThreadPoolExecutor(1) as threads:
-            joining = threads.submit(sender.join)
-            where = offer["host"], offer["port"], offer["key"]
-            about = {"slots": slots, **({"soon": True} if soon else {})}
-            self.line = link.join(*where, 1, about, time.monotonic() + PATIENCE)
-            self.agreed = self.hear()
-            self.line.say(there=1)
-            joining.result(PATIENCE)
-
-    def hear(self) -> link.Message:
-        return self.line.hear(time.monotonic() + PATIENCE)
-
-    def has_room(self, *slots: int) -> None:
-        for slot in slots:
-            self.line.say(room=slot)
-
-
-@contextlib.contextmanager
-def played(timeout: float = PATIENCE, *, soon: bool = False) -> Iterator[tuple[ends.Sender, Rank]]:
-    """Yield the trainer's end of a group with such a rank, which has room in all slots."""
-    sender = ends.sender("group", NBYTES, ranks=[1], timeout=timeout)
-    rank = None
-    try:
-        rank = Rank(sender, soon=soon)
-        rank.has_room(0, 1, 2)
-        yield sender, rank
-    finally:
-        if rank is not None:
-            rank.line.close()
-        sender.close()
-
-
-def give(sender: ends.Sender, slot: int, seed: int = 0) -> Future[None]:
-    """Fill a slot and have it given; return what ends when it may be written again."""
-    return sent(sender, slot, seed).left
-
-
-def sent(sender: ends.Sender, slot: int, seed: int = 0) -> Sent:
-    """Fill a slot and have it given; return how far it is."""
-    sender.buffer(slot).fill_(seed)
-    sender.ready(slot)
-    found = sender.send(slot, NBYTES)
-    assert found is not None
-    return found
-
-
-def becomes(found: Callable[[], object], wanted: object) -> None:
-    """Assert that something is so before long, and stays so."""
-    end = time.monotonic() + PATIENCE
-    while found() != wanted and time.monotonic() < end:
-        time.sleep(0.005)
-    assert found() == wanted
-    time.sleep(WHILE)
-    assert found() == wanted
-
-
-def errors(futures: Sequence[Future[None]]) -> list[BaseException | None]:
-    return [one.exception(PATIENCE) for one in futures]
 
 
 # --- two at a time --------------------------------------------------------------------------------
@@ -472,140 +309,6 @@ def test_what_was_given_before_a_failed_launch_has_its_time(transport: Transport
             assert "no memory for it; 1 of 1 ranks did not get a bucket: rank 0" in str(e)
 
 
-def test_a_rank_that_has_what_came_before_the_end_takes_it(transport: Transport) -> None:
-    """What fails is read before the trainer's own device is asked."""
-    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
-        futures = [give(sender, slot, seed=7) for slot in range(2)]
-        becomes(lambda: transport.count(1), 2)
-        transport.lost[1, 1] = ConflictError("the second did not come")
-        transport.done.update({0: 2, 1: 1})
-        taken = threads.submit(rank.bucket, 0, NBYTES)
-        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
-        with pytest.raises(ConflictError, match="the second did not come"):
-            rank.bucket(1, NBYTES)
-        assert errors(futures) == [None, None]
-        becomes(lambda: alive(sender), False)
-
-
-def test_a_rank_that_hears_of_the_end_first_takes_what_has_come(transport: Transport) -> None:
-    with group(0) as (sender, [rank]):
-
-        def end() -> None:
-            sender.cancel("the update was cancelled")
-            while 0 not in transport.closed:
-                time.sleep(0.005)
-            transport.done[1] = 1
-
-        futures = [give(sender, slot, seed=7) for slot in range(2)]
-        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
-        transport.meanwhile[1] = end
-        assert all(errors(futures))
-        assert rank.bucket(0, NBYTES).tolist() == [7] * NBYTES
-        with pytest.raises(ConflictError, match="was cancelled"):
-            rank.bucket(1, NBYTES)
-
-
-@pytest.fixture
-def awaited(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return the events that a rank's device was told to wait for."""
-    transport.events = True
-    events: list[str] = []
-    monkeypatch.setattr(carrier, "_wait_on_device", lambda _, event: events.append(event))
-    return events
-
-
-def test_a_device_waits_for_what_is_on_its_way(transport: Transport, awaited: list[str]) -> None:
-    """The rank is told as soon as it is launched; whether it came, later."""
-    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
-        futures = [give(sender, slot, seed=7) for slot in range(2)]
-        for slot in range(2):
-            assert rank.bucket(slot, NBYTES, here=False).numel() == NBYTES
-        assert awaited == ["event 0", "event 1"]
-        rank.loaded()
-        # Its slot has room, and the device its order: a third is launched when one is over.
-        third = give(sender, 0, seed=8)
-        coming = threads.submit(rank.arrived)
-        transport.done.update({0: 1, 1: 1})
-        becomes(lambda: transport.count(1), 3)
-        time.sleep(WHILE)
-        assert not coming.done()
-        transport.done.update({0: 3, 1: 3})
-        assert coming.result(PATIENCE) is None
-        assert errors([*futures, third]) == [None] * 3
-        assert rank.bucket(0, NBYTES, here=False).tolist() == [8] * NBYTES
-        assert awaited == ["event 0", "event 1"], "what is here needs none"
-        rank.arrived()
-
-
-def test_where_no_device_can_wait_the_rank_does(transport: Transport) -> None:
-    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
-        give(sender, 0, seed=7)
-        taken = threads.submit(rank.bucket, 0, NBYTES, here=False)
-        becomes(lambda: transport.count(1), 1)
-        time.sleep(WHILE)
-        assert not taken.done()
-        transport.done.update({0: 1, 1: 1})
-        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
-
-
-def test_who_wants_a_bucket_here_waits_for_it(transport: Transport, awaited: list[str]) -> None:
-    with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
-        give(sender, 0, seed=7)
-        taken = threads.submit(rank.bucket, 0, NBYTES)
-        becomes(lambda: transport.count(1), 1)
-        time.sleep(WHILE)
-        assert not taken.done()
-        transport.done.update({0: 1, 1: 1})
-        assert taken.result(PATIENCE).tolist() == [7] * NBYTES
-        assert not awaited
-
-
-def test_what_a_device_waits_for_and_is_lost_is_told(
-    transport: Transport, awaited: list[str]
-) -> None:
-    with group(0) as (sender, [rank]):
-        futures = [give(sender, slot, seed=7) for slot in range(2)]
-        rank.bucket(0, NBYTES, here=False)
-        rank.bucket(1, NBYTES, here=False)
-        transport.lost[1, 1] = ConflictError("the second did not come")
-        transport.done.update({0: 2, 1: 1})
-        with pytest.raises(ConflictError, match="the second did not come"):
-            rank.arrived()
-        with pytest.raises(ConflictError, match="the group has ended"):
-            rank.arrived()
-        assert errors(futures) == [None, None]
-        assert len(awaited) == 2
-        becomes(lambda: alive(sender), False)
-
-
-def test_after_the_end_nothing_is_handed_on_that_is_on_its_way(
-    transport: Transport, awaited: list[str]
-) -> None:
-    with group(0) as (sender, [rank]):
-        give(sender, 0)
-        becomes(lambda: transport.count(1), 1)
-        sender.cancel("the update was cancelled")
-        becomes(lambda: 1 in transport.closed, True)
-        with pytest.raises(ConflictError, match="was cancelled"):
-            rank.bucket(0, NBYTES, here=False)
-        assert not awaited
-
-
-def test_what_a_device_waits_for_too_long_is_a_time_out(
-    transport: Transport, awaited: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # The rank's own: the trainer waits longer.
-    monkeypatch.setattr(carrier, "_LATER", 0.3 - 2 * PATIENCE)
-    with group(0, timeout=2 * PATIENCE) as (sender, [rank]):
-        give(sender, 0)
-        rank.bucket(0, NBYTES, here=False)
-        began = time.monotonic()
-        with pytest.raises((TimeoutError, ConflictError), match="did not come in time"):
-            rank.arrived()
-        assert time.monotonic() - began < PATIENCE
-        assert awaited == ["event 0"]
-
-
 def test_ranks_that_know_it_hear_that_an_update_begins(transport: Transport) -> None:
     """One of an earlier fp8ctl would take it for the end."""
     with played() as (sender, rank):
@@ -618,60 +321,6 @@ def test_ranks_that_know_it_hear_that_an_update_begins(transport: Transport) -> 
             assert rank.hear() == {"soon": True}
             give(sender, slot)
             assert rank.hear() == {"go": [slot, NBYTES]}
-
-
-def test_a_rank_that_has_heard_that_one_comes_takes_it(transport: Transport) -> None:
-    with group(0) as (sender, [rank]):
-        for number in range(3):
-            sender.look()
-            if number == 1:
-                time.sleep(WHILE)  # it sleeps again
-            give(sender, number, seed=number)
-            becomes(lambda: transport.count(1), number + 1)
-            transport.done.update({0: number + 1, 1: number + 1})
-            assert rank.bucket(number, NBYTES).tolist() == [number] * NBYTES
-            rank.loaded()
-        assert transport.warmed == [1] * 3
-
-
-def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(
-    transport: Transport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Until then each look would take Python's lock from whoever loads the one before."""
-    naps: list[float] = []
-    nap = turns.nap
-
-    def napped(since: float) -> bool:
-        if threading.current_thread().name == "fp8ctl-push-take":
-            naps.append(since)
-        return nap(since)
-
-    monkeypatch.setattr(turns, "nap", napped)
-    with group(0) as (sender, [rank]):
-        futures = [give(sender, slot) for slot in range(2)]
-        becomes(lambda: transport.count(1), 2)
-        time.sleep(1.0)
-        assert naps
-        transport.done.update({0: 1, 1: 1})
-        rank.bucket(0, NBYTES)
-        naps.clear()
-        looks = transport.looks
-        time.sleep(WHILE)
-        assert not naps, "the first took a second"
-        assert transport.looks - looks > 10, "and the second may be quicker"
-        transport.done.update({0: 2, 1: 2})
-        rank.bucket(1, NBYTES)
-        assert errors(futures) == [None] * 2
-        # The second of two that are there together says nothing of how long one takes.
-        rank.loaded()
-        futures = [give(sender, slot) for slot in range(2)]
-        becomes(lambda: transport.count(1), 4)
-        time.sleep(WHILE)
-        transport.done.update({0: 4, 1: 4})
-        for slot in range(2):
-            rank.bucket(slot, NBYTES)
-        assert errors(futures) == [None] * 2
-        assert rank._ahead._pace > 0.5 * WHILE / NBYTES  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("missing", ["room", "got"])

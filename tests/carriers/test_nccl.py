@@ -168,6 +168,16 @@ def given(sender: ends.Sender, slot: int, nbytes: int) -> None:
     sent.arrived.result(120)
 
 
+def brought(
+    sender: ends.Sender, process: Process, slot: int, nbytes: int, seed: int, *, early: bool = False
+) -> None:
+    """Bring a bucket that the rank has asked for before it is given, and see that it is whole."""
+    wanted = fill(sender, slot, nbytes, seed=seed)
+    process.say(bucket=[slot, nbytes], early=early)
+    given(sender, slot, nbytes)
+    assert process.answer() == {"ok": wanted}
+
+
 @pytest.mark.gpu
 @on_two
 @pytest.mark.parametrize("early", [False, True], ids=["here", "on its way"])
@@ -212,10 +222,7 @@ def test_a_device_that_waits_for_what_is_withdrawn_goes_on(pool: Pool) -> None:
     closes(sender)
     sender = start()
     come(sender, process)
-    wanted = fill(sender, 0, NBYTES, seed=1)
-    process.say(bucket=[0, NBYTES], early=True)
-    given(sender, 0, NBYTES)
-    assert process.answer() == {"ok": wanted}
+    brought(sender, process, 0, NBYTES, seed=1, early=True)
     process.ok(close=True)
     sender.close()
 
@@ -247,10 +254,7 @@ def test_a_rank_on_another_gpu_gets_every_bucket(pool: Pool) -> None:
         come(sender, process)
         for bucket in range(6):
             slot, nbytes = bucket % 2, NBYTES - bucket * 1000
-            wanted = fill(sender, slot, nbytes, seed=bucket)
-            process.say(bucket=[slot, nbytes])
-            given(sender, slot, nbytes)
-            assert process.answer() == {"ok": wanted}
+            brought(sender, process, slot, nbytes, seed=bucket)
         process.ok(close=True)
         sender.close()
 

@@ -30,7 +30,7 @@ from tests.carriers import devices, processes
 from tests.carriers.devices import FIRST, SECOND, UUIDS, Devices
 from tests.carriers.processes import alive
 from tests.carriers.test_cuda import fill, used
-from tests.carriers.test_giving import Transport
+from tests.carriers.transport import Transport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -207,7 +207,7 @@ class Receiver:
                 self._begin()  # while the bucket is on its way
             read = self._read(number, name, nbytes, entries)
             held = self._slots.views(slot, nbytes, read, here=number == 0)
-            self._coming |= number > 0
+            self._coming = number > 0
             parts = self._rectangles.part(held)
             if parts.others or sum(len(to) for to, _ in parts.moves) > _MOST_BEHIND:
                 self._slots.arrived()  # a loader may look at what it takes

@@ -310,11 +310,9 @@ class Updates:
                 raise RefusedError(409, "FP8-ORDER", told)
             push.skipped = tuple(skipped)
             async with self._session.or_ends(push, at_end=True):
-                trusted = self._session.trust.has([*push.entries, *push.skipped])
+                goes_on = self._session.trust.has([*push.entries, *push.skipped])
                 with push.timed("settle"):
-                    seen = await self._evidence.settle(
-                        push, digests=bool(verify), goes_on=trusted and not self._connection.disk
-                    )
+                    seen = await self._evidence.settle(push, digests=bool(verify), goes_on=goes_on)
                 with push.timed("verify"):
                     missing, message = await self._evidence.missing(push, seen)
                     equal = self._evidence.equal(push, seen)

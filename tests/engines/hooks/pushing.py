@@ -428,6 +428,20 @@ async def flipped(server: Server) -> tuple[int, Any]:
     return await server.end(1)
 
 
+async def together(
+    server: Server, version: str = "B", *, early: bool = True, **more: Any
+) -> tuple[int, Any]:
+    """Push all in one bucket, with an END that is there before it; return the last answer."""
+    await server.begin(version)
+    server.workers.messages.clear()
+    ending = asyncio.ensure_future(server.end(1, version, **more)) if early else None
+    await asyncio.sleep(0.01)
+    status, told = await server.bucket(0, NAMES, version)
+    if status != 200:
+        return status, told
+    return await (server.end(1, version, **more) if ending is None else ending)
+
+
 async def from_disk(server: Server, path: str, version: str = "B") -> tuple[int, Any]:
     """Bring a whole set in a folder; return the first refusal, or the answer to END."""
     await server.connect("disk")

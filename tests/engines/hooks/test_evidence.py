@@ -17,6 +17,7 @@ from tests.engines.hooks.pushing import (
     push_16_bits,
     run,
     sixteen,
+    together,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -404,12 +405,7 @@ def test_the_one_rank_goes_on_by_itself_when_it_holds_what_was_sent() -> None:
         assert await asked_at_end(server, "B") == ["settle", "resume"]
         for version in "CDC":
             assert await asked_at_end(server, version) == ["settle"]
-        await server.begin("A")
-        ending = asyncio.ensure_future(server.end(1, "A"))
-        await asyncio.sleep(0.01)
-        server.workers.messages.clear()
-        assert (await server.bucket(0, NAMES, "A"))[0] == 200
-        assert (await ending)[1]["verified"] == len(NAMES)
+        assert (await together(server, "A"))[1]["verified"] == len(NAMES)
         assert server.workers.messages == ["receive"], "asked with the last bucket"
         assert not server.workers.at_rest
 
@@ -573,11 +569,9 @@ def test_a_rank_does_not_go_on_before_what_was_left_out_is_looked_at(skipped: li
     async def test() -> None:
         server = Server(ranks=1)
         await asked_at_end(server, "B")
-        await server.begin("C")
-        ending = asyncio.ensure_future(server.end(1, "C", skipped=skipped))
-        await asyncio.sleep(0.01)
-        assert (await server.bucket(0, NAMES, "C"))[0] == 200
+        answer = await together(server, "C", skipped=skipped)
+        assert error(answer) == (422, "FP8-INCOMPLETE", "failed")
+        assert server.workers.messages[0] == "receive", "it was taken"
         assert not any("sums" in asked for asked in server.workers.details)
-        assert error(await ending) == (422, "FP8-INCOMPLETE", "failed")
 
     run(test())

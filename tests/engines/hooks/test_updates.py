@@ -14,7 +14,7 @@ import pytest
 
 from fp8ctl import wire
 from fp8ctl.engines.hooks import updates
-from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run, until
+from tests.engines.hooks.pushing import NAMES, Server, error, flipped, run, together, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -422,18 +422,6 @@ def test_a_request_that_breaks_off_in_its_body_changes_nothing() -> None:
 
 
 # --- the last bucket and the end in one question --------------------------------------------------
-
-
-async def together(server: Server, version: str = "B", *, early: bool = True) -> tuple[int, Any]:
-    """Push all in one bucket, with an END that is there before it; return the last answer."""
-    await server.begin(version)
-    server.workers.messages.clear()
-    ending = asyncio.ensure_future(server.end(1, version)) if early else None
-    await asyncio.sleep(0.01)
-    status, told = await server.bucket(0, NAMES, version)
-    if status != 200:
-        return status, told
-    return await (server.end(1, version) if ending is None else ending)
 
 
 def test_ranks_tell_with_the_last_bucket_what_an_end_wants_that_is_there() -> None:
