@@ -21,6 +21,7 @@ from tests.carriers.transport import (
     errors,
     give,
     group,
+    sent,
 )
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -77,7 +78,7 @@ def test_a_device_waits_for_what_is_on_its_way(transport: Transport, awaited: li
         assert awaited == ["event 0", "event 1"]
         rank.loaded()
         # Its slot has room, and the device its order: a third is launched when one is over.
-        third = give(sender, 0, seed=8)
+        third = sent(sender, 0, seed=8)
         coming = threads.submit(rank.arrived)
         transport.done.update({0: 1, 1: 1})
         becomes(lambda: transport.count(1), 3)
@@ -85,7 +86,7 @@ def test_a_device_waits_for_what_is_on_its_way(transport: Transport, awaited: li
         assert not coming.done()
         transport.done.update({0: 3, 1: 3})
         assert coming.result(PATIENCE) is None
-        assert errors([*futures, third]) == [None] * 3
+        assert errors([*futures, third.arrived]) == [None] * 3
         assert rank.bucket(0, NBYTES, here=False).tolist() == [8] * NBYTES
         assert awaited == ["event 0", "event 1"], "what is here needs none"
         rank.arrived()
