@@ -343,6 +343,8 @@ def _tell(report: Reporter, data: Mapping[str, object], update: Mapping[str, Any
         f"sent {plural(update['sent'], 'tensor')}, {human_bytes(update['bytes_sent'])} in"
         f" {plural(update['buckets'], 'bucket')} and {total:.2f} s{rate}{skipped}"
     )
+    if why := update["carrier"]["why"]:
+        report.data(f"by NCCL, not by copies from GPU to GPU, which are faster: {why}")
     ranks = "every rank of " + plural(len(update["servers"]), "server")
     if data["verified"] is None:
         report.data("weights: not visible: the engine quantised them itself")

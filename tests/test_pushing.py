@@ -113,6 +113,12 @@ def test_servers_hold_what_the_kernel_makes_of_the_checkpoint(
         log: Any = history.run(report, source=one.url, versions=("v1", "v2"))
         assert log["counts"] == {"changed": 2, "unchanged": 1, "unknown": 0}
     assert "weights: 3 of 3 tensors equal in every rank of 2 servers" in out(report)
+    assert "NCCL" not in out(report)
+    # It takes two GPUs that do not reach each other.
+    by_nccl = {"carrier": {"name": "nccl", "why": "they do not reach each other"}}
+    pushing._tell(report, data, {**data["update"], **by_nccl})
+    assert "by NCCL, not by copies from GPU to GPU" in out(report)
+    assert "which are faster: they do not reach each other" in out(report)
     told = "verdict: fp8-ok, 3 tensors equal what was sent, in every rank, version v2"
     assert told in out(report)
 

@@ -13,6 +13,7 @@ import torch
 
 from fp8ctl.carriers import driver, exported, offers
 from fp8ctl.carriers.exported import Exported, Opened
+from fp8ctl.carriers.sent import Carrier
 from fp8ctl.errors import CarrierError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class CudaSender:
     """Slots in the memory of this process's GPU; see `ends.Sender`."""
 
     kind: Kind = "ipc"
+    carrier = Carrier("ipc")
 
     def __init__(self, nbytes: int, slots: int, device: torch.device) -> None:
         self.alive, self.slots = True, slots

@@ -17,7 +17,7 @@ from fp8ctl.wire import WireError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fp8ctl.carriers.sent import Sent
+    from fp8ctl.carriers.sent import Carrier, Sent
     from fp8ctl.wire import Kind
 
 #: How many a carrier has whose ranks read the slots themselves.
@@ -30,12 +30,14 @@ class Sender(Protocol):
     """The trainer's end.
 
     Attributes:
-        kind: what carries.
+        kind: what servers are told that it is.
+        carrier: what carries; of a group, known after `join`.
         alive: False once it is closed or broken; then both ends have to connect anew.
         slots: how many there are; of a group, known after `join`.
     """
 
     kind: Kind
+    carrier: Carrier
     alive: bool
     slots: int
 

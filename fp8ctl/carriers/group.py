@@ -23,7 +23,7 @@ from fp8ctl.carriers import gloo, link, nccl, offers, peer
 from fp8ctl.carriers.ahead import Ahead
 from fp8ctl.carriers.giving import Giver
 from fp8ctl.carriers.hub import Hub
-from fp8ctl.carriers.sent import Sent
+from fp8ctl.carriers.sent import Carrier, Sent
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 
@@ -61,11 +61,14 @@ class GroupSender:
         self._world = 1 + sum(ranks)
         self._nbytes = nbytes
         count = offers.fitting([nbytes] * slots, device)
-        self._lender = peer.lender(nbytes, count, device, self._world)
-        if self._lender is None:
+        lent = peer.lender(nbytes, count, device, self._world)
+        self._lender = None if isinstance(lent, str) else lent
+        if isinstance(lent, str):
             self._slots = offers.allocate([nbytes] * count, device)
+            self.carrier = Carrier("nccl", lent) if device.type == "cuda" else Carrier("gloo")
         else:
-            self._slots = self._lender.slots
+            self._slots = lent.slots
+            self.carrier = Carrier("copies")
         self.slots = len(self._slots)
         #: What the device does before a slot may be read.
         self._written: list[Any] = [None] * self.slots
@@ -130,9 +133,12 @@ class GroupSender:
             self._hub.tell(go=port, slots=self.slots)
             left = max(0.001, deadline - time.monotonic())
             return gloo.Gloo(store, 0, self._world, self._host, left, self._hub.check)
-        if self._lender is not None and told[1].get("peer") is True:
-            self._hub.tell(go=peer.GO, slots=self.slots)
-            return self._lender
+        if self._lender is not None:
+            said = told[1].get("peer")
+            if said is True:
+                self._hub.tell(go=peer.GO, slots=self.slots)
+                return self._lender
+            self.carrier = Carrier("nccl", said if isinstance(said, str) else "")
         ours = nccl.about(self._device)
         for rank, message in told.items():
             nccl.refuse_unlike(ours, message, self._hub.name(rank))
@@ -225,8 +231,10 @@ class GroupReceiver:
         deadline = time.monotonic() + timeout
         host, key = offers.take(offer, "host", str), offers.take(offer, "key", str)
         world, port = offers.take(offer, "world", int), offers.take(offer, "port", int)
-        puller = peer.puller(offer, self._slots, device)
-        line = link.join(host, port, key, mine, self._about(backend, puller), deadline)
+        pulls = peer.puller(offer, self._slots, device)
+        puller = None if isinstance(pulls, str) else pulls
+        about = self._about(backend, pulls)
+        line = link.join(host, port, key, mine, about, deadline)
         check = functools.partial(link.expect_nothing, line)
         joined: Backend | None = puller
         try:
@@ -255,13 +263,13 @@ class GroupReceiver:
         # The memory may have been another tensor's, which something on this stream still uses.
         self._ahead = Ahead(line, joined, self._slots, _reached(self._device), timeout)
 
-    def _about(self, backend: str, puller: peer.Puller | None) -> dict[str, object]:
+    def _about(self, backend: str, pulls: peer.Puller | str) -> dict[str, object]:
         """Return what the trainer is told, to choose what carries the bytes."""
         about: dict[str, object] = {"slots": len(self._slots), "soon": True}
         if backend == "gloo":
             return about
-        if puller is None:
-            return about | nccl.about(self._device)
+        if isinstance(pulls, str):
+            return about | nccl.about(self._device) | {"peer": pulls}
         with contextlib.suppress(CarrierError):  # it needs no NCCL
             about |= nccl.about(self._device)
         return about | {"peer": True}

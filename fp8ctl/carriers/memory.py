@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8ctl.carriers import offers
+from fp8ctl.carriers.sent import Carrier
 from fp8ctl.errors import CarrierError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class MemorySender:
     """Slots in this process's memory; see `ends.Sender`."""
 
     kind: Kind = "memory"
+    carrier = Carrier("memory")
 
     def __init__(self, nbytes: int, slots: int) -> None:
         self.alive, self.slots = True, slots

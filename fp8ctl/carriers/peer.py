@@ -5,7 +5,7 @@ those that fill the next bucket, and each takes from the other. A copy engine do
 and is a little faster even where nothing else runs. So the trainer lends its slots; the rank opens
 them once, copies each bucket out of its slot when it is told that it may, and says when it has it.
 
-What stands in the way is no error: NCCL carries the bytes then.
+What stands in the way is no error: NCCL carries the bytes then, and the trainer's user is told why.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ class Puller:
         self._opened.close()
 
 
-def lender(nbytes: int, count: int, device: torch.device, world: int) -> Lender | None:
-    """Return slots for a rank to pull from; None where it should not, or cannot.
+def lender(nbytes: int, count: int, device: torch.device, world: int) -> Lender | str:
+    """Return slots for a rank to pull from; or why it cannot: "" where that is no matter of choice.
 
     Args:
         nbytes: of a slot.
@@ -161,18 +161,20 @@ def lender(nbytes: int, count: int, device: torch.device, world: int) -> Lender 
         device: of the trainer.
         world: how many are in the group, the trainer included.
     """
-    if device.type != "cuda" or world != 2 or _unwanted():
-        return None
+    if device.type != "cuda" or world != 2:
+        return ""
+    if name := _unwanted():
+        return f"{name}=1 in the trainer's environment"
     try:
         return Lender(nbytes, count, device)
-    except CarrierError:
-        return None
+    except CarrierError as e:
+        return f"the trainer's memory cannot be lent: {e.message}"
 
 
 def puller(
     offer: Mapping[str, Any], slots: Sequence[torch.Tensor], device: torch.device
-) -> Puller | None:
-    """Open the slots that a trainer lends; None where it lends none, or they cannot be opened.
+) -> Puller | str:
+    """Open the slots that a trainer lends; or return why they cannot be opened.
 
     As many as this rank has: those that are too many may be given back before it is told.
 
@@ -184,8 +186,10 @@ def puller(
     Raises:
         WireError: what is lent is not said as it should be.
     """
-    if "peer" not in offer or device.type != "cuda" or _unwanted():
-        return None
+    if "peer" not in offer or device.type != "cuda":
+        return ""
+    if name := _unwanted():
+        return f"{name}=1 in the server's environment"
     lent, device = offers.take(offer, "peer", dict), exported.with_index(device)
 
     def reaches(index: int) -> bool:
@@ -194,25 +198,25 @@ def puller(
     try:
         theirs = exported.offered(lent)[: len(slots)]
         alike = [nbytes for _, nbytes, _ in theirs] == [len(slot) for slot in slots]
-        if not alike or not worth_trying(
-            lent, offers.boot_id(), driver.uuids(), device.index, reaches
-        ):
-            return None
+        if not alike:
+            return "the server's slots have other sizes"
+        if why := hindrance(lent, offers.boot_id(), driver.uuids(), device.index, reaches):
+            return why
         # Before they are opened: that waits for whatever used this memory.
         [spare] = offers.allocate([1], device)
         return Puller(Opened(theirs, device), slots, spare, device)
-    except CarrierError:
-        return None
+    except CarrierError as e:
+        return f"the server cannot open the trainer's memory: {e.message}"
 
 
-def worth_trying(
+def hindrance(
     lent: Mapping[str, Any],
     boot_id: str,
     visible: Sequence[str],
     own: int,
     reaches: Callable[[int], bool],
-) -> bool:
-    """Return whether a rank may be able to pull from a trainer's device.
+) -> str:
+    """Return why a rank need not try to pull from a trainer's device; "" where it may be able to.
 
     One that this process does not see may be opened all the same; the driver knows then whether
     both reach each other. A rank on the trainer's own device has no use for a copy.
@@ -228,13 +232,18 @@ def worth_trying(
         WireError: the offer does not say it.
     """
     uuid = offers.take(lent, "device", str)
-    if offers.take(lent, "boot_id", str) != boot_id or visible[own] == uuid:
-        return False
-    return uuid not in visible or reaches(list(visible).index(uuid))
+    if offers.take(lent, "boot_id", str) != boot_id:
+        return "the server is on another host"
+    if visible[own] == uuid:
+        return "the server is on the trainer's own GPU"
+    if uuid in visible and not reaches(list(visible).index(uuid)):
+        return "the server's GPU does not reach the memory of the trainer's"
+    return ""
 
 
-def _unwanted() -> bool:
-    return any(os.environ.get(name) == "1" for name in (NCCL_ONLY, NO_PEERS))
+def _unwanted() -> str:
+    """Return the variable that says so; "" for none."""
+    return next((name for name in (NCCL_ONLY, NO_PEERS) if os.environ.get(name) == "1"), "")
 
 
 def _over() -> bool:

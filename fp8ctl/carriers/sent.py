@@ -1,12 +1,24 @@
-"""How far a bucket is that is given to a group, or comes from it."""
+"""What carries buckets, and how far one is that is given to a group, or comes from it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
+
+
+class Carrier(NamedTuple):
+    """What carries the bytes, as a trainer's user is told.
+
+    Attributes:
+        name: "memory" is the host's, shared; "ipc" a GPU's; "copies" one GPU's from another.
+        why: of "nccl" to one rank: why not "copies", which are faster.
+    """
+
+    name: Literal["memory", "ipc", "copies", "nccl", "gloo", "disk"]
+    why: str = ""
 
 
 class Sent(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 
 from fp8ctl import __version__
 from fp8ctl.carriers import ends
+from fp8ctl.carriers.sent import Carrier
 from fp8ctl.course import Places
 from fp8ctl.errors import BusyError, ConflictError, UsageError
 from fp8ctl.kernels import known
@@ -77,6 +78,13 @@ class Link:
         self._via, self._manifest = via, manifest
         self._device, self._host, self._timeout = device, host, timeout
         self._nbytes = 0
+
+    @property
+    def carrier(self) -> Carrier | None:
+        """What carries the bytes; None before `open`."""
+        if self._via == "disk":
+            return Carrier("disk")
+        return None if self.sender is None else self.sender.carrier
 
     @property
     def device(self) -> torch.device:

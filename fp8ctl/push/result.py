@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fp8ctl.carriers.sent import Carrier
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -37,6 +39,7 @@ class Update:
         buckets: how many requests brought the weights to each server.
         sent, skipped: tensors, a scale counting as one; skipped are those that all servers held.
         bytes_sent, bytes_skipped: of them, once, whatever the number of servers.
+        carrier: what carried the bytes; None on ranks that are not the source.
         stages: seconds of `gather` (from all ranks, from another device or dtype), `quantise`,
             `digest` (with facts and the search for NaN in what is kept), `wait` (for servers that
             take buckets, carriers included), `write` (via disk), `end`, and `total`.
@@ -52,6 +55,7 @@ class Update:
     skipped: int = 0
     bytes_sent: int = 0
     bytes_skipped: int = 0
+    carrier: Carrier | None = None
     stages: Mapping[str, float] = field(default_factory=dict)
     loading: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     verified: int | None = None
@@ -74,6 +78,7 @@ class Update:
             "bytes_sent": self.bytes_sent,
             "bytes_skipped": self.bytes_skipped,
             "fraction_skipped": round(self.fraction_skipped, 6),
+            "carrier": None if self.carrier is None else self.carrier._asdict(),
             "stages": {stage: round(s, 6) for stage, s in self.stages.items()},
             "loading": {url: dict(stages) for url, stages in self.loading.items()},
             "verified": self.verified,

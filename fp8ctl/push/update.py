@@ -306,6 +306,7 @@ class Work:
             skipped=len(filler.skipped),
             bytes_sent=filler.bytes_sent,
             bytes_skipped=filler.bytes_skipped,
+            carrier=self._link.carrier,
             stages=self._clock.seconds(),
             **more,
         )

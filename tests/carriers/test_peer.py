@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import torch
 
 from fp8ctl.carriers import ends, exported, nccl, offers, peer
 from fp8ctl.carriers import group as carriers_group
-from fp8ctl.carriers.group import GroupSender
+from fp8ctl.carriers.group import GroupReceiver, GroupSender
 from fp8ctl.errors import CarrierError, ConflictError
 from fp8ctl.wire import WireError
 from tests.carriers import devices, processes
@@ -50,19 +51,19 @@ on_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than tw
 
 
 @pytest.mark.parametrize(
-    ("boot_id", "visible", "own", "reaches", "wanted"),
+    ("boot_id", "visible", "own", "reaches", "why"),
     [
-        ("here", ["aa", "bb"], 1, True, True),
-        ("here", ["bb", "aa"], 0, True, True),
-        ("here", ["bb"], 0, False, True),  # the driver knows, when the handle is opened
-        ("here", ["aa", "bb"], 1, False, False),
-        ("here", ["aa", "bb"], 0, True, False),  # the trainer's own
-        ("there", ["aa", "bb"], 1, True, False),
-        ("there", ["bb"], 0, True, False),
+        ("here", ["aa", "bb"], 1, True, ""),
+        ("here", ["bb", "aa"], 0, True, ""),
+        ("here", ["bb"], 0, False, ""),  # the driver knows, when the handle is opened
+        ("here", ["aa", "bb"], 1, False, "does not reach the memory"),
+        ("here", ["aa", "bb"], 0, True, "on the trainer's own GPU"),
+        ("there", ["aa", "bb"], 1, True, "on another host"),
+        ("there", ["bb"], 0, True, "on another host"),
     ],
 )
 def test_a_rank_pulls_from_another_device_of_its_host_that_it_reaches(
-    boot_id: str, visible: list[str], own: int, reaches: bool, wanted: bool
+    boot_id: str, visible: list[str], own: int, reaches: bool, why: str
 ) -> None:
     asked: list[int] = []
 
@@ -70,14 +71,16 @@ def test_a_rank_pulls_from_another_device_of_its_host_that_it_reaches(
         asked.append(index)
         return reaches
 
-    assert peer.worth_trying(LENT, boot_id, visible, own, ask) is wanted
+    found = peer.hindrance(LENT, boot_id, visible, own, ask)
+    assert why in found
+    assert bool(found) == bool(why)
     assert all(visible[index] == "aa" and index != own for index in asked)
 
 
 @pytest.mark.parametrize("change", [{"device": 1}, {"boot_id": None}])
 def test_what_is_lent_is_said_as_it_should_be(change: dict[str, object]) -> None:
     with pytest.raises(WireError):
-        peer.worth_trying({**LENT, **change}, "here", ["bb"], 0, lambda _: True)
+        peer.hindrance({**LENT, **change}, "here", ["bb"], 0, lambda _: True)
 
 
 # --- on GPUs that are played ----------------------------------------------------------------------
@@ -150,6 +153,7 @@ def test_buckets_are_pulled_in_order_over_all_slots_and_nothing_is_left(played: 
     """NCCL need not be there on either side."""
     with group() as (sender, rank):
         assert isinstance(sender._backend, peer.Lender)
+        assert sender.carrier == ("copies", "")
         assert len(played.opened) == sender.slots == 3
         sent: list[Any] = []
         for number in range(12):
@@ -221,19 +225,29 @@ def spoiled(name: str, played: Devices, monkeypatch: pytest.MonkeyPatch) -> dict
     return changes.get(name, {})
 
 
-#: Why a trainer lends nothing.
-UNLENT = (peer.NCCL_ONLY, peer.NO_PEERS, "allocate", "export", "boot_id")
+#: Why a trainer lends nothing, and what its user is told.
+UNLENT = {
+    peer.NCCL_ONLY: "FP8CTL_PUSH_NCCL=1 in the trainer's environment",
+    peer.NO_PEERS: "NCCL_P2P_DISABLE=1 in the trainer's environment",
+    "allocate": "cannot be lent: .*allocate: CUDA_ERROR",
+    "export": "cannot be lent: .*export: CUDA_ERROR",
+    "boot_id": "cannot be lent: .*boot_id",
+}
+#: Why a rank does not open what is lent.
+UNOPENED = {
+    "open": "cannot open the trainer's memory: open: CUDA_ERROR",
+    "read": "cannot open the trainer's memory: read: CUDA_ERROR",
+    "no peers": "does not reach the memory of the trainer's",
+    "another host": "on another host",
+    "another version": "cannot open the trainer's memory: .*version",
+    "one process": "cannot open the trainer's memory: .*process",
+    "nonce": "cannot open the trainer's memory: .*",
+}
 
 
 @pytest.mark.usefixtures("nothing_left")
-@pytest.mark.parametrize(
-    "why",
-    [
-        *UNLENT,
-        *("open", "read", "no peers", "another host", "another version", "one process", "nonce"),
-    ],
-)
-def test_what_stands_in_the_way_leaves_it_to_nccl(
+@pytest.mark.parametrize("why", [*UNLENT, *UNOPENED])
+def test_what_stands_in_the_way_leaves_it_to_nccl_and_is_told(
     why: str, played: Devices, by_nccl: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = spoiled(why, played, monkeypatch)
@@ -242,6 +256,8 @@ def test_what_stands_in_the_way_leaves_it_to_nccl(
     with group(**changes) as (sender, rank):
         lends = why not in UNLENT
         assert ("peer" in sender.offer()) is lends
+        assert sender.carrier.name == "nccl"
+        assert re.search((UNLENT | UNOPENED)[why], sender.carrier.why), sender.carrier
         assert not isinstance(sender._backend, peer.Lender)
         gc.collect()
         assert not played.opened
@@ -259,6 +275,7 @@ def test_a_group_of_three_has_nothing_to_pull(played: Devices, by_nccl: Transpor
         sender = ends.sender("group", NBYTES, device=FIRST, ranks=ranks)
         with contextlib.closing(sender):
             assert all("peer" not in sender.offer(i) for i in range(len(ranks)))
+            assert sender.carrier == ("nccl", "")
     assert not played.calls
 
 
@@ -308,11 +325,39 @@ def test_what_a_rank_has_no_room_for_it_does_not_open(
         assert int(rank.bucket(1, NBYTES)[0]) == 4
 
 
+def test_a_server_that_is_not_to_pull_says_by_what(
+    played: Devices, by_nccl: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens = peer.puller
+
+    def unwanted(*args: Any) -> object:
+        with monkeypatch.context() as patch:  # it has the environment of another process
+            patch.setenv(peer.NO_PEERS, "1")
+            return opens(*args)
+
+    monkeypatch.setattr(peer, "puller", unwanted)
+    with group() as (sender, _):
+        assert sender.carrier == ("nccl", "NCCL_P2P_DISABLE=1 in the server's environment")
+    assert "open" not in played.calls
+
+
+def test_a_server_that_knows_of_no_copies_takes_what_nccl_brings(
+    played: Devices, by_nccl: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def about(self: GroupReceiver, *_: object) -> dict[str, object]:
+        return {"slots": 3, **nccl.about(self._device)}
+
+    monkeypatch.setattr(GroupReceiver, "_about", about)
+    with group() as (sender, _):
+        assert sender.carrier == ("nccl", "")
+
+
 def test_slots_of_other_sizes_are_left_alone(played: Devices, by_nccl: Transport) -> None:
     sender = ends.sender("group", NBYTES, device=FIRST, ranks=[1])
     with contextlib.closing(sender):
         slots = [torch.zeros(NBYTES + 1, dtype=torch.uint8)] * 3
-        assert peer.puller(elsewhere(sender.offer()), slots, SECOND) is None
+        found = peer.puller(elsewhere(sender.offer()), slots, SECOND)
+        assert found == "the server's slots have other sizes"
         assert "open" not in played.calls
         with pytest.raises(WireError, match="peer is 1"):
             peer.puller({"peer": 1}, slots, SECOND)

@@ -89,7 +89,11 @@ def test_servers_hold_what_the_checkpoint_holds(how: str, bucket: int, mode: Mod
         assert one.asked.count("/fp8ctl/push/connect") == 1
 
 
-@pytest.mark.parametrize("via", ["ipc", "nccl", "disk"])
+#: What carries, by each way, where weights are on a CPU.
+CARRIERS = {"ipc": "memory", "nccl": "gloo", "disk": "disk"}
+
+
+@pytest.mark.parametrize("via", CARRIERS)
 @pytest.mark.parametrize("how", ["sync", "async source"])
 def test_each_way_brings_the_same(via: Any, how: str, tmp_path: Path) -> None:
     with (
@@ -100,6 +104,8 @@ def test_each_way_brings_the_same(via: Any, how: str, tmp_path: Path) -> None:
         for version, weights in (("A", WEIGHTS), ("B", CHANGED), ("A2", WEIGHTS)):
             done = update(rollout, Source(weights.items()), how, version)
             assert done.verified == done.sent == 19
+            assert done.carrier == (CARRIERS[via], "")
+            assert done.to_json()["carrier"] == {"name": CARRIERS[via], "why": ""}
             assert holds(one, quantised(weights))
             assert holds(other, quantised(weights))
         assert not any(tmp_path.iterdir())
