@@ -40,7 +40,7 @@ def run(report: Reporter, *, mode: str) -> dict[str, object]:
     Raises:
         Fp8ctlError: of the step that failed; what was started and patched is put back first.
     """
-    with interruptible():
+    with interruptible(once=True):
         return _run(report, mode)
 
 

@@ -9,26 +9,51 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt in this block for the signals of time-outs and closed terminals.
+class _Interrupt:
+    """A handler that raises KeyboardInterrupt; see `interruptible`."""
 
-    Does nothing in another thread than the main one: only that one gets signals.
-    """
+    def __init__(self, *, once: bool) -> None:
+        self.once = once
+        self.handles: list[signal.Signals] = []
 
-    def interrupt(number: int, frame: object) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.once:
+            for one in self.handles:
+                signal.signal(one, signal.SIG_IGN)
         raise KeyboardInterrupt
 
+
+@contextlib.contextmanager
+def interruptible(*, once: bool = False) -> Iterator[None]:
+    """Raise KeyboardInterrupt in this block for the signals of time-outs and closed terminals.
+
+    A signal that is ignored stays so: `nohup` and shells that start something in the background
+    have it like that. Does nothing in another thread than the main one: only that one gets signals.
+
+    Args:
+        once: the first signal, Ctrl-C included, is the last one in this block and in those in it:
+            who puts things back is not interrupted.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {one: signal.signal(one, interrupt) for one in _SIGNALS}
+    handler = _Interrupt(once=once)
+    before = {}
+    for one in (*_SIGNALS, signal.SIGINT) if once else _SIGNALS:
+        found = signal.getsignal(one)
+        outer = isinstance(found, _Interrupt) and found.once
+        if found != signal.SIG_IGN and not outer:
+            before[one] = found
+    handler.handles = [*before]
     try:
+        for one in before:
+            signal.signal(one, handler)
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for one, found in before.items():
+            signal.signal(one, found)

@@ -127,7 +127,7 @@ def serve(
         Fp8ctlError: it could not be checked: no source, no torch; it was stopped.
     """
     name = plan.run_dir.name
-    with interruptible():
+    with interruptible(once=True):
         record: Record | None = None
         try:
             child, record = _start(plan, about, left or RunFiles())
@@ -157,7 +157,10 @@ def serve(
                 return data
         except BaseException as e:
             if record is not None:
-                _end(report, record, e)
+                try:
+                    _end(report, record, e)
+                except KeyboardInterrupt:  # after an error; there is no second one
+                    _end(report, record, e)
             if isinstance(e, KeyboardInterrupt):
                 end = f"{name} was stopped" if record is not None else "nothing was started"
                 raise AbortedError(f"interrupted; {end}") from None

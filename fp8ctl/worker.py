@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fp8ctl.errors import AbortedError, Fp8ctlError, NotFoundError, UsageError
+from fp8ctl.signals import interruptible
 
 Progress = Callable[[int, int], None]
 Task = Callable[[dict[str, Any], Progress], dict[str, Any]]
@@ -251,21 +251,11 @@ def _once_interrupted() -> Iterator[None]:
     Raises:
         AbortedError: there was a signal.
     """
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def end(number: int, frame: object) -> None:
-        for one in signals:
-            signal.signal(one, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {one: signal.signal(one, end) for one in signals}
     try:
-        yield
+        with interruptible(once=True):
+            yield
     except KeyboardInterrupt:
         raise AbortedError("interrupted") from None
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 TASKS: dict[str, Task] = {

@@ -69,6 +69,7 @@ IN_ENGINE = (
     "gathering",
     *("difference", "dtypes", "expectation", "online", "quality", "requantised", "sendable"),
     "reading",
+    "signals",
 )
 #: What `push` has besides itself.
 IN_TRAINER = ("stream", "taker", "course", "forms", "gathering", "ranks")

@@ -324,7 +324,7 @@ def test_a_silent_start_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) 
         assert "Connection" not in said
     report, _, err = reporter()
     with pytest.raises(EngineFailedError):
-        serve(report, plan_of("--delay", "60"), ABOUT, replace(DETACH, timeout=1.0))
+        serve(report, plan_of("--delay", "60"), ABOUT, replace(DETACH, timeout=3.0))
     assert "s: loading\n" in err.getvalue(), "the last line of its log is what it does"
 
 
@@ -448,7 +448,7 @@ def test_an_unpushed_server_that_should_be_open_fails_the_check() -> None:
 
 def test_in_the_foreground_the_log_is_shown_and_a_later_death_is_an_error() -> None:
     report, _, err = reporter()
-    plan = plan_of("--die-after", "1.0")
+    plan = plan_of("--die-after", "3.0")
     with pytest.raises(EngineFailedError, match=r"fake 0 died \(exit 4\)") as caught:
         serve(report, plan, ABOUT, Watch(timeout=20))
     assert caught.value.data["cause"] == "memory-gpu"
@@ -513,6 +513,32 @@ def test_a_second_interrupt_does_not_cut_the_end_short() -> None:
     with pytest.raises(AbortedError):
         serve(reporter()[0], plan, ABOUT, Watch(timeout=20))
     thread.join(20)
+    assert not marked(registry.servers_dir())
+
+
+@pytest.mark.usefixtures("interrupts_count")
+@pytest.mark.parametrize("what", ["an interrupt", "an error"])
+def test_an_interrupt_before_the_end_has_begun_does_not_cut_it_short(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = supervisor._end
+    calls: list[object] = []
+
+    def end(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        ends(*args)
+
+    def fail(*_: object) -> None:
+        if what == "an interrupt":
+            signal.raise_signal(signal.SIGTERM)
+        raise CheckFailedError("it is not what it should be")
+
+    monkeypatch.setattr(supervisor, "_end", end)
+    monkeypatch.setattr(supervisor, "_check", fail)
+    with pytest.raises(AbortedError if what == "an interrupt" else CheckFailedError):
+        serve(reporter()[0], plan_of(), ABOUT, replace(DETACH, check="live"))
     assert not marked(registry.servers_dir())
 
 
