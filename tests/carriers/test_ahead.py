@@ -31,7 +31,7 @@ def test_a_rank_that_has_what_came_before_the_end_takes_it(transport: Transport)
     """What fails is read before the trainer's own device is asked."""
     with group(0) as (sender, [rank]), ThreadPoolExecutor(1) as threads:
         futures = [give(sender, slot, seed=7) for slot in range(2)]
-        becomes(lambda: transport.count(1), 2)
+        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
         transport.lost[1, 1] = ConflictError("the second did not come")
         transport.done.update({0: 2, 1: 1})
         taken = threads.submit(rank.bucket, 0, NBYTES)
@@ -122,6 +122,7 @@ def test_what_a_device_waits_for_and_is_lost_is_told(
         futures = [give(sender, slot, seed=7) for slot in range(2)]
         rank.bucket(0, NBYTES, here=False)
         rank.bucket(1, NBYTES, here=False)
+        becomes(lambda: (transport.count(0), transport.count(1)), (2, 2))
         transport.lost[1, 1] = ConflictError("the second did not come")
         transport.done.update({0: 2, 1: 1})
         with pytest.raises(ConflictError, match="the second did not come"):
@@ -150,7 +151,7 @@ def test_what_a_device_waits_for_too_long_is_a_time_out(
     transport: Transport, awaited: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The rank's own: the trainer waits longer.
-    monkeypatch.setattr(carrier, "_LATER", 0.3 - 2 * PATIENCE)
+    monkeypatch.setattr(carrier, "_LATER", 2.0 - 2 * PATIENCE)
     with group(0, timeout=2 * PATIENCE) as (sender, [rank]):
         give(sender, 0)
         rank.bucket(0, NBYTES, here=False)
@@ -191,15 +192,15 @@ def test_a_bucket_is_looked_for_when_one_like_it_would_be_here(
     with group(0) as (sender, [rank]):
         futures = [give(sender, slot) for slot in range(2)]
         becomes(lambda: transport.count(1), 2)
-        time.sleep(1.0)
+        time.sleep(2.0)
         assert naps
         transport.done.update({0: 1, 1: 1})
         rank.bucket(0, NBYTES)
         naps.clear()
         looks = transport.looks
         time.sleep(WHILE)
-        assert not naps, "the first took a second"
-        assert transport.looks - looks > 10, "and the second may be quicker"
+        assert not naps, "the first took two seconds"
+        assert transport.looks > looks, "and the second may be quicker"
         transport.done.update({0: 2, 1: 2})
         rank.bucket(1, NBYTES)
         assert errors(futures) == [None] * 2

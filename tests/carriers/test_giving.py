@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 import time
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -74,10 +75,13 @@ def test_who_gives_the_first_has_the_thread_launch_it_alone(
     """Those that follow are launched behind it: nothing is idle until then."""
     monkeypatch.setattr(giving, "_FIRST", PATIENCE)
     launch = Backend.broadcast
+    second = threading.Event()
 
     def slowly(self: Backend, *more: Any) -> Launched:
-        if self.rank == 0:
+        if self.rank == 0 and transport.count(0) == 0:
             time.sleep(WHILE)
+        elif self.rank == 0:
+            second.wait(PATIENCE)
         return launch(self, *more)
 
     monkeypatch.setattr(Backend, "broadcast", slowly)
@@ -86,6 +90,7 @@ def test_who_gives_the_first_has_the_thread_launch_it_alone(
         assert transport.count(0) == 1
         give(sender, 1)
         assert transport.count(0) == 1
+        second.set()
         becomes(lambda: transport.count(0), 2)
     transport.unlaunched[0, 0] = ConflictError("no way")
     with group(0) as (sender, _):
@@ -128,10 +133,10 @@ def test_none_is_launched_before_all_ranks_have_room(transport: Transport) -> No
 
 def test_each_bucket_has_its_own_time(transport: Transport) -> None:
     """The second waits for the first on the device: that is not its own time."""
-    with group(0, timeout=2.0) as (sender, [rank]):
+    with group(0, timeout=3.0) as (sender, [rank]):
         futures = [give(sender, slot) for slot in range(2)]
         for number in (1, 2):
-            time.sleep(1.2)
+            time.sleep(1.8)
             transport.done.update({0: number, 1: number})
             assert futures[number - 1].exception(PATIENCE) is None
             assert len(rank.bucket(number - 1, NBYTES)) == NBYTES
@@ -256,7 +261,7 @@ def test_what_has_left_has_not_arrived_before_every_rank_has_said_so(transport: 
 def test_a_rank_that_has_no_bucket_which_has_left_is_named(how: str, transport: Transport) -> None:
     """NCCL takes small ones whole before a rank does anything."""
     transport.done[0] = 9
-    with played(timeout=1.0) as (sender, rank):
+    with played(timeout=1.5) as (sender, rank):
         found = sent(sender, 0)
         assert found.left.exception(PATIENCE) is None
         if how == "dies":
@@ -277,8 +282,9 @@ def test_a_rank_that_dies_between_buckets_is_seen_at_once(transport: Transport) 
 
 @pytest.mark.parametrize("how", ["is launched", "is under way"])
 def test_what_a_rank_says_is_the_reason_and_not_what_the_transport_makes_of_it(
-    how: str, transport: Transport
+    how: str, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(giving, "_WHOSE", PATIENCE)
     error = ConflictError("connection closed by peer")
     with played() as (sender, rank):
         (transport.unlaunched if how == "is launched" else transport.lost)[0, 1] = error
@@ -295,7 +301,10 @@ def test_what_a_rank_says_is_the_reason_and_not_what_the_transport_makes_of_it(
             assert str(e).endswith(": OutOfMemoryError: of my own (connection closed by peer)")
 
 
-def test_what_was_given_before_a_failed_launch_has_its_time(transport: Transport) -> None:
+def test_what_was_given_before_a_failed_launch_has_its_time(
+    transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(giving, "_WHOSE", 2.5)
     transport.unlaunched[0, 1] = ConflictError("no memory for it")
     with played() as (sender, rank):
         futures = [give(sender, slot) for slot in range(3)]
@@ -325,7 +334,7 @@ def test_ranks_that_know_it_hear_that_an_update_begins(transport: Transport) -> 
 
 @pytest.mark.parametrize("missing", ["room", "got"])
 def test_who_does_not_answer_in_time_is_named(missing: str, transport: Transport) -> None:
-    with played(timeout=0.5) as (sender, rank):
+    with played(timeout=1.5) as (sender, rank):
         transport.done[0] = 9
         assert give(sender, 0).exception(PATIENCE) is None
         if missing == "room":
@@ -352,7 +361,7 @@ def test_a_rank_that_says_what_is_not_due_ends_the_group(
 
 
 def test_a_device_that_does_not_end_is_a_time_out(transport: Transport) -> None:
-    with played(timeout=0.5) as (sender, rank):
+    with played(timeout=1.5) as (sender, rank):
         futures = [give(sender, slot) for slot in range(3)]
         assert rank.hear() == {"go": [0, NBYTES]}
         rank.line.say(got=0)
@@ -521,7 +530,7 @@ def test_a_bucket_comes_whole_while_the_next_is_written(
 def test_a_rank_that_does_not_pull_is_named(
     how: str, pulling: Transport, written: list[Event]
 ) -> None:
-    with played(timeout=1.0) as (sender, rank):
+    with played(timeout=1.5) as (sender, rank):
         found = sent(sender, 0)
         written[0].reached = True
         assert rank.hear() == {"go": [0, NBYTES]}
@@ -537,7 +546,7 @@ def test_a_rank_that_does_not_pull_is_named(
 def test_a_bucket_that_is_never_written_is_no_ranks_fault(
     pulling: Transport, written: list[Event]
 ) -> None:
-    with played(timeout=0.5) as (sender, rank):
+    with played(timeout=1.5) as (sender, rank):
         [e] = errors([give(sender, 0)])
         assert isinstance(e, TimeoutError)
         assert str(e) == "this device did not write a bucket in time"
@@ -574,14 +583,15 @@ def test_who_pulls_may_leave_before_the_group_is_over(
     pulling: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has the trainer's memory open; a rank that does not leave is not waited for for ever."""
-    monkeypatch.setattr(carrier, "_LEAVING", 1.0)
+    monkeypatch.setattr(carrier, "_LEAVING", PATIENCE)
     with played() as (sender, rank), ThreadPoolExecutor(1) as threads:
         closing = threads.submit(sender.close)
         assert rank.hear() == {"no": "the trainer has closed the group"}
         time.sleep(WHILE)
         assert not closing.done()
         rank.line.close()
-        closing.result(0.5)
+        closing.result(PATIENCE / 2)
+    monkeypatch.setattr(carrier, "_LEAVING", 1.0)
     with played() as (sender, rank):
         began = time.monotonic()
         sender.close()

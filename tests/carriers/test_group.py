@@ -25,6 +25,7 @@ from fp8ctl.wire import WireError
 from tests.carriers.freed import count_freed
 from tests.carriers.processes import alive
 from tests.carriers.rank import weighted
+from tests.carriers.transport import becomes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,6 +38,12 @@ PATIENCE = 60.0  # nobody is waited for so long: the machine may be busy
 SHORT = 3.0  # who is gone, or does not come
 
 pytestmark = pytest.mark.usefixtures("nothing_left")
+
+
+def one_is_there(sender: ends.Sender) -> None:
+    assert isinstance(sender, GroupSender)
+    lines = sender._hub._lines
+    becomes(lambda: len(lines), 1)
 
 
 @contextlib.contextmanager
@@ -181,7 +188,7 @@ def test_a_rank_that_dies_while_others_are_awaited_is_named_at_once(pool: Pool) 
     with group(2) as sender, ThreadPoolExecutor(1) as threads:
         joining = threads.submit(sender.join)
         first.say(join=sender.offer(), rank=0)
-        time.sleep(0.5)
+        one_is_there(sender)
         first.kill()
         with pytest.raises(
             ConflictError, match=rf"rank 0 of server 0 .process {first.pid} .* gone"
@@ -314,7 +321,7 @@ def test_a_rank_comes_once(pool: Pool) -> None:
     with group(2) as sender, ThreadPoolExecutor(1) as threads:
         joining = threads.submit(sender.join)
         first.say(join=sender.offer(), rank=0)
-        time.sleep(0.5)
+        one_is_there(sender)
         answer = second.ask(join=sender.offer(), rank=0)
         assert "rank 0 of server 0 is there already" in answer["message"]
         second.say(join=sender.offer(), rank=1)
@@ -355,7 +362,7 @@ def test_what_waits_in_another_thread_is_ended(pool: Pool, end: str) -> None:
     with group(2) as sender, ThreadPoolExecutor(1) as threads:
         joining = threads.submit(sender.join)
         processes[0].say(join=sender.offer(), rank=0)
-        time.sleep(0.3)
+        one_is_there(sender)
         sender.cancel("server 1 said no") if end == "cancel" else sender.close()
         with pytest.raises(ConflictError, match=r"server 1 said no|has closed the group"):
             joining.result(10)

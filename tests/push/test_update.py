@@ -513,10 +513,10 @@ def test_a_server_that_hangs_is_given_up_after_the_time_out(
         await asyncio.sleep(60)
 
     source = Source(CHANGED.items())
-    with Rollout(server.url, PLAN, timeout=0.5) as rollout:
+    with Rollout(server.url, PLAN, timeout=2.0) as rollout:
         server.faults[path] = hang
         start = time.monotonic()
-        with pytest.raises(EngineFailedError, match=r"not within 0\.5 s"):
+        with pytest.raises(EngineFailedError, match=r"not within 2 s"):
             update(rollout, source, how, "new")
         assert time.monotonic() - start < AT_ONCE
         assert source.closed == (path != wire.CONNECT)  # it was not begun
@@ -585,7 +585,9 @@ def test_the_event_loop_goes_on_while_servers_are_slow(server: Server) -> None:
         asyncio.run(run(rollout))
         assert time.monotonic() - start > 0.7
     gaps = [b - a for a, b in itertools.pairwise(ticks)]
-    assert max(gaps) < 0.5
+    # A machine may stall once; a loop that waits for requests does for each of them.
+    assert len(gaps) > 20
+    assert sorted(gaps)[-3] < 0.1
 
 
 def test_a_bucket_is_filled_while_the_one_before_is_loaded(server: Server) -> None:
