@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from fp8ctl import gate, registry
-from fp8ctl.check import command, levels, live
+from fp8ctl.check import beside, command, levels, live
 from fp8ctl.check.levels import Request
 from fp8ctl.diagnosis import likeliest
 from fp8ctl.engines.base import option_value
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from fp8ctl.gate import Answer
     from fp8ctl.render import Reporter
 
+#: What a server tells that nobody has pushed to.
+_STARTED: Final = {"updates": 0}
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOWN_LINES: Final = 30
 _POLL: Final = 0.2
@@ -355,6 +357,10 @@ def _check(
     seen = levels.further(request, report, found, began, api_key=key)
     lost = request.level != "live" and seen.conclusion.result == "failed"
     _require_alive(report, record, child, lost=lost)
+    # A trainer's weights are not those that it was started on, and no reason to end it.
+    if beside.update_ran(seen, _STARTED, key):
+        report.data(f"verdict: updating, {beside.WHY}")
+        return seen.data
     command.close(report, request, seen)
     if request.level == "live" and (plan.run_dir / "manifest.json").exists():
         report.say(f"the proof, tensor by tensor: fp8ctl check {plan.url} --level weights")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from fp8ctl import gate, process, registry, server, supervisor
-from fp8ctl.check import levels, weights
+from fp8ctl.check import levels, live, weights
 from fp8ctl.errors import (
     AbortedError,
     BusyError,
@@ -347,6 +347,30 @@ def test_a_death_under_the_check_is_a_death_with_its_cause() -> None:
     with pytest.raises(EngineFailedError, match="died while it was checked") as caught:
         serve(reporter()[0], plan_of("--die-when-asked"), ABOUT, DETACH)
     assert caught.value.data["cause"] == "memory-host"
+
+
+@pytest.mark.parametrize("state", ["ready", "unpushed"])
+@pytest.mark.parametrize("after", ["updating", "ready"])
+def test_a_trainer_that_updates_beside_the_check_keeps_its_server(
+    state: str, after: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks the gate, and need not wait until somebody has looked."""
+    turn = tmp_path / "state"
+    look = live.check
+
+    def beside(*args: Any, **more: Any) -> Any:
+        turn.write_text(after)
+        return look(*args, **more)
+
+    monkeypatch.setattr(live, "check", beside)
+    told = json.dumps({"updates": int(after == "ready")})
+    words = ("--turn", str(turn), "--about", told, "--answer", "Lyon", "--quantization", "fp8")
+    plan = plan_of("--state", state, *words, await_push=state == "unpushed")
+    report, out, _ = reporter()
+    data: Any = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"))
+    assert "verdict: updating, the weights changed beside this check" in out.getvalue()
+    assert data["check"]["live"]["result"] == "failed", "it is told as it was seen"
+    assert gate.ask(plan.url).state == after
 
 
 def test_no_check_leaves_the_server_unasked() -> None:

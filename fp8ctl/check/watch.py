@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from fp8ctl import gate, interpreter
-from fp8ctl.check import command, levels, live, metrics
+from fp8ctl.check import beside, command, levels, metrics
 from fp8ctl.errors import AbortedError
 from fp8ctl.signals import interruptible
 
@@ -100,22 +100,11 @@ def _round(
 
 
 def _result(found: Found) -> str:
-    """Return what a round counts as.
-
-    One beside which an update ran is no verdict: a trainer updates all the time, and what was
-    asked was asked of two sets of weights.
-    """
-    end = found.conclusion
+    """Return what a round counts as: one beside which an update ran is no verdict."""
     server = found.live.facts.get("server")
-    if end.result == "ok" or not isinstance(server, dict):
-        return end.result
-    if found.live.other_code or end.verdict in {"bf16-fallback", "unreachable"}:
-        return end.result  # nothing that an update could explain
-    if server.get("state") == "updating":
+    if isinstance(server, dict) and beside.update_ran(found, server, gate.api_key()):
         return "skipped"
-    now = gate.ask(found.data["url"], gate.api_key(), live.STATE_TIMEOUT)
-    moved = now.gated and now.data.get("updates") != server.get("updates")
-    return "skipped" if moved or now.state == "updating" else end.result
+    return found.conclusion.result
 
 
 def _line(found: Found, number: int, result: str) -> str:
@@ -125,7 +114,7 @@ def _line(found: Found, number: int, result: str) -> str:
     word = end.verdict or ("ok" if result == "ok" else result)
     why = end.message
     if result == "skipped":
-        word, why = "updating", "the weights changed beside this round, which judges nothing"
+        word, why = "updating", beside.WHY
     latency = found.live.facts.get("latency_s")
     quick = f"; chat {latency:.2f} s" if isinstance(latency, float) else ""
     return f"{at}  {number}  {word}  {why}{quick}; took {found.data['seconds']:.1f} s"
