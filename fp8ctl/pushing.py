@@ -334,13 +334,14 @@ def _tell(report: Reporter, data: Mapping[str, object], update: Mapping[str, Any
     rows = [[stage, f"{seconds:.3f}"] for stage, seconds in stages.items()]
     report.table(("stage", "seconds"), rows)
     total = stages.get("total", 0.0)
-    rate = f", {human_bytes(update['bytes_sent'] / total)}/s" if total else ""
+    sent = update["bytes_sent"]
+    rate = f", {human_bytes(sent / total)}/s" if sent and total else ""
     skipped = ""
     if update["skipped"]:
         held = human_bytes(update["bytes_skipped"])
         skipped = f"; {plural(update['skipped'], 'tensor')} ({held}) were there already"
     report.data(
-        f"sent {plural(update['sent'], 'tensor')}, {human_bytes(update['bytes_sent'])} in"
+        f"sent {plural(update['sent'], 'tensor')}, {human_bytes(sent)} in"
         f" {plural(update['buckets'], 'bucket')} and {total:.2f} s{rate}{skipped}"
     )
     if why := update["carrier"]["why"]:

@@ -116,7 +116,8 @@ def test_servers_hold_what_the_kernel_makes_of_the_checkpoint(
     assert "NCCL" not in out(report)
     # It takes two GPUs that do not reach each other.
     by_nccl = {"carrier": {"name": "nccl", "why": "they do not reach each other"}}
-    pushing._tell(report, data, {**data["update"], **by_nccl})
+    pushing._tell(report, data, {**data["update"], **by_nccl, "bytes_sent": 0})
+    assert ", 0 B/s" not in out(report), "nothing was sent at no rate"
     assert "by NCCL, not by copies from GPU to GPU" in out(report)
     assert "which are faster: they do not reach each other" in out(report)
     told = "verdict: fp8-ok, 3 tensors equal what was sent, in every rank, version v2"
