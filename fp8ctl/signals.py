@@ -18,14 +18,13 @@ class _Interrupt:
     """A handler that raises KeyboardInterrupt; see `interruptible`."""
 
     def __init__(self, *, once: bool) -> None:
-        self.once = once
-        self.handles: list[signal.Signals] = []
+        self.once, self.came = once, False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.once:
-            for one in self.handles:
-                signal.signal(one, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        # Not by SIG_IGN, which what is started from now on would inherit.
+        if not (self.once and self.came):
+            self.came = True
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -49,7 +48,6 @@ def interruptible(*, once: bool = False) -> Iterator[None]:
         outer = isinstance(found, _Interrupt) and found.once
         if found != signal.SIG_IGN and not outer:
             before[one] = found
-    handler.handles = [*before]
     try:
         for one in before:
             signal.signal(one, handler)

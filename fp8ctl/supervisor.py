@@ -130,9 +130,10 @@ def serve(
     """
     name = plan.run_dir.name
     with interruptible(once=True):
-        record: Record | None = None
+        born: list[Record] = []
         try:
-            child, record = _start(plan, about, left or RunFiles())
+            child = _start(plan, about, left or RunFiles(), born)
+            [record] = born
             report.say(f"started {name}: pid {child.pid}, log: fp8ctl logs {name}")
             data: dict[str, object] = {
                 "name": name,
@@ -158,21 +159,27 @@ def serve(
                 data["state"] = "stopped"
                 return data
         except BaseException as e:
-            if record is not None:
+            for record in born:
                 try:
                     _end(report, record, e)
                 except KeyboardInterrupt:  # after an error; there is no second one
                     _end(report, record, e)
             if isinstance(e, KeyboardInterrupt):
-                end = f"{name} was stopped" if record is not None else "nothing was started"
+                end = f"{name} was stopped" if born else "nothing was started"
                 raise AbortedError(f"interrupted; {end}") from None
             raise
 
 
 def _start(
-    plan: LaunchPlan, about: About, left: RunFiles
-) -> tuple[subprocess.Popen[bytes], Record]:
+    plan: LaunchPlan, about: About, left: RunFiles, born: list[Record]
+) -> subprocess.Popen[bytes]:
     """Become one of the registered servers; whatever goes wrong, nothing is left.
+
+    Args:
+        plan: what to start.
+        about: for the registry.
+        left: files for the run folder.
+        born: gets the server's record at the moment in which it is the caller's to end it.
 
     Raises:
         BusyError: another server has the port, or is going to have it.
@@ -188,12 +195,13 @@ def _start(
             child = spawn(plan, plan.run_dir / "server.log", os.environ)
             record = _record(plan, about, identify(child.pid))
             registry.write(record)
+            born.append(record)
         except BaseException:
             with _undisturbed():
                 stop_tree(None, plan.run_dir)
                 shutil.rmtree(plan.run_dir, ignore_errors=True)
             raise
-        return child, record
+        return child
 
 
 def _record(plan: LaunchPlan, about: About, identity: Identity | None) -> Record:
@@ -252,7 +260,9 @@ def _until_ready(
                 hint=f"--port {free_port('127.0.0.1')}",
                 data={"host": plan.host, "port": plan.port, "name": record.name},
             )
-        if answer.state in {"ready", "unpushed", "locked"}:
+        # An update comes to a server that was ready; one that failed awaits the next.
+        pushed = answer.state == "updating" or bool(answer.data.get("updates"))
+        if pushed or answer.state in {"ready", "unpushed", "locked"}:
             report.say(f"{record.name} is {answer.state} after {now - started:.1f} s")
             return answer
         if answer.state == "failed":
@@ -358,7 +368,10 @@ def _check(
     lost = request.level != "live" and seen.conclusion.result == "failed"
     _require_alive(report, record, child, lost=lost)
     # A trainer's weights are not those that it was started on, and no reason to end it.
-    if beside.update_ran(seen, _STARTED, key):
+    told = found.facts.get("server")
+    since = {**(told if isinstance(told, dict) else {}), **_STARTED}
+    if beside.update_ran(seen, since, key):
+        seen.data["beside_update"] = True
         report.data(f"verdict: updating, {beside.WHY}")
         return seen.data
     command.close(report, request, seen)

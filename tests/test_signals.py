@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 from typing import TYPE_CHECKING
 
@@ -78,6 +80,30 @@ def test_it_is_the_last_one_for_who_is_around_it_as_well(once: bool) -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert put_back
+
+
+def test_a_background_job_of_a_shell_hears_no_ctrl_c(handlers: list[object]) -> None:
+    handlers[0] = signal.SIG_IGN
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible(once=True):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_what_is_started_to_put_things_back_hears_signals() -> None:
+    code = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+    told = b""
+
+    def work() -> None:
+        nonlocal told
+        with interruptible(once=True):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                told = subprocess.check_output([sys.executable, "-c", code])
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert told.strip() == b"True"
 
 
 @pytest.mark.parametrize("once", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -349,6 +350,43 @@ def test_a_death_under_the_check_is_a_death_with_its_cause() -> None:
     assert caught.value.data["cause"] == "memory-host"
 
 
+@pytest.mark.parametrize("updates", [0, 1])
+@pytest.mark.parametrize("state", ["updating", "failed"])
+def test_a_trainer_may_push_before_anybody_has_seen_that_the_server_is_ready(
+    state: str, updates: int
+) -> None:
+    plan = plan_of("--state", state, "--about", json.dumps({"updates": updates}), await_push=True)
+    if state == "failed" and not updates:
+        with pytest.raises(EngineFailedError, match="says it has failed"):
+            serve(reporter()[0], plan, ABOUT, DETACH)
+    else:
+        data: Any = serve(reporter()[0], plan, ABOUT, replace(DETACH, timeout=10))
+        assert data["state"] == state
+        assert data["check"]["beside_update"] is True
+        assert gate.ask(plan.url).state == state
+
+
+def test_an_update_that_came_to_nothing_beside_the_check_does_not_end_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = tmp_path / "state"
+    look = live.check
+
+    def beside(*args: Any, **more: Any) -> Any:
+        turn.write_text("updating")
+        try:
+            return look(*args, **more)
+        finally:
+            turn.write_text("unpushed")
+
+    monkeypatch.setattr(live, "check", beside)
+    words = ("--turn", str(turn), "--about", '{"updates": 0}', "--quantization", "fp8")
+    plan = plan_of("--state", "unpushed", *words, await_push=True)
+    data: Any = serve(reporter()[0], plan, ABOUT, DETACH)
+    assert data["check"]["beside_update"] is True
+    assert gate.ask(plan.url).state == "unpushed"
+
+
 @pytest.mark.parametrize("state", ["ready", "unpushed"])
 @pytest.mark.parametrize("after", ["updating", "ready"])
 def test_a_trainer_that_updates_beside_the_check_keeps_its_server(
@@ -370,6 +408,7 @@ def test_a_trainer_that_updates_beside_the_check_keeps_its_server(
     data: Any = serve(report, plan, ABOUT, replace(DETACH, expect="Paris"))
     assert "verdict: updating, the weights changed beside this check" in out.getvalue()
     assert data["check"]["live"]["result"] == "failed", "it is told as it was seen"
+    assert data["check"]["beside_update"] is True
     assert gate.ask(plan.url).state == after
 
 
@@ -563,6 +602,24 @@ def test_an_interrupt_before_the_end_has_begun_does_not_cut_it_short(
     monkeypatch.setattr(supervisor, "_check", fail)
     with pytest.raises(AbortedError if what == "an interrupt" else CheckFailedError):
         serve(reporter()[0], plan_of(), ABOUT, replace(DETACH, check="live"))
+    assert not marked(registry.servers_dir())
+
+
+@pytest.mark.usefixtures("interrupts_count")
+def test_an_interrupt_behind_the_start_finds_what_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    only = registry.one_launch_at_a_time
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        with only():
+            yield
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(registry, "one_launch_at_a_time", interrupted)
+    with pytest.raises(AbortedError, match="sglang-1 was stopped"):
+        serve(reporter()[0], plan_of(), ABOUT, DETACH)
     assert not marked(registry.servers_dir())
 
 
