@@ -110,10 +110,12 @@ def _download(requirement: str, folder: Path) -> None:
 
 @pytest.fixture
 def interrupts_count() -> Iterator[None]:
-    """Have Ctrl-C interrupt, also in the background, where shells turn it off."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Have signals do what they do in a terminal: shells and `nohup` turn some of them off."""
+    before = {one: signal.signal(one, signal.SIG_DFL) for one in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for one, handler in before.items():
+        signal.signal(one, handler)
 
 
 @pytest.fixture

@@ -261,6 +261,7 @@ def test_what_a_patch_had_done_when_it_was_interrupted_is_taken_back(world: Worl
     assert world.applied == []
 
 
+@pytest.mark.usefixtures("interrupts_count")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
 def test_a_signal_to_end_has_everything_put_back(
     number: signal.Signals, world: World, monkeypatch: pytest.MonkeyPatch
