@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_ALL = (*_SIGNALS, signal.SIGINT)
 
 
 class _Interrupt:
@@ -43,7 +44,7 @@ def interruptible(*, once: bool = False) -> Iterator[None]:
         return
     handler = _Interrupt(once=once)
     before = {}
-    for one in (*_SIGNALS, signal.SIGINT) if once else _SIGNALS:
+    for one in _ALL if once else _SIGNALS:
         found = signal.getsignal(one)
         outer = isinstance(found, _Interrupt) and found.once
         if found != signal.SIG_IGN and not outer:
@@ -55,3 +56,17 @@ def interruptible(*, once: bool = False) -> Iterator[None]:
     finally:
         for one, found in before.items():
             signal.signal(one, found)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore them all in this block, in which something is put back; what it starts does, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, signal.SIG_IGN) for one in _ALL}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

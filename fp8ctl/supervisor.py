@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -35,19 +33,14 @@ from fp8ctl.process import (
 )
 from fp8ctl.registry import Record
 from fp8ctl.server import refuse_occupied, stop
-from fp8ctl.signals import interruptible
+from fp8ctl.signals import interruptible, undisturbed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fp8ctl.check.levels import Level
     from fp8ctl.engines.base import LaunchPlan
     from fp8ctl.gate import Answer
     from fp8ctl.render import Reporter
 
-#: What a server tells that nobody has pushed to.
-_STARTED: Final = {"updates": 0}
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SHOWN_LINES: Final = 30
 _POLL: Final = 0.2
 _ASK_EVERY: Final = 1.0
@@ -197,7 +190,7 @@ def _start(
             registry.write(record)
             born.append(record)
         except BaseException:
-            with _undisturbed():
+            with undisturbed():
                 stop_tree(None, plan.run_dir)
                 shutil.rmtree(plan.run_dir, ignore_errors=True)
             raise
@@ -369,7 +362,7 @@ def _check(
     _require_alive(report, record, child, lost=lost)
     # A trainer's weights are not those that it was started on, and no reason to end it.
     told = found.facts.get("server")
-    since = {**(told if isinstance(told, dict) else {}), **_STARTED}
+    since = {**(told if isinstance(told, dict) else {}), "updates": 0}
     if beside.update_ran(seen, since, key):
         seen.data["beside_update"] = True
         report.data(f"verdict: updating, {beside.WHY}")
@@ -433,26 +426,12 @@ def _show(report: Reporter, tail: Tail) -> bool:
 def _end(report: Reporter, record: Record, error: BaseException) -> None:
     """Stop what was started; the error at hand is the one that matters."""
     lives = isinstance(error, Fp8ctlError) and not isinstance(error, EngineFailedError)
-    with _undisturbed():
+    with undisturbed():
         if lives or isinstance(error, KeyboardInterrupt):
             report.say(f"stopping {record.name}")
         stop(record)
     if lives and not isinstance(error, BusyError):
         report.say(f"{record.name} was stopped; its log is still there: fp8ctl logs {record.name}")
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let no second Ctrl-C cut the end of a server short."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {one: signal.signal(one, signal.SIG_IGN) for one in _SIGNALS}
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def _key(plan: LaunchPlan) -> str | None:

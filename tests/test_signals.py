@@ -19,17 +19,11 @@ ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[list[object]]:
-    """Have all of them do what they do in a terminal, and see that they do so again."""
-    before = {one: signal.signal(one, signal.SIG_DFL) for one in ALL}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def handlers(interrupts_count: None) -> Iterator[list[object]]:
+    """Return what each does, and see that it does so again."""
     found: list[object] = [signal.getsignal(one) for one in ALL]
-    try:
-        yield found
-        assert [signal.getsignal(one) for one in ALL] == found
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+    yield found
+    assert [signal.getsignal(one) for one in ALL] == found
 
 
 @pytest.mark.parametrize("once", [False, True])

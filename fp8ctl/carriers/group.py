@@ -15,7 +15,7 @@ import functools
 import threading
 import time
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -56,18 +56,18 @@ class GroupSender:
         self.alive = True
         self._host, self._timeout = host, float(timeout)
         self._device = device
-        self._backend_name = "nccl" if device.type == "cuda" else "gloo"
+        self._backend_name: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
         self._first = [1 + sum(ranks[:i]) for i in range(len(ranks))]
         self._world = 1 + sum(ranks)
         self._nbytes = nbytes
         count = offers.fitting([nbytes] * slots, device)
         lent = peer.lender(nbytes, count, device, self._world)
-        self._lender = None if isinstance(lent, str) else lent
+        self._lender: peer.Lender | None = None
         if isinstance(lent, str):
             self._slots = offers.allocate([nbytes] * count, device)
-            self.carrier = Carrier("nccl", lent) if device.type == "cuda" else Carrier("gloo")
+            self.carrier = Carrier(self._backend_name, lent)
         else:
-            self._slots = lent.slots
+            self._lender, self._slots = lent, lent.slots
             self.carrier = Carrier("copies")
         self.slots = len(self._slots)
         #: What the device does before a slot may be read.
@@ -233,8 +233,7 @@ class GroupReceiver:
         world, port = offers.take(offer, "world", int), offers.take(offer, "port", int)
         pulls = peer.puller(offer, self._slots, device)
         puller = None if isinstance(pulls, str) else pulls
-        about = self._about(backend, pulls)
-        line = link.join(host, port, key, mine, about, deadline)
+        line = link.join(host, port, key, mine, self._about(backend, pulls), deadline)
         check = functools.partial(link.expect_nothing, line)
         joined: Backend | None = puller
         try:
